@@ -1,0 +1,33 @@
+# make demo: prune a small Llama on real text, from nothing; make test: prove the pieces.
+# Both create .venv and install what they need on the first call.
+
+PYTHON ?= python3
+PY := .venv/bin/python
+
+.PHONY: demo test bench lint clean
+
+demo: .venv/run
+	$(PY) data/embedded/prepare.py
+	$(PY) demo.py
+
+test: .venv/dev
+	$(PY) -m pytest -q
+
+bench: .venv/dev
+	$(PY) bench.py
+
+lint: .venv/dev
+	$(PY) -m ruff check .
+
+clean:
+	rm -rf .venv out data/embedded/*.bin data/embedded/meta.json data/embedded/tokenizer.model data/embedded/download
+
+.venv/run: requirements.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else f"Python 3.10 to 3.13 is needed and $(PYTHON) is {v[0]}.{v[1]}: call make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -q -r requirements.txt
+	touch $@
+
+.venv/dev: requirements-dev.txt .venv/run
+	$(PY) -m pip install -q -r requirements-dev.txt
+	touch $@

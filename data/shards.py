@@ -1,0 +1,162 @@
+"""Token shards: llm.c's file format, read by memory map, and the meta.json that describes a data set.
+
+A shard is 256 little-endian int32 (magic, version, number of tokens, zeros) and then the tokens:
+
+    magic 20240520, version 1: uint16 tokens, for vocabularies up to 65,535
+    magic 20240801, version 7: uint32 tokens, for larger ones
+
+A data set is one folder with meta.json and, for each domain and split, shards
+{domain}_{split}_{number:06d}.bin. meta.json:
+
+    {"tokenizer": {"kind": "sentencepiece", "file": "tokenizer.model", "sha256": "..."},
+     "vocab_size": 4096, "bos": 1, "eos": 2,
+     "domains": {"python": {"train": {"tokens": 9, "bytes": 30, "documents": 2,
+                                      "shards": [{"file": "...", "tokens": 9, "sha256": "..."}]},
+                            "val": {...}}}}
+
+"bytes" counts the UTF-8 text behind the tokens: with it a loss becomes bits per byte. Documents are
+packed one after the other as BOS + text.
+
+`python data/shards.py FOLDER` checks every checksum of a data set.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+HEADER_INTS = 256
+HEADER_BYTES = 4 * HEADER_INTS
+FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # magic: version, token type
+SPLITS = ("train", "val")
+
+
+class DataError(ValueError):
+    """A data set or shard that cannot be used; the message says which file, what is wrong, what to do."""
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    return np.dtype("<u2") if vocab_size <= 65535 else np.dtype("<u4")
+
+
+def write_shard(path: str | Path, tokens_N: np.ndarray, vocab_size: int) -> None:
+    """Write one shard beside its final name, then rename: a reader never sees half a file."""
+    path, tokens_N = Path(path), np.asarray(tokens_N)
+    if tokens_N.size and not 0 <= int(tokens_N.min()) <= int(tokens_N.max()) < vocab_size:
+        raise DataError(f"{path}: token ids {tokens_N.min()} to {tokens_N.max()} do not fit vocabulary {vocab_size}")
+    if tokens_N.size > np.iinfo(np.int32).max:
+        raise DataError(f"{path}: {tokens_N.size} tokens are more than a header can count: write several shards")
+    dtype = token_dtype(vocab_size)
+    header = np.zeros(HEADER_INTS, dtype="<i4")
+    magic, version = next((m, v) for m, (v, d) in FORMATS.items() if d == dtype)
+    header[:3] = magic, version, tokens_N.size
+    beside = path.with_name(path.name + ".tmp")
+    with open(beside, "wb") as f:
+        f.write(header.tobytes())
+        f.write(np.ascontiguousarray(tokens_N, dtype=dtype).tobytes())
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(beside, path)
+
+
+def open_shard(path: str | Path) -> np.ndarray:
+    """The tokens of a shard as a read-only memory map, shape (tokens,), uint16 or uint32.
+
+    Raises DataError when the file is missing, is no shard, or holds fewer or more tokens than its header says.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such shard: prepare the data set again")
+    size = path.stat().st_size
+    if size < HEADER_BYTES:
+        raise DataError(f"{path}: {size} bytes are less than a shard's header ({HEADER_BYTES}): prepare it again")
+    magic, version, n_tokens = (int(v) for v in np.fromfile(path, dtype="<i4", count=3))
+    if magic not in FORMATS:
+        raise DataError(f"{path}: magic {magic} is not that of a token shard (expected one of {list(FORMATS)})")
+    expected_version, dtype = FORMATS[magic]
+    if version != expected_version:
+        raise DataError(f"{path}: shard version {version}, expected {expected_version} for magic {magic}")
+    expected_size = HEADER_BYTES + n_tokens * dtype.itemsize
+    if n_tokens < 0 or size != expected_size:
+        what = "truncated" if size < expected_size else "too long"
+        raise DataError(
+            f"{path}: {what}: the header promises {n_tokens} tokens ({expected_size} bytes), the file has {size} bytes"
+        )
+    if n_tokens == 0:
+        return np.empty(0, dtype=dtype)
+    return np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(n_tokens,))
+
+
+def sha256(path: str | Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_meta(folder: str | Path, meta: dict) -> None:
+    beside = Path(folder, "meta.json.tmp")
+    beside.write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+    os.replace(beside, Path(folder, "meta.json"))
+
+
+def read_meta(folder: str | Path) -> dict:
+    """meta.json of a data set, with the fields that the rest of the project reads checked by name and type.
+
+    Raises DataError.
+    """
+    path = Path(folder, "meta.json")
+    if not path.is_file():
+        raise DataError(f"{path}: not found: prepare the data set first (the demo's: python data/embedded/prepare.py)")
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON ({error}): prepare the data set again") from None
+    if not isinstance(meta, dict):
+        raise DataError(f"{path}: expected a JSON object")
+    for name, kind in (("vocab_size", int), ("bos", int), ("eos", int), ("tokenizer", dict), ("domains", dict)):
+        if type(meta.get(name)) is not kind:
+            raise DataError(f"{path}: field {name!r} must be a {kind.__name__}, is {meta.get(name)!r}")
+    if not meta["domains"]:
+        raise DataError(f"{path}: no domains")
+    for domain, splits in meta["domains"].items():
+        for split in SPLITS:
+            _check_split(f"{path}: domain {domain!r}, split {split!r}", splits, split)
+    return meta
+
+
+def _check_split(where: str, splits: dict, split: str) -> None:
+    part = splits.get(split) if isinstance(splits, dict) else None
+    shards = part.get("shards") if isinstance(part, dict) else None
+    if not isinstance(shards, list) or not all(isinstance(s, dict) and isinstance(s.get("file"), str) for s in shards):
+        raise DataError(f"{where}: expected a list of shards with file names")
+    if any(Path(s["file"]).name != s["file"] for s in shards):
+        raise DataError(f"{where}: a shard's file name leaves the folder")
+    for name in ("tokens", "bytes"):
+        if type(part.get(name)) is not int or part[name] < 0:
+            raise DataError(f"{where}: {name!r} must be a count, is {part.get(name)!r}")
+
+
+def shard_files(meta: dict) -> list[dict]:
+    return [s for splits in meta["domains"].values() for split in SPLITS for s in splits[split]["shards"]]
+
+
+def verify(folder: str | Path) -> None:
+    """Compare every shard with its checksum in meta.json; DataError names the first that differs."""
+    for shard in shard_files(read_meta(folder)):
+        path = Path(folder, shard["file"])
+        open_shard(path)
+        if sha256(path) != shard.get("sha256"):
+            raise DataError(f"{path}: checksum differs from meta.json: prepare the data set again")
+
+
+if __name__ == "__main__":
+    try:
+        verify(sys.argv[1] if len(sys.argv) == 2 else sys.exit(__doc__))
+    except DataError as error:
+        sys.exit(f"error: {error}")
+    print("all checksums agree")
