@@ -32,6 +32,10 @@ LOG_ALPHA_RANGE = (math.log(0.01), math.log(100.0))
 MASK_TYPES = {"hidden": "hidden_size", "head": "n_kv_heads", "intermediate": "intermediate_size", "layer": "n_layers"}
 
 
+class TargetError(ValueError):
+    """A target shape that the source model cannot give."""
+
+
 def hard_concrete(log_alpha: Tensor, u: Tensor) -> Tensor:
     """One sample z in [0, 1] for uniform u in (0, 1), any shape: z = clip(1.2 s - 0.1), s a concrete variable."""
     s = torch.sigmoid((torch.log(u) - torch.log1p(-u) + log_alpha) / BETA)
@@ -56,7 +60,7 @@ def deterministic(log_alpha_RU: Tensor, keep_R: list[int]) -> Tensor:
 def target_config(
     source: LlamaConfig, *, hidden_size: int, intermediate_size: int, n_layers: int, n_heads: int
 ) -> LlamaConfig:
-    """The source with these sizes. Raises ValueError naming both numbers where the source cannot give one."""
+    """The source with these sizes. Raises TargetError naming both numbers where the source cannot give one."""
     asked = {
         "hidden_size": hidden_size,
         "intermediate_size": intermediate_size,
@@ -70,7 +74,7 @@ def target_config(
             )
     group = source.n_heads // source.n_kv_heads
     if n_heads % group:
-        raise ValueError(
+        raise TargetError(
             f"target n_heads = {n_heads}: the source has {source.n_heads} query heads in groups of {group} that share "
             f"a key/value head, and only whole groups can be kept: choose a multiple of {group}"
         )
@@ -247,8 +251,7 @@ def subnetwork(config: LlamaConfig, z: dict[str, Tensor], device: str = "cpu", m
 
 def backward_to_masks(s: Subnetwork) -> None:
     """Carry the gradient that the loss left at the scales on to log_alpha: the one copy back from the device."""
-    if s.z_device.grad is not None:
-        s.z.backward(s.z_device.grad.cpu())
+    s.z.backward(torch.zeros_like(s.z) if s.z_device.grad is None else s.z_device.grad.cpu())
 
 
 @torch.no_grad()

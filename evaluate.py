@@ -1,0 +1,88 @@
+"""Loss, perplexity and bits per byte of a model on each domain of a data set.
+
+    python evaluate.py out/demo/continue/model --data=data/embedded --seq_len=256
+
+A token's loss depends on how much text precedes it: numbers at different seq_len must not be compared.
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import configurator
+import model as llama
+from data.loader import DomainLoader
+from data.shards import DataError, read_meta
+
+
+@torch.no_grad()
+def evaluate(model, val: DomainLoader, n_sequences: int, batch_size: int, device: str, subnetwork=None) -> np.ndarray:
+    """Mean cross-entropy per token in nats of each domain, (M,) float64, over its first n_sequences windows.
+
+    The windows are the same on every call. With torch.distributed running, ranks share the work and all of them
+    return the numbers of rank 0.
+    """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    loss_sum_M = torch.zeros(len(val.domains), dtype=torch.float64, device=device)
+    batches = [val.fixed_batch(m, n_sequences) for m in range(len(val.domains))]
+    for m, rows in enumerate(batches):
+        mine = rows[rank::world_size]
+        for start in range(0, len(mine), batch_size):
+            tokens = torch.from_numpy(val.read(mine[start : start + batch_size])).to(device).long()
+            loss_sum_M[m] += model(tokens[:, :-1], tokens[:, 1:], subnetwork).double().sum()
+    if world_size > 1:
+        dist.all_reduce(loss_sum_M)
+        dist.broadcast(loss_sum_M, src=0)
+    return loss_sum_M.cpu().numpy() / np.array([len(rows) * val.seq_len for rows in batches])
+
+
+def bits_per_byte(loss_M: np.ndarray, val: DomainLoader) -> np.ndarray:
+    """Nats per token -> bits per byte of text, with the tokens per byte of each domain's whole validation split."""
+    return loss_M / math.log(2) / np.array([w.bytes_per_token for w in val.windows])
+
+
+def table(domains: tuple[str, ...], columns: dict[str, np.ndarray]) -> str:
+    """One line a domain, one column a name, and the mean over the domains below."""
+    width = max(len(d) for d in (*domains, "mean"))
+    lines = [" " * width + "".join(f"{name:>{max(11, len(name) + 2)}}" for name in columns)]
+    for m, domain in enumerate((*domains, "mean")):
+        values = [np.mean(c) if m == len(domains) else c[m] for c in columns.values()]
+        lines.append(
+            f"{domain:{width}}" + "".join(f"{v:{max(11, len(n) + 2)}.4f}" for n, v in zip(columns, values, strict=True))
+        )
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Config:
+    data: str = "data/embedded"  # folder of a prepared data set
+    domains: tuple[str, ...] = ()  # () = all of the data set
+    seq_len: int = 256  # tokens of context
+    sequences: int = 64  # windows per domain
+    batch_size: int = 8  # windows per forward pass
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def main(folder: str, cfg: Config) -> None:
+    model = llama.load(folder, cfg.device).eval()
+    domains = cfg.domains or tuple(read_meta(cfg.data)["domains"])
+    val = DomainLoader(cfg.data, domains, cfg.seq_len, seed=0, split="val")
+    if val.vocab_size > model.config.vocab_size:
+        raise DataError(f"{cfg.data}: vocabulary of {val.vocab_size}, the model's has {model.config.vocab_size}")
+    loss_M = evaluate(model, val, cfg.sequences, cfg.batch_size, cfg.device)
+    print(f"{folder} on {cfg.data}, validation, {cfg.sequences} windows of {cfg.seq_len} tokens a domain at most")
+    columns = {"loss (nats)": loss_M, "perplexity": np.exp(loss_M), "bits/byte": bits_per_byte(loss_M, val)}
+    print(table(domains, columns))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1].startswith("--"):
+        sys.exit(__doc__)
+    try:
+        main(sys.argv[1], configurator.load(Config, sys.argv[2:]))
+    except (configurator.ConfigError, DataError, llama.CheckpointError) as error:
+        sys.exit(f"error: {error}")
