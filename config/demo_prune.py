@@ -9,7 +9,7 @@ batch_size = micro_batch_size = 8  # 2,048 tokens a step
 max_steps = 200
 lr = 1e-3
 lr_warmup = 10
-mask_lr = 0.1
+mask_lr = 0.5
 sparsity_warmup = 80
 eval_interval = 10
 eval_sequences = 4

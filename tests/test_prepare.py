@@ -26,7 +26,7 @@ ODD_TEXT = '\tif x:\n\t\treturn  1234\r\n\n        y = "<s></s><unk><0x0A>"\0 \u
 
 def some_documents(n: int, seed: int) -> list[str]:
     rng = random.Random(seed)
-    words = ["mask", "ratio", "loss", "prune", "layer", "of", "the", "and", "domain", "token", "head", "model"]
+    words = ["".join(rng.choices(["ma", "sk", "ra", "ti", "o", "lo", "ss", "pr", "un"], k=3)) for _ in range(200)]
     return [f"{seed}-{i}: " + " ".join(rng.choices(words, k=rng.randint(3, 60))) + ";\n    x = 1\n" for i in range(n)]
 
 
@@ -343,8 +343,8 @@ def test_pieces_end_at_blank_lines_and_add_up_to_the_text():
 
 
 def test_docstrings_and_topics_are_read_from_source_without_running_it():
-    source = f'raise SystemExit\ndef f():\n    """First.\n\n    {"long " * 80}\n    """\n\ndef g():\n    "short"\n'
-    assert embedded.docstrings(source) == ["First.\n\n" + ("long " * 80).strip()]
+    source = f'raise SystemExit\ndef f():\n    """First.\n\n    {"long " * 80}end\n    """\n\ndef g():\n    "short"\n'
+    assert embedded.docstrings(source) == ["First.\n\n" + "long " * 80 + "end"]
     assert embedded.topics("# header\ntopics = {'b': 'two\\n' 'lines', 'a': 'one'}") == ["one", "two\nlines"]
 
 

@@ -1,0 +1,92 @@
+"""The whole method on real text: pretrain, prune, continue; then what happened, domain by domain.
+
+`make demo` calls this. Stopped half-way, it goes on where it was; finished, it only shows the summary again.
+Writes out/demo/summary.json and figures in out/demo and in the folder of each stage.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+import configurator
+import evaluate
+import model as llama
+import plot
+import train
+from data.loader import DomainLoader
+from data.shards import DataError
+
+OUT = Path("out/demo")
+STAGES = ("pretrain", "prune", "continue")
+NAMES = {"pretrain": "source", "prune": "extracted", "continue": "continued"}
+SEQUENCES = 64  # validation windows a domain in the final table
+
+
+def step_ms(stage: str, share: slice) -> float:
+    """Median time of the steps in a share of the stage's run."""
+    steps = [r for r in train.read_metrics(OUT / stage / "metrics.jsonl") if r["kind"] == "train"]
+    return 1e3 * median(r["step_s"] for r in steps[int(share.start * len(steps)) : int(share.stop * len(steps))])
+
+
+def main() -> None:
+    start = time.perf_counter()
+    for stage in STAGES:
+        print(f"\n==== {stage} ====", flush=True)
+        cfg = configurator.load(train.Config, [f"config/demo_{stage}.py", "--resume"])
+        train.main(cfg)
+
+    print("\n==== summary ====", flush=True)
+    run = train.read_metrics(OUT / "prune" / "metrics.jsonl")[0]
+    val = DomainLoader(cfg.data, tuple(run["domains"]), cfg.seq_len, cfg.seed, "val")
+    models = {NAMES[stage]: llama.load(OUT / stage / "model", cfg.device) for stage in STAGES}
+    loss = {name: evaluate.evaluate(m, val, SEQUENCES, 8, cfg.device) for name, m in models.items()}
+    bits = {name: evaluate.bits_per_byte(loss_M, val) for name, loss_M in loss.items()}
+    parameters = {
+        name: {"all": m.n_parameters(), "non_embedding": m.n_parameters(embeddings=False)} for name, m in models.items()
+    }
+    times = {
+        "source": step_ms("pretrain", slice(0.1, 1.0)),
+        "pruning, first tenth": step_ms("prune", slice(0.0, 0.1)),
+        "pruning, last half": step_ms("prune", slice(0.5, 1.0)),
+        "pruned model": step_ms("continue", slice(0.1, 1.0)),
+    }
+    pruning = train.read_metrics(OUT / "prune" / "metrics.jsonl")
+    mix_s = sum(r["eval_s"] + r["mix_s"] for r in pruning if r["kind"] == "eval")
+    step_s = sum(r["step_s"] for r in pruning if r["kind"] == "train")
+
+    print(f"validation, {SEQUENCES} windows of {cfg.seq_len} tokens a domain; loss in nats per token:")
+    print(evaluate.table(val.domains, loss))
+    print("bits per byte of text:")
+    print(evaluate.table(val.domains, bits))
+    print("parameters (of them not embeddings):")
+    for name, n in parameters.items():
+        print(f"  {name:10} {n['all']:>10,} ({n['non_embedding']:,})")
+    print("median time of a training step:")
+    for name, ms in times.items():
+        print(f"  {name:21} {ms:7.0f} ms")
+    print(f"evaluation and mix took {100 * mix_s / (mix_s + step_s):.1f} % of the pruning time")
+
+    summary = {
+        "domains": list(val.domains), "seq_len": cfg.seq_len, "windows_per_domain": SEQUENCES,
+        "loss": {name: x.tolist() for name, x in loss.items()},
+        "bits_per_byte": {name: x.tolist() for name, x in bits.items()},
+        "mean_loss": {name: float(np.mean(x)) for name, x in loss.items()},
+        "parameters": parameters, "step_ms": times, "evaluation_and_mix_share": mix_s / (mix_s + step_s),
+        "seconds": time.perf_counter() - start,
+    }  # fmt: skip
+    (OUT / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    figures = [path for stage in STAGES for path in plot.plot([OUT / stage], OUT / stage)]
+    figures += [plot.plot_step_time([plot.read_run(OUT / stage) for stage in STAGES], OUT)]
+    print(f"\n{summary['seconds']:.0f} s; numbers in {OUT / 'summary.json'}, figures:")
+    print(*figures, sep="\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (configurator.ConfigError, DataError, llama.CheckpointError, train.TargetError, train.RunError) as error:
+        sys.exit(f"error: {error}\n(rm -r {OUT} starts the demo from the beginning)")
