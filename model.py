@@ -349,6 +349,8 @@ def load(folder: str | Path, device: str = "cpu") -> Llama:
         model.lm_head.weight = model.embed_tokens.weight
     parameters = dict(model.named_parameters())
     missing = set(parameters)
+    not_ours = {f"layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(model.config.n_layers)}
+    not_ours |= {"lm_head.weight"} if model.config.tied_embeddings else set()
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{folder}: no *.safetensors file")
@@ -357,11 +359,7 @@ def load(folder: str | Path, device: str = "cpu") -> Llama:
             with safe_open(path, framework="pt") as f:
                 for key in f.keys():  # noqa: SIM118 (not a dict)
                     name = key.removeprefix("model.")
-                    if (
-                        name == "lm_head.weight"
-                        and model.config.tied_embeddings
-                        or name.endswith("rotary_emb.inv_freq")
-                    ):
+                    if name in not_ours:
                         continue
                     if name not in parameters:
                         raise CheckpointError(f"{path}: unexpected tensor {key}")

@@ -147,14 +147,14 @@ def plot_sparsity(runs: list[Run], out: Path) -> Path | None:
 
 
 def plot_step_time(runs: list[Run], out: Path) -> Path:
-    figure, axes = panels(["step"], "Time of a training step (evaluation apart)", "ms a step")
+    figure, axes = panels([""], "Time of a training step (evaluation apart)", "ms a step")
     usual = 0.0
     for i, run in enumerate(r for r in runs if r.train):
         steps, ms = [r["step"] for r in run.train], [1e3 * r["step_s"] for r in run.train]
-        axes["step"].plot(steps, ms, ".", ms=2, alpha=0.4, color=colour(i))
-        axes["step"].plot(steps, smoothed(ms), color=colour(i), label=f"{run.name} (moving average)")
+        axes[""].plot(steps, ms, ".", ms=2, alpha=0.4, color=colour(i))
+        axes[""].plot(steps, smoothed(ms), color=colour(i), label=f"{run.name} (moving average)")
         usual = max(usual, np.percentile(ms, 95))
-    axes["step"].set_ylim(0, 1.3 * usual)  # a hiccup of the machine must not flatten the curves
+    axes[""].set_ylim(0, 1.3 * usual)  # a hiccup of the machine must not flatten the curves
     return finish(figure, axes, out / "step_time.png")
 
 

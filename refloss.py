@@ -90,8 +90,10 @@ def _usable(tokens, losses, sparsity, delta):
     points = points[:, np.isfinite(points).all(0) & (T > 0) & (RANGES["sparsity"][0] <= S)]
     distinct = np.unique(np.log(points[0]).round(9)).size
     if distinct < 3:
-        raise FitError(f"fit: {T.size} points, {points.shape[1]} usable, with {distinct} distinct token counts: "
-                       "a law needs at least 3: wait for more evaluations")
+        raise FitError(
+            f"fit: {T.size} points, {points.shape[1]} usable, with {distinct} distinct token counts: "
+            "a law needs at least 3: wait for more evaluations"
+        )
     for values, (name, (low, high)) in zip(points[[0, 1, 2]], RANGES.items(), strict=True):
         if not low <= values.min() <= values.max() <= high:
             raise FitError(f"fit: {name} from {values.min():g} to {values.max():g}: expected {low:g} to {high:g}")

@@ -212,11 +212,11 @@ def main(cfg: Config) -> dict:
     check(cfg)
 
     # ---- ranks: torchrun sets these; alone, this is rank 0 of 1
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     n_micro_batches = cfg.batch_size // cfg.micro_batch_size
     if n_micro_batches % world_size:
         raise ConfigError(f"{n_micro_batches} micro-batches a step cannot be shared equally by {world_size} ranks")
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cfg.device == "cuda" else cfg.device
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cfg.device == "cuda" else cfg.device
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
@@ -417,9 +417,10 @@ def main(cfg: Config) -> dict:
             **mask_record(), "step_s": step_s, "tokens_per_s": cfg.batch_size * cfg.seq_len / step_s,
         })  # fmt: skip
         if step % cfg.log_interval == 0:
-            extra = f", sparsity {masks.overall_sparsity():.3f}" if masks else ""
+            speed = f"{step_s * 1e3:.0f} ms, {cfg.batch_size * cfg.seq_len / step_s:,.0f} tokens/s"
             say(
-                f"step {step}: loss {loss:.4f}, {step_s * 1e3:.0f} ms, {cfg.batch_size * cfg.seq_len / step_s:,.0f} tokens/s{extra}"
+                f"step {step}: loss {loss:.4f}, {speed}"
+                + (f", sparsity {masks.overall_sparsity():.3f}" if masks else "")
             )
         if chief and (step % cfg.save_interval == 0 or step == cfg.max_steps):
             save_checkpoint(checkpoint_path, {

@@ -134,7 +134,7 @@ def test_micro_batches_mix_the_domains(folder):
 
 
 def test_a_missing_domain_is_refused_and_the_message_lists_those_there_are(folder):
-    with pytest.raises(DataError, match="no domain 'd'.*a, b, c"):
+    with pytest.raises(DataError, match=r"no domain 'd'.*a, b, c"):
         loader(folder, domains=("a", "d"))
 
 

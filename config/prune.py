@@ -1,0 +1,26 @@
+"""Llama-2-7B to 1.3B, the paper's pruning stage:  torchrun --nproc_per_node=8 train.py config/prune.py
+
+7B: 32 layers, 4096 channels, 32 heads of 128, FFN 11008. 1.3B: 24, 2048, 16, 5504: half of every width, three
+quarters of the layers. Every rank holds the weights, gradients and both moments in float32: 6.74 B * 16 bytes = 108 GB,
+so this needs GPUs of 141 GB or more. Per GPU: 32 sequences / 8 ranks = 4 micro-batches of 1.
+"""
+
+stage = "prune"
+out_dir = "out/llama2-1.3b/prune"
+init_from = "models/Llama-2-7b-hf"
+data = "data/slimpajama"  # 7 domains, prepared with data/jsonl/prepare.py and the model's own tokenizer
+domains = ("cc", "github", "book", "stackexchange", "wiki", "arxiv", "c4")
+ratios = (0.67, 0.045, 0.045, 0.02, 0.045, 0.025, 0.15)
+n_layers, hidden_size, intermediate_size, n_heads = 24, 2048, 5504, 16
+seq_len = 4096
+batch_size = 32  # 32 * 4096 = 131,072 tokens a step
+micro_batch_size = 1
+max_steps = 3200  # 3,200 * 131,072 = 0.42 B tokens
+lr, mask_lr = 1e-4, 1.0
+lr_warmup = 320
+sparsity_warmup = 640
+eval_interval = 50  # 64 evaluations, as many points as a fit takes
+eval_sequences = 24  # 7 * 24 = 168 forward passes against 50 * 32 = 1,600 forward and backward: 4 % of the time
+reference_losses = (1.9643, 0.7459, 2.1393, 1.6117, 1.7590, 1.4449, 2.1251)  # 1.3B, predicted from Llama-2's (paper)
+save_interval = 200
+dtype = "bfloat16"

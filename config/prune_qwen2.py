@@ -1,0 +1,28 @@
+"""Qwen2-7B to 1.8B on eight languages:  torchrun --nproc_per_node=8 train.py config/prune_qwen2.py
+
+7B: 28 layers, 3584 channels, 28 heads in 4 groups of 7, FFN 18944. 1.8B: 28, 1536, 14 (2 groups), 8960: every layer
+stays, so there is no layer mask. State in float32: 7.62 B * 16 bytes = 122 GB a rank: GPUs of 141 GB or more.
+"""
+
+_TOKENS = (2846.97, 737.20, 227.06, 107.87, 69.35, 64.29, 24.77, 15.72)  # billions of tokens in CulturaX
+_SHARES = [t**0.3 for t in _TOKENS]  # rare languages get more than their share of the text
+
+stage = "prune"
+out_dir = "out/qwen2-1.8b/prune"
+init_from = "models/Qwen2-7B"
+data = "data/culturax"  # prepared with data/jsonl/prepare.py and the model's own tokenizer
+domains = ("en", "ru", "zh", "ja", "ar", "tr", "ko", "th")
+ratios = tuple(s / sum(_SHARES) for s in _SHARES)
+n_layers, hidden_size, intermediate_size, n_heads = 28, 1536, 8960, 14
+seq_len = 4096
+batch_size = 32  # 32 * 4096 = 131,072 tokens a step
+micro_batch_size = 1
+max_steps = 3200  # 0.42 B tokens
+lr, mask_lr = 1e-4, 1.0
+lr_warmup = 320
+sparsity_warmup = 640
+eval_interval = 50
+eval_sequences = 24  # 8 * 24 = 192 forward passes against 1,600 forward and backward: 4 % of the time
+reference_losses = (2.389493, 1.795453, 2.626018, 2.362056, 2.453045, 2.535048, 2.155811, 1.835680)
+save_interval = 200
+dtype = "bfloat16"

@@ -1,0 +1,89 @@
+"""Settings by name and type, from files and the command line."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from configurator import ConfigError, described, load
+
+
+@dataclass(frozen=True)
+class Settings:
+    steps: int = 10
+    rate: float = 0.5
+    name: str = "x"
+    on: bool = False
+    shares: tuple[float, ...] = ()
+    names: tuple[str, ...] = ()
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text):
+        (tmp_path / "c.py").write_text(text)
+        return str(tmp_path / "c.py")
+
+    return write
+
+
+def test_later_settings_win(file):
+    cfg = load(Settings, ["--steps=3", file("steps = 4\nrate = 1\nshares = [0.5, 1]"), "--rate=2e-3", "--on"])
+    assert cfg == Settings(steps=4, rate=2e-3, on=True, shares=(0.5, 1.0))
+
+
+def test_names_with_an_underscore_are_the_files_own(file):
+    assert load(Settings, [file("_half = 0.5\nrate = _half / 2")]).rate == 0.25
+
+
+def test_lists_come_from_the_command_line(file):
+    assert load(Settings, ["--names=a,b", "--shares=0.25,1"]) == Settings(names=("a", "b"), shares=(0.25, 1.0))
+    assert load(Settings, ["--names=a", "--names="]).names == ()
+
+
+def test_a_text_may_look_like_a_number():
+    assert load(Settings, ["--name=007"]).name == "007"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--stpes=3"], "unknown setting 'stpes'; did you mean 'steps'?"),
+        (["--zzz=3"], "unknown setting 'zzz'; settings are steps, rate"),
+        (["--steps=3.5"], "steps must be int, is float 3.5"),
+        (["--steps=many"], "steps must be int, is str 'many'"),
+        (["--steps"], "--steps needs a value"),
+        (["--steps=true"], "steps must be int"),
+        (["--on=maybe"], "on must be bool, is str 'maybe'"),
+        (["--shares=0.5,b"], "shares must be float, is str 'b'"),
+        (["nowhere.py"], "nowhere.py: no such config file"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message):
+    with pytest.raises(ConfigError) as caught:
+        load(Settings, arguments)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stpes = 3", "unknown setting 'stpes'; did you mean 'steps'?"),
+        ("steps = '3'", "steps must be int, is str '3'"),
+        ("steps = True", "steps must be int, is bool True"),
+        ("rate = None", "rate must be float"),
+        ("shares = 0.5", "shares must be a tuple of float, is 0.5"),
+        ("import os", "unknown setting 'os'"),
+        ("steps = 1 / 0", "cannot be run: ZeroDivisionError"),
+        ("steps = = 3", "cannot be run: SyntaxError"),
+    ],
+)
+def test_bad_files_are_refused_naming_the_file(file, text, message):
+    path = file(text)
+    with pytest.raises(ConfigError) as caught:
+        load(Settings, [path])
+    assert message in str(caught.value) and path in str(caught.value)
+
+
+def test_the_description_marks_what_differs_from_its_default():
+    lines = described(Settings(steps=3)).splitlines()
+    assert lines[0] == "  * steps = 3" and lines[1] == "    rate = 0.5"

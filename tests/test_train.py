@@ -1,0 +1,386 @@
+"""The loop in process, on a tiny data set: the three stages, resume, ranks, and every bad input."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import configurator
+import evaluate
+import model as llama
+import plot
+import train
+from data.shards import DataError, write_meta, write_shard
+from prune import TargetError, target_config
+from train import Config, ConfigError, RunError
+
+ROOT = Path(__file__).parents[1]
+VOCAB, T = 64, 16
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Two domains that a tiny model can learn: tokens that count upwards, and tokens that repeat in pairs."""
+    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    meta = {"tokenizer": {}, "vocab_size": VOCAB, "bos": 1, "eos": 2, "domains": {}}
+    for domain in ("count", "pairs"):
+        meta["domains"][domain] = {}
+        for split, n in (("train", 20_000), ("val", 2_000)):
+            tokens = (
+                np.cumsum(rng.integers(1, 3, n)) % VOCAB
+                if domain == "count"
+                else rng.integers(0, VOCAB, n // 2).repeat(2)
+            )
+            write_shard(folder / f"{domain}_{split}.bin", tokens, VOCAB)
+            part = {"tokens": n, "bytes": 3 * n, "shards": [{"file": f"{domain}_{split}.bin"}]}
+            meta["domains"][domain][split] = part
+    write_meta(folder, meta)
+    return folder
+
+
+TINY = Config(
+    n_layers=3, hidden_size=32, intermediate_size=48, n_heads=4, n_kv_heads=2, head_dim=8, seq_len=T, batch_size=8,
+    micro_batch_size=4, max_steps=40, lr=1e-2, lr_warmup=4, eval_interval=10, eval_sequences=8, log_interval=20,
+    save_interval=10, device="cpu",
+)  # fmt: skip
+TARGET = dict(n_layers=2, hidden_size=16, intermediate_size=24, n_heads=2, n_kv_heads=0, head_dim=0)
+
+
+def tiny(data, out_dir, **changes):
+    return dataclasses.replace(TINY, data=str(data), out_dir=str(out_dir), **changes)
+
+
+def prune_tiny(data, out_dir, source, **changes):
+    return tiny(
+        data, out_dir, stage="prune", init_from=str(source), mask_lr=0.5, sparsity_warmup=10, **TARGET | changes
+    )
+
+
+@pytest.fixture(scope="session")
+def source(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "pretrain"
+    train.main(tiny(data, out))
+    return out / "model"
+
+
+@pytest.fixture(scope="session")
+def pruned(data, source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "prune"
+    record = train.main(prune_tiny(data, out, source))
+    return out, record
+
+
+def metrics(out, kind):
+    return [r for r in train.read_metrics(Path(out) / "metrics.jsonl") if r["kind"] == kind]
+
+
+def weights(out):
+    return torch.load(Path(out) / "checkpoint.pt", weights_only=True)["model"]
+
+
+def test_pretraining_learns(source):
+    evals = metrics(source.parent, "eval")
+    assert np.mean(evals[-1]["val_loss"]) < np.mean(evals[0]["val_loss"]) - 0.5
+
+
+def test_pruning_ends_with_the_target_shape_and_the_loss_of_its_masks(pruned):
+    out, record = pruned
+    config = llama.load(out / "model").config
+    assert (config.n_layers, config.hidden_size, config.intermediate_size) == (2, 16, 24)
+    assert (config.n_heads, config.n_kv_heads, config.head_dim) == (2, 1, 8)
+    assert np.allclose(record["val_loss"], record["masked_val_loss"], rtol=1e-5)
+
+
+def test_a_pruned_model_trains_on_and_gets_better(data, pruned, tmp_path):
+    out, record = pruned
+    last = train.main(tiny(data, tmp_path / "c", stage="continue", init_from=str(out / "model")))
+    assert np.mean(last["val_loss"]) < np.mean(record["val_loss"])
+    assert llama.load(tmp_path / "c/model").config == llama.load(out / "model").config
+
+
+def test_metrics_hold_every_number_a_figure_needs(pruned):
+    out, _ = pruned
+    steps, evals = metrics(out, "train"), metrics(out, "eval")
+    assert [r["step"] for r in steps] == list(range(1, 41))
+    assert [r["step"] for r in evals] == [0, 10, 20, 30, 40]
+    masks = {"hidden", "head", "intermediate", "layer"}
+    for r in steps:
+        assert {"loss", "lr", "step_s", "tokens_per_s", "ratio", "tokens", "overall_sparsity"} <= set(r)
+        for name in ("sparsity", "target_sparsity", "lambda1", "lambda2"):
+            assert set(r[name]) == masks
+    assert evals[-1]["tokens"] == pytest.approx(steps[-1]["tokens"])
+    assert sum(evals[-1]["tokens"]) == 40 * 8 * T
+    assert {"val_loss", "ratio", "reference_ratio", "reference_loss", "eval_s", "mix_s"} <= set(evals[0])
+
+
+def test_figures_are_drawn_from_the_metrics_of_one_run_or_several(pruned, source, tmp_path):
+    out, _ = pruned
+    names = {p.name for p in plot.plot([str(out), str(source.parent)], tmp_path)}
+    assert names == {"loss.png", "mix.png", "sparsity.png", "step_time.png"}
+    assert {p.name for p in plot.plot([str(source.parent)], tmp_path / "one")} == names - {"sparsity.png"}
+    assert all(path.stat().st_size > 5000 for path in tmp_path.glob("*.png"))
+
+
+def stop_at(monkeypatch, step):
+    """Make the run die in the middle of a step."""
+    whole = train.learning_rate
+
+    def dying(at, cfg):
+        if at == step:
+            raise KeyboardInterrupt
+        return whole(at, cfg)
+
+    monkeypatch.setattr(train, "learning_rate", dying)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "prune"])
+@pytest.mark.parametrize("died_at", [3, 10, 27])
+def test_a_resumed_run_ends_with_the_same_bytes(stage, died_at, data, source, tmp_path, monkeypatch):
+    def config(name, **changes):
+        make = tiny if stage == "pretrain" else lambda *a, **k: prune_tiny(*a[:2], source, **k)
+        return make(
+            data, tmp_path / name, mix="dro", reference_losses=(1.0, 1.0), domains=("count", "pairs"), **changes
+        )
+
+    train.main(config("whole"))
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        stop_at(m, died_at)
+        train.main(config("killed"))
+    train.main(config("killed", resume=True))
+    whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    for kind in ("train", "eval"):
+        pairs = zip(metrics(tmp_path / "whole", kind), metrics(tmp_path / "killed", kind), strict=True)
+        for a, b in pairs:
+            assert {k: v for k, v in a.items() if not k.endswith("_s")} == {
+                k: v for k, v in b.items() if not k.endswith("_s")
+            }
+
+
+def test_evaluating_more_often_does_not_change_the_training(data, tmp_path):
+    for name, interval in (("often", 4), ("rarely", 20)):
+        train.main(tiny(data, tmp_path / name, mix="constant", eval_interval=interval, max_steps=20))
+    often, rarely = weights(tmp_path / "often"), weights(tmp_path / "rarely")
+    assert all(torch.equal(often[name], rarely[name]) for name in often)
+
+
+def test_two_ranks_take_the_same_steps_as_one(data, source, tmp_path):
+    """Blocks die on one rank and live on the other here: the layer mask is sampled per micro-batch."""
+    common = dict(max_steps=20, mix="dro", reference_losses=(1.0, 1.5), domains=("count", "pairs"), lr=1e-3)
+    train.main(prune_tiny(data, tmp_path / "one", source, **common))
+    two = prune_tiny(data, tmp_path / "two", source, **common)
+    arguments = [
+        f"--{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in dataclasses.asdict(two).items()
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "train.py",
+        *arguments,
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for a, b in zip(metrics(tmp_path / "one", "train"), metrics(tmp_path / "two", "train"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["ratio"] == pytest.approx(b["ratio"], rel=1e-4)
+        assert a["tokens"] == b["tokens"]
+    alive = [r["sparsity"]["layer"] for r in metrics(tmp_path / "two", "train")]
+    assert max(alive) > 0.2  # blocks were skipped indeed
+    last = [metrics(tmp_path / name, "train")[-1] for name in ("one", "two")]
+    for mask in last[0]["lambda1"]:
+        assert last[0]["lambda1"][mask] == pytest.approx(last[1]["lambda1"][mask], rel=1e-4)
+
+
+def test_the_model_compiles_without_a_graph_break():
+    config = llama.LlamaConfig(VOCAB, 32, 48, 2, 4, 2, 8)
+    model = llama.Llama(config)
+    model.init_weights(0)
+    tokens = torch.randint(0, VOCAB, (2, T + 1))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(tokens[:, :-1], tokens[:, 1:]), model(tokens[:, :-1], tokens[:, 1:]), atol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_and_names_step_and_domain(
+    data, tmp_path, monkeypatch
+):
+    whole, calls, models = llama.Llama.forward, [], []
+
+    def broken(self, tokens, targets=None, subnetwork=None):
+        loss = whole(self, tokens, targets, subnetwork)
+        if self.training and torch.is_grad_enabled():
+            calls.append(1)
+            if len(calls) == 7:
+                models.append((self, {n: p.detach().clone() for n, p in self.named_parameters()}))
+                return loss * float("nan")
+        return loss
+
+    monkeypatch.setattr(llama.Llama, "forward", broken)
+    with pytest.raises(RunError, match=r"step 6: the loss of (count|pairs|count, pairs) is not finite"):
+        train.main(tiny(data, tmp_path / "r", micro_batch_size=8))
+    model, before = models[0]
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+BAD = [
+    (dict(stage="retrain"), ConfigError, "stage = 'retrain': must be one of"),
+    (dict(mix="robust"), ConfigError, "mix = 'robust': must be one of constant"),
+    (dict(max_steps=0), ConfigError, "max_steps = 0"),
+    (dict(lr=float("nan")), ConfigError, "lr = nan: must be positive"),
+    (dict(sparsity_warmup=99), ConfigError, "sparsity_warmup = 99: must lie in 0 .. max_steps = 40"),
+    (dict(micro_batch_size=3), ConfigError, "batch_size = 8 is not a multiple of micro_batch_size = 3"),
+    (dict(domains=("count", "count")), ConfigError, "'count' is named twice"),
+    (dict(domains=("count", "pears")), DataError, "no domain 'pears'; the data set has count, pairs"),
+    (dict(domains=("count", "pairs"), ratios=(0.5, 0.6)), ConfigError, "ratios sum to 1.1, must sum to 1"),
+    (dict(domains=("count", "pairs"), ratios=(1.0,)), ConfigError, "ratios has 1 values for 2 domains"),
+    (dict(domains=("count", "pairs"), ratios=(1.5, -0.5)), ConfigError, "must all be positive"),
+    (dict(ratios=(0.5, 0.5)), ConfigError, "name domains"),
+    (dict(mix="sheared", dynamic_reference=False), ConfigError, "needs reference_losses"),
+    (dict(seq_len=3000), DataError, "too short for one window of 3001"),
+    (dict(data="nowhere"), DataError, "prepare the data set first"),
+    (dict(n_kv_heads=3), ConfigError, "n_heads = 4 is not a multiple of n_kv_heads = 3"),
+    (dict(head_dim=0), ConfigError, "needs head_dim"),
+    (dict(stage="continue"), ConfigError, "needs init_from"),
+    (dict(stage="continue", init_from="nowhere"), llama.CheckpointError, "not found: init_from must be a folder"),
+    (dict(dtype="float16"), ConfigError, "dtype = 'float16'"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD, ids=[b[2][:40] for b in BAD])
+def test_bad_input_is_refused_in_one_line_before_anything_is_written(change, error, message, data, tmp_path):
+    with pytest.raises(error, match=re.escape(message)) as caught:
+        train.main(dataclasses.replace(tiny(data, tmp_path / "r"), **change))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_target_larger_than_the_source_is_refused(data, source, tmp_path):
+    with pytest.raises(TargetError, match=r"target hidden_size = 33: the source has 32"):
+        train.main(prune_tiny(data, tmp_path / "r", source, hidden_size=33))
+    assert not (tmp_path / "r").exists()
+
+
+def test_an_out_dir_that_holds_a_run_is_left_alone(data, source):
+    before = (source.parent / "metrics.jsonl").read_bytes()
+    with pytest.raises(RunError, match="holds a run already: add --resume"):
+        train.main(tiny(data, source.parent))
+    assert (source.parent / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"hidden_size": 40}, "hidden_size = 32, this run has 40"), ({"seed": 3}, "seed = 17, this run has 3")],
+)
+def test_a_checkpoint_of_another_run_is_refused(change, message, data, source):
+    before = (source.parent / "metrics.jsonl").read_bytes()
+    with pytest.raises(RunError, match=message):
+        train.main(tiny(data, source.parent, resume=True, **change))
+    assert (source.parent / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_shape_is_refused(data, source, tmp_path):
+    run = tmp_path / "r"
+    cfg = tiny(data, run, stage="continue", init_from=str(tmp_path / "m"), max_steps=4)
+    small = llama.Llama(dataclasses.replace(llama.load(source).config, n_layers=1))
+    small.init_weights(0)
+    llama.load(source).save(tmp_path / "m")
+    train.main(cfg)
+    small.save(tmp_path / "m")
+    with pytest.raises(RunError, match=r"has shape .* the model None"):
+        train.main(dataclasses.replace(cfg, resume=True))
+
+
+def test_a_broken_checkpoint_is_refused(data, tmp_path):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/checkpoint.pt").write_bytes(b"PK\x03\x04 not a checkpoint")
+    with pytest.raises(RunError, match="not a readable checkpoint"):
+        train.main(tiny(data, tmp_path / "r", resume=True))
+
+
+@pytest.mark.parametrize("damage", ["magic", "truncated", "token"])
+def test_damaged_shards_stop_the_run_before_its_first_step(damage, data, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for path in data.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    shard = folder / "pairs_train.bin"
+    raw = bytearray(shard.read_bytes())
+    if damage == "magic":
+        raw[0] ^= 1
+    elif damage == "truncated":
+        del raw[-10:]
+    else:
+        raw[-2:] = (VOCAB).to_bytes(2, "little")
+    shard.write_bytes(raw)
+    message = {"magic": "is not that of a token shard", "truncated": "truncated", "token": f"token id {VOCAB}"}[damage]
+    with pytest.raises(DataError, match=rf"pairs_train\.bin.*{message}"):
+        train.main(tiny(folder, tmp_path / "r"))
+    assert not (tmp_path / "r").exists()
+
+
+SOURCES = {  # what each pruning config starts from
+    "models/Llama-2-7b-hf": llama.LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128),
+    "models/Qwen2-7B": llama.LlamaConfig(152064, 3584, 18944, 28, 28, 4, 128, 1e6, 1e-6, qkv_bias=True),
+    "out/demo/pretrain/model": llama.LlamaConfig(4096, 192, 512, 6, 6, 3, 32),
+}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda p: p.name)
+def test_every_config_file_is_a_run_that_could_start(path):
+    cfg = configurator.load(Config, [str(path)])
+    train.check(cfg)
+    assert cfg.batch_size // cfg.micro_batch_size % (1 if "demo" in path.name else 8) == 0
+    if cfg.stage == "prune":
+        shape = {name: getattr(cfg, name) for name in ("hidden_size", "intermediate_size", "n_layers", "n_heads")}
+        target = target_config(SOURCES[cfg.init_from], **shape)
+        assert all(size % 64 == 0 for size in (target.hidden_size, target.intermediate_size))
+
+
+def test_the_demo_prunes_to_about_a_quarter():
+    cfg = configurator.load(Config, [str(ROOT / "config/demo_prune.py")])
+    source = SOURCES[cfg.init_from]
+    shape = {name: getattr(cfg, name) for name in ("hidden_size", "intermediate_size", "n_layers", "n_heads")}
+    with torch.device("meta"):
+        big, small = (llama.Llama(c).n_parameters(embeddings=False) for c in (source, target_config(source, **shape)))
+    assert 0.2 < small / big < 0.3
+    assert all(getattr(target_config(source, **shape), name) < getattr(source, name) for name in shape)
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_the_command_line_ends_bad_input_with_one_line_and_an_error_code(tmp_path):
+    done = run("train.py", "config/demo_pretrain.py", "--max_stpes=10", f"--out_dir={tmp_path / 'r'}")
+    assert done.returncode == 1
+    assert done.stderr == "error: command line: unknown setting 'max_stpes'; did you mean 'max_steps'?\n"
+    assert not (tmp_path / "r").exists()
+
+
+def test_evaluate_prints_loss_perplexity_and_bits_per_byte(data, source, capsys):
+    cfg = evaluate.Config(data=str(data), seq_len=T, sequences=4, device="cpu")
+    evaluate.main(str(source), cfg)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    table = {line[0]: [float(x) for x in line[1:]] for line in lines if line and line[0] in ("count", "pairs")}
+    for loss, perplexity, bits in table.values():
+        assert perplexity == pytest.approx(np.exp(loss), rel=1e-3)
+        assert bits == pytest.approx(loss / np.log(2) / 3, rel=1e-3)
+    assert len(table) == 2
+
+
+def test_metrics_of_a_killed_run_are_read_up_to_the_cut(tmp_path):
+    (tmp_path / "m.jsonl").write_text(json.dumps({"kind": "eval", "step": 0}) + '\n{"kind": "tra')
+    assert train.read_metrics(tmp_path / "m.jsonl") == [{"kind": "eval", "step": 0}]
+    (tmp_path / "m.jsonl").write_text("nonsense\n{}\n")
+    with pytest.raises(RunError, match=r"m\.jsonl:1"):
+        train.read_metrics(tmp_path / "m.jsonl")
