@@ -21,7 +21,7 @@ from data.loader import DomainLoader
 from data.shards import open_shard, write_meta, write_shard
 from dro import Mix
 from model import BlockUnits, Llama, LlamaConfig, Subnetwork, Units
-from prune import LOG_ALPHA_RANGE, Masks, backward_to_masks, extract, subnetwork, target_config
+from prune import LOG_ALPHA_RANGE, PAD, Masks, backward_to_masks, extract, probability_dead, subnetwork, target_config
 from train import read_metrics
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -76,14 +76,15 @@ def masked_dense(z: dict[str, torch.Tensor], c: LlamaConfig) -> Subnetwork:
 
 
 def settled_masks() -> Masks:
-    """Masks as they are at the end of the sparsity warm-up: the target's number of units alive, nearly surely."""
+    """Masks as they are once the sparsity has reached its target: logits at both ends, the expected sparsity right."""
     masks = Masks(SOURCE, target_config(SOURCE, **HALF), seed=0)
     generator = torch.Generator().manual_seed(0)
+    p_dead_low, p_dead_high = probability_dead(torch.tensor(LOG_ALPHA_RANGE)).tolist()
     with torch.no_grad():
         for mask, a in masks.log_alpha.items():
-            dead = round(masks.target_sparsity()[mask] * a.shape[1])
+            share = (masks.target_sparsity()[mask] - p_dead_high) / (p_dead_low - p_dead_high)
             order = torch.rand(a.shape, generator=generator).argsort(dim=1)
-            a.copy_(torch.where(order < dead, *torch.tensor(LOG_ALPHA_RANGE)))
+            a.copy_(torch.where(order < round(share * a.shape[1]), *torch.tensor(LOG_ALPHA_RANGE)))
     return masks
 
 
@@ -118,7 +119,7 @@ def fresh(config: LlamaConfig) -> Llama:
 
 
 def bench_pruning_step(results: dict) -> None:
-    masks, multiple, counter = settled_masks(), 64 if DEVICE == "cuda" else 1, iter(range(10**9))
+    masks, counter = settled_masks(), iter(range(10**9))
     dense, gathered = fresh(SOURCE), fresh(SOURCE)
     small = extract(gathered, masks)
 
@@ -131,7 +132,7 @@ def bench_pruning_step(results: dict) -> None:
 
     ways = {
         "dense": masked(dense, lambda z: masked_dense(z, SOURCE)),
-        "subnetwork": masked(gathered, lambda z: subnetwork(SOURCE, z, DEVICE, multiple)),
+        "subnetwork": masked(gathered, lambda z: subnetwork(SOURCE, z, DEVICE, PAD[DEVICE])),
         "small": training_step(small, lambda x, y: (small(x, y).mean(), None)),
     }
     s = in_turns(ways, 15)

@@ -29,6 +29,7 @@ from model import BlockUnits, Llama, LlamaConfig, Subnetwork, Units
 
 GAMMA, ZETA, BETA = -0.1, 1.1, 2 / 3  # the stretch and the temperature of the hard concrete
 LOG_ALPHA_RANGE = (math.log(0.01), math.log(100.0))
+PAD = {"cpu": 8, "cuda": 64}  # GEMM-friendly multiples to pad what is alive to
 MASK_TYPES = {"hidden": "hidden_size", "head": "n_kv_heads", "intermediate": "intermediate_size", "layer": "n_layers"}
 
 
@@ -69,7 +70,7 @@ def target_config(
     }
     for name, size in asked.items():
         if not 1 <= size <= getattr(source, name):
-            raise ValueError(
+            raise TargetError(
                 f"target {name} = {size}: the source has {getattr(source, name)}, so 1 to that many can be kept"
             )
     group = source.n_heads // source.n_kv_heads

@@ -30,7 +30,7 @@ from data.loader import DomainLoader
 from data.shards import DataError, read_meta
 from dro import MIXES, Mix
 from evaluate import bits_per_byte, evaluate, table
-from prune import Masks, TargetError, backward_to_masks, extract, subnetwork, target_config
+from prune import PAD, Masks, TargetError, backward_to_masks, extract, subnetwork, target_config
 
 BETAS, EPS, CLIP = (0.9, 0.95), 1e-8, 1.0  # of AdamW, for weights, masks and lambdas; gradient norm of the weights
 FINAL_LR = 0.1  # the cosine ends at this share of lr
@@ -259,7 +259,7 @@ def main(cfg: Config) -> dict:
         on_training_loss=cfg.mix_loss == "train",
         reference_loss_M=np.array(cfg.reference_losses) if cfg.reference_losses else None,
     )
-    multiple = 64 if device.startswith("cuda") else 1  # pad what is alive to sizes that tensor cores like
+    multiple = PAD[device.split(":")[0]]
 
     # ---- optimizers: every parameter in exactly one; all share the schedule
     fused = {"betas": BETAS, "eps": EPS, "fused": True}

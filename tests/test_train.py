@@ -57,9 +57,8 @@ def tiny(data, out_dir, **changes):
 
 
 def prune_tiny(data, out_dir, source, **changes):
-    return tiny(
-        data, out_dir, stage="prune", init_from=str(source), mask_lr=0.5, sparsity_warmup=10, **TARGET | changes
-    )
+    prune = dict(stage="prune", init_from=str(source), mask_lr=0.5, sparsity_warmup=10)
+    return tiny(data, out_dir, **(prune | TARGET | changes))
 
 
 @pytest.fixture(scope="session")
@@ -172,7 +171,15 @@ def test_evaluating_more_often_does_not_change_the_training(data, tmp_path):
 
 def test_two_ranks_take_the_same_steps_as_one(data, source, tmp_path):
     """Blocks die on one rank and live on the other here: the layer mask is sampled per micro-batch."""
-    common = dict(max_steps=20, mix="dro", reference_losses=(1.0, 1.5), domains=("count", "pairs"), lr=1e-3)
+    common = dict(
+        max_steps=30,
+        mask_lr=2.0,
+        sparsity_warmup=8,
+        mix="dro",
+        reference_losses=(1.0, 1.5),
+        domains=("count", "pairs"),
+        lr=1e-3,
+    )
     train.main(prune_tiny(data, tmp_path / "one", source, **common))
     two = prune_tiny(data, tmp_path / "two", source, **common)
     arguments = [
