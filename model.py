@@ -113,6 +113,37 @@ class _Select(torch.autograd.Function):
         return grad, None, None
 
 
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up; backward computes silu again: autograd's own would keep it, one (B, T, i) more a layer."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+class _TokenLoss(torch.autograd.Function):
+    """Cross-entropy per token; its gradient is one (B, T, V), where autograd's own path through nll_loss needs two."""
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        log_p = logits.log_softmax(dim=-1)
+        ctx.save_for_backward(log_p, targets[..., None])
+        return -log_p.gather(-1, targets[..., None])[..., 0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        log_p, targets = ctx.saved_tensors
+        p = log_p.exp()
+        p.scatter_add_(-1, targets, -torch.ones_like(targets, dtype=p.dtype))
+        return p.mul_(grad[..., None]), None
+
+
 def select(weight: Tensor, rows: Tensor | None, cols: Tensor | None = None) -> Tensor:
     return weight if rows is None and cols is None else _Select.apply(weight, rows, cols)
 
@@ -205,7 +236,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x: Tensor, u: BlockUnits) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x, u.gate_proj)) * self.up_proj(x, u.up_proj), u.down_proj)
+        return self.down_proj(_SwiGLU.apply(self.gate_proj(x, u.gate_proj), self.up_proj(x, u.up_proj)), u.down_proj)
 
 
 class Block(nn.Module):
@@ -259,9 +290,7 @@ class Llama(nn.Module):
         for block, units in zip(self.layers, s.blocks, strict=True):
             x = block(x, rope, units)
         logits = self.lm_head(self.norm(x, s.norm), s.lm_head)  # (B, T, V)
-        if targets is None:
-            return logits
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        return logits if targets is None else _TokenLoss.apply(logits.float(), targets)
 
     def n_parameters(self, embeddings: bool = True) -> int:
         total = sum(p.numel() for p in self.parameters())
