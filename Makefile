@@ -23,7 +23,7 @@ clean:
 	rm -rf .venv out data/embedded/*.bin data/embedded/meta.json data/embedded/tokenizer.model data/embedded/download
 
 .venv/run: requirements.txt
-	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else f"Python 3.10 to 3.13 is needed and $(PYTHON) is {v[0]}.{v[1]}: call make PYTHON=python3.12")'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else f"Python 3.10 to 3.13 is needed and $(PYTHON) is {v[0]}.{v[1]}: call make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install -q -r requirements.txt
 	touch $@

@@ -190,10 +190,15 @@ def index_sets(c: LlamaConfig, z: dict[str, Tensor], multiple: int) -> dict:
     return sets
 
 
+def to_device(tensor: Tensor, device: str) -> Tensor:
+    """A copy that the host does not wait for: from pinned memory, where the device is not the CPU."""
+    return tensor if device == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
 def in_one_copy(arrays: dict, device: str) -> dict:
     if not arrays:
         return {}
-    flat = torch.from_numpy(np.concatenate(list(arrays.values()))).to(device, non_blocking=True)
+    flat = to_device(torch.from_numpy(np.concatenate(list(arrays.values()))), device)
     return dict(zip(arrays, flat.split([len(a) for a in arrays.values()]), strict=True))
 
 
@@ -207,7 +212,7 @@ def subnetwork(config: LlamaConfig, z: dict[str, Tensor], device: str = "cpu", m
     """
     values = {mask: v.detach() for mask, v in z.items()}
     z_flat = torch.cat([v.flatten() for v in z.values()]) if z else torch.empty(0)
-    z_device = z_flat.detach().to(device, non_blocking=True).requires_grad_(z_flat.requires_grad)
+    z_device = to_device(z_flat.detach(), device).requires_grad_(z_flat.requires_grad)
     parts = z_device.split([v.numel() for v in z.values()]) if z else ()
     rows = {mask: part.view_as(v).unbind() for (mask, v), part in zip(z.items(), parts, strict=True)}
     index = in_one_copy(index_sets(config, values, multiple), device)

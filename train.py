@@ -30,10 +30,11 @@ from data.loader import DomainLoader
 from data.shards import DataError, read_meta
 from dro import MIXES, Mix
 from evaluate import bits_per_byte, evaluate, table
-from prune import PAD, Masks, TargetError, backward_to_masks, extract, subnetwork, target_config
+from prune import PAD, Masks, TargetError, backward_to_masks, extract, subnetwork, target_config, to_device
 
 BETAS, EPS, CLIP = (0.9, 0.95), 1e-8, 1.0  # of AdamW, for weights, masks and lambdas; gradient norm of the weights
 FINAL_LR = 0.1  # the cosine ends at this share of lr
+DEGENERATE = 0.9  # a ratio above this is warned about: near one-hot mixes are the field's best-known failure
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,31 @@ def build_model(cfg: Config, vocab_size: int) -> llama.Llama:
     return model
 
 
+def snapshot(model, optimizers, masks: Masks | None, mix: Mix, loader: DomainLoader) -> dict:
+    return {
+        "model": model.state_dict(),
+        "optimizers": [o.state_dict() for o in optimizers],
+        "masks": masks.state_dict() if masks else None,
+        "mix": mix.state_dict(),
+        "loader": loader.state_dict(),
+    }
+
+
+def restore(state: dict, path: Path, model, optimizers, masks: Masks | None, mix: Mix, loader: DomainLoader) -> None:
+    """What snapshot took, put back. Raises RunError naming the first tensor of another shape."""
+    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    for name, tensor in state["model"].items():
+        if shapes.get(name) != tuple(tensor.shape):
+            raise RunError(f"{path}: {name} has shape {tuple(tensor.shape)}, the model {shapes.get(name)}")
+    model.load_state_dict(state["model"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    if masks:
+        masks.load_state_dict(state["masks"])
+    mix.load_state_dict(state["mix"])
+    loader.load_state_dict(state["loader"])
+
+
 def save_checkpoint(path: Path, state: dict) -> None:
     beside = path.with_suffix(".tmp")
     with open(beside, "wb") as f:
@@ -167,6 +193,8 @@ def load_checkpoint(path: Path, cfg: Config) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise RunError(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
+    if not isinstance(state, dict) or not {"config", "step", "tokens_M", "model", "optimizers"} <= set(state):
+        raise RunError(f"{path}: not a checkpoint of train.py")
     free = {"resume", "out_dir", "device", "compile", "log_interval", "save_interval"}
     for name, value in asdict(cfg).items():
         if name not in free and state["config"].get(name) != value:
@@ -274,19 +302,7 @@ def main(cfg: Config) -> dict:
     # ---- resume
     step, tokens_M = 0, np.zeros(len(domains))
     if state:
-        shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-        for name, tensor in state["model"].items():
-            if shapes.get(name) != tuple(tensor.shape):
-                raise RunError(
-                    f"{checkpoint_path}: {name} has shape {tuple(tensor.shape)}, the model {shapes.get(name)}"
-                )
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        if masks:
-            masks.load_state_dict(state["masks"])
-        mix.load_state_dict(state["mix"])
-        train.load_state_dict(state["loader"])
+        restore(state, checkpoint_path, model, optimizers, masks, mix, train)
         step, tokens_M = state["step"], np.array(state["tokens_M"])
     compiled = torch.compile(model) if cfg.compile else model
     network = compiled
@@ -348,6 +364,8 @@ def main(cfg: Config) -> dict:
                 with warnings.catch_warnings(record=True) as caught:
                     warnings.simplefilter("always")
                     mix.update(loss_M, tokens_M, step / cfg.max_steps, *sparsity)
+                    if mix.ratio_M.max() > DEGENERATE:
+                        warnings.warn(f"the mix is nearly one domain: {mix.ratio_M.round(3).tolist()}", stacklevel=1)
                 for warning in caught:
                     say(f"warning: step {step}: {warning.message}")
             evaluated = log({
@@ -361,12 +379,15 @@ def main(cfg: Config) -> dict:
             break
 
         start = time.perf_counter()
+        epoch_M = train.epoch_M.copy()
         batch = train.next_batch(step, mix.ratio_M, cfg.batch_size)
+        for m in np.flatnonzero(train.epoch_M != epoch_M):
+            say(f"step {step}: domain {domains[m]} begins epoch {train.epoch_M[m] + 1}: its text again, in a new order")
         loss_sum_M = torch.zeros(len(domains), dtype=torch.float64, device=device)
         samples = []
         for i in range(rank, n_micro_batches, world_size):
             rows = batch[i * cfg.micro_batch_size : (i + 1) * cfg.micro_batch_size]
-            tokens = torch.from_numpy(train.read(rows)).to(device, non_blocking=True).long()  # (B, T + 1)
+            tokens = to_device(torch.from_numpy(train.read(rows)), device).long()  # (B, T + 1)
             alive = None
             if masks:
                 alive = subnetwork(model.config, masks.sample(cfg.seed, step, i), device, multiple)
@@ -423,11 +444,10 @@ def main(cfg: Config) -> dict:
                 + (f", sparsity {masks.overall_sparsity():.3f}" if masks else "")
             )
         if chief and (step % cfg.save_interval == 0 or step == cfg.max_steps):
-            save_checkpoint(checkpoint_path, {
-                "config": asdict(cfg), "step": step, "tokens_M": tokens_M.tolist(), "model": model.state_dict(),
-                "optimizers": [o.state_dict() for o in optimizers], "masks": masks.state_dict() if masks else None,
-                "mix": mix.state_dict(), "loader": train.state_dict(),
-            })  # fmt: skip
+            state = snapshot(model, optimizers, masks, mix, train)
+            save_checkpoint(
+                checkpoint_path, {"config": asdict(cfg), "step": step, "tokens_M": tokens_M.tolist(), **state}
+            )
 
     # ---- what the stage leaves: the model itself, or the target extracted from it
     bar.close()
@@ -450,6 +470,7 @@ def main(cfg: Config) -> dict:
         say(f"model written to {out_dir / 'model'}")
     if world_size > 1:
         dist.barrier()
+        dist.destroy_process_group()
     return evaluated
 
 
@@ -458,6 +479,3 @@ if __name__ == "__main__":
         main(configurator.load(Config, sys.argv[1:]))
     except (ConfigError, DataError, llama.CheckpointError, TargetError, RunError) as error:
         sys.exit(f"error: {error}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()

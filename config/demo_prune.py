@@ -16,4 +16,4 @@ lr_warmup = 10
 mask_lr = 0.5  # the paper's 1.0 has 3,200 steps to settle in
 sparsity_warmup = 60
 eval_interval = 10  # 16 evaluations
-eval_sequences = 4  # 4 * 256 tokens a domain: evaluation must stay under a tenth of the stage
+eval_sequences = 3  # 3 * 256 tokens a domain: evaluation must stay under a tenth of the stage

@@ -170,7 +170,7 @@ def test_evaluating_more_often_does_not_change_the_training(data, tmp_path):
 
 
 def test_two_ranks_take_the_same_steps_as_one(data, source, tmp_path):
-    """Blocks die on one rank and live on the other here: the layer mask is sampled per micro-batch."""
+    """Blocks die on one rank and live on the other: the layer mask is sampled per micro-batch, two a rank and step."""
     common = dict(
         max_steps=30,
         mask_lr=2.0,
@@ -205,6 +205,24 @@ def test_two_ranks_take_the_same_steps_as_one(data, source, tmp_path):
     last = [metrics(tmp_path / name, "train")[-1] for name in ("one", "two")]
     for mask in last[0]["lambda1"]:
         assert last[0]["lambda1"][mask] == pytest.approx(last[1]["lambda1"][mask], rel=1e-4)
+
+
+def test_bfloat16_prunes_like_float32(data, source, pruned, tmp_path):
+    record = train.main(prune_tiny(data, tmp_path / "r", source, dtype="bfloat16"))
+    assert np.allclose(record["val_loss"], pruned[1]["val_loss"], atol=0.1)
+
+
+def test_a_second_epoch_is_said_once_per_domain(data, tmp_path, capsys):
+    train.main(tiny(data, tmp_path / "r", domains=("pairs",), batch_size=128, micro_batch_size=128, max_steps=20))
+    out = capsys.readouterr().out
+    assert out.count("domain pairs begins epoch 2") == 1
+    assert "begins epoch 4" not in out  # 20 * 128 windows of the 1,176 there are
+
+
+def test_a_mix_of_nearly_one_domain_is_warned_about(data, tmp_path, capsys):
+    losses = dict(domains=("count", "pairs"), reference_losses=(1e-3, 9.0), dynamic_reference=False)
+    train.main(tiny(data, tmp_path / "r", mix="sheared", max_steps=20, **losses))
+    assert "warning: step 10: the mix is nearly one domain" in capsys.readouterr().out
 
 
 def test_the_model_compiles_without_a_graph_break():
