@@ -102,7 +102,7 @@ def training_step(model, forward: Callable, masks: Masks | None = None) -> Calla
         loss, after = forward(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
         if masks:
-            backward_to_masks(after)
+            backward_to_masks([after])
             masks.lagrangian(1.0).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer in optimizers:

@@ -38,7 +38,7 @@ def _from_file(path: str, hints: dict) -> dict:
         raise ConfigError(f"{path}: no such config file")
     try:
         names = runpy.run_path(path)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"{path}: cannot be run: {type(error).__name__}: {error}") from error
     settings = {name: value for name, value in names.items() if not name.startswith("_")}
     for name, value in settings.items():
@@ -60,7 +60,9 @@ def _parsed(name: str, text: str, kind: type, has_value: bool):
     if kind is bool:
         value = {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
     elif typing.get_origin(kind) is tuple:
-        value = tuple(_number_or_text(part.strip()) for part in text.split(",")) if text else ()
+        of_text = typing.get_args(kind)[0] is str
+        parts = [part.strip() for part in text.split(",")] if text else []
+        value = tuple(part if of_text else _number_or_text(part) for part in parts)
     else:
         value = text if kind is str else _number_or_text(text)
     return _typed(name, value, kind, "command line")

@@ -160,12 +160,13 @@ class Mix:
     train_loss_M: np.ndarray = field(init=False)  # moving average of the training loss, before bias correction
     train_weight_M: np.ndarray = field(init=False)  # and the weight it holds, for the correction
     history: list = field(default_factory=list)  # [tokens_M, loss_M, sparsity] of each evaluation
-    fitted: bool = False
+    fitted: list = field(init=False)  # has the domain's reference loss come from its own law yet
 
     def __post_init__(self) -> None:
         if self.kind not in MIXES:
             raise ValueError(f"mix = {self.kind!r}: must be one of {', '.join(MIXES)}")
         M = len(self.domains)
+        self.fitted = [False] * M
         self.initial_ratio_M = _checked(self.initial_ratio_M)[0]
         self.ratio_M, self.reference_ratio_M = self.initial_ratio_M.copy(), self.initial_ratio_M.copy()
         self.loss_M, self.train_loss_M, self.train_weight_M = np.full(M, np.nan), np.zeros(M), np.zeros(M)
@@ -191,11 +192,13 @@ class Mix:
         progress: float,
         sparsity: float = 0.0,
         final_sparsity: float = 0.0,
+        record: bool = True,
     ) -> None:
         """Take in one evaluation and choose the next ratios.
 
         loss_M: validation loss, nats. tokens_M: training tokens of each domain so far. progress: step / max_steps.
         sparsity, final_sparsity: overall expected sparsity now and at the end (0: nothing is pruned).
+        record: whether the scaling law is to see this evaluation.
         A loss that is not finite leaves its domain at the last one, with a warning.
         """
         for domain in np.array(self.domains)[~np.isfinite(loss_M)]:
@@ -203,7 +206,7 @@ class Mix:
         self.loss_M = np.where(np.isfinite(loss_M), loss_M, self.loss_M)
         if not np.isfinite(self.loss_M).all():
             return  # some domain has never had a loss: nothing to compare yet
-        if self.dynamic_reference:
+        if self.dynamic_reference and record:
             self._predict_reference(tokens_M, progress, sparsity, final_sparsity)
         if self.kind == "constant" or self.reference_loss_M is None:
             return
@@ -232,7 +235,9 @@ class Mix:
         points = [self.history[i] for i in spread_out]
         tokens_PM, loss_PM, sparsity_P = (np.array(column) for column in zip(*points, strict=True))
         with_sparsity = final_sparsity > 0
-        reference_M = np.array(self.loss_M if self.reference_loss_M is None else self.reference_loss_M)
+        M = len(self.domains)
+        before_M = np.full(M, np.nan) if self.reference_loss_M is None else self.reference_loss_M
+        reference_M = before_M.copy()
         for m, domain in enumerate(self.domains):
             try:
                 law = refloss.fit(tokens_PM[:, m], loss_PM[:, m], sparsity_P if with_sparsity else None)
@@ -240,10 +245,14 @@ class Mix:
                 warnings.warn(f"domain {domain}: no scaling law, its reference loss stays: {error}", stacklevel=3)
                 continue
             reference_M[m] = law.predict(tokens_M[m] / progress, final_sparsity if with_sparsity else None)
-        if self.clip_reference:
-            lowest_M = np.min([loss for _, loss, _ in self.history], axis=0)
-            reference_M = np.minimum(reference_M, self.reference_loss_M if self.fitted else lowest_M)
-        self.reference_loss_M, self.fitted = reference_M, True
+            if self.clip_reference:
+                lowest = before_M[m] if self.fitted[m] else min(loss_M[m] for _, loss_M, _ in self.history)
+                reference_M[m] = min(reference_M[m], lowest)
+            self.fitted[m] = True
+        if np.isfinite(reference_M).all():
+            self.reference_loss_M = reference_M
+        else:  # a domain has neither a given nor a predicted reference: the mix waits
+            self.fitted = [False] * M
 
     def state_dict(self) -> dict:
         state = {
@@ -251,7 +260,7 @@ class Mix:
             for name in ("ratio_M", "reference_ratio_M", "loss_M", "train_loss_M", "train_weight_M")
         }
         reference = None if self.reference_loss_M is None else self.reference_loss_M.tolist()
-        return {**state, "reference_loss_M": reference, "history": self.history, "fitted": self.fitted}
+        return {**state, "reference_loss_M": reference, "history": list(self.history), "fitted": list(self.fitted)}
 
     def load_state_dict(self, state: dict) -> None:
         if len(state["ratio_M"]) != len(self.domains):

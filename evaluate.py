@@ -36,7 +36,7 @@ def evaluate(model, val: DomainLoader, n_sequences: int, batch_size: int, device
             loss_sum_M[m] += model(tokens[:, :-1], tokens[:, 1:], subnetwork).double().sum()
     if world_size > 1:
         dist.all_reduce(loss_sum_M)
-        dist.broadcast(loss_sum_M, src=0)
+        dist.broadcast(loss_sum_M, src=0)  # to the last bit the same everywhere: the mix hangs on it
     return loss_sum_M.cpu().numpy() / np.array([len(rows) * val.seq_len for rows in batches])
 
 
@@ -57,6 +57,14 @@ def table(domains: tuple[str, ...], columns: dict[str, np.ndarray]) -> str:
     return "\n".join(lines)
 
 
+def check_device(device: str) -> None:
+    """Raises ConfigError for a device that is not there."""
+    if device not in ("cpu", "cuda"):
+        raise configurator.ConfigError(f"device = {device!r}: must be cpu or cuda (CUDA_VISIBLE_DEVICES chooses which)")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise configurator.ConfigError("device = 'cuda': this machine or this build of torch has no CUDA")
+
+
 @dataclass(frozen=True)
 class Config:
     data: str = "data/embedded"  # folder of a prepared data set
@@ -68,6 +76,10 @@ class Config:
 
 
 def main(folder: str, cfg: Config) -> None:
+    for name in ("seq_len", "sequences", "batch_size"):
+        if getattr(cfg, name) < 1:
+            raise configurator.ConfigError(f"{name} = {getattr(cfg, name)}: must be at least 1")
+    check_device(cfg.device)
     model = llama.load(folder, cfg.device).eval()
     domains = cfg.domains or tuple(read_meta(cfg.data)["domains"])
     val = DomainLoader(cfg.data, domains, cfg.seq_len, seed=0, split="val")

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class CheckpointError(ValueError):
@@ -39,15 +40,21 @@ class LlamaConfig:
     norm_eps: float = 1e-5
     qkv_bias: bool = False
     tied_embeddings: bool = False
+    max_position_embeddings: int = 2048  # this and the two below are only carried along, for the tools that load us
+    bos_token_id: int | None = None
+    eos_token_id: int | list | None = None
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            if f.type is int and getattr(self, f.name) < 1:
-                raise ValueError(f"{f.name} = {getattr(self, f.name)}: must be at least 1")
+            if f.type is int and (type(getattr(self, f.name)) is not int or getattr(self, f.name) < 1):
+                raise ValueError(f"{f.name} = {getattr(self, f.name)!r}: must be a whole number of at least 1")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads = {self.n_heads} is not a multiple of n_kv_heads = {self.n_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim = {self.head_dim} must be even: RoPE turns pairs")
+        for name in ("rope_theta", "norm_eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be positive")
 
 
 @dataclass(frozen=True)
@@ -266,6 +273,7 @@ class Llama(nn.Module):
         if config.tied_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.everything = Subnetwork([BlockUnits()] * config.n_layers)
+        self.checkpoint_activations = False  # keep only each block's input and compute the block again in backward
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -288,7 +296,10 @@ class Llama(nn.Module):
         rope = rope_tables(tokens.shape[1], self.config.head_dim, self.config.rope_theta, tokens.device)
         x = self.embed_tokens(tokens, s.embed_tokens)  # (B, T, d)
         for block, units in zip(self.layers, s.blocks, strict=True):
-            x = block(x, rope, units)
+            if self.checkpoint_activations:
+                x = checkpoint(block, x, rope, units, use_reentrant=False)
+            else:
+                x = block(x, rope, units)
         logits = self.lm_head(self.norm(x, s.norm), s.lm_head)  # (B, T, V)
         return logits if targets is None else _TokenLoss.apply(logits.float(), targets)
 
@@ -320,6 +331,9 @@ HF_NAMES = {  # ours: Hugging Face's
     "rope_theta": "rope_theta",
     "norm_eps": "rms_norm_eps",
     "tied_embeddings": "tie_word_embeddings",
+    "max_position_embeddings": "max_position_embeddings",
+    "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_id",
 }
 
 
@@ -339,7 +353,7 @@ def read_config(folder: str | Path) -> LlamaConfig:
     """config.json of a Hugging Face Llama or Qwen2 folder. Raises CheckpointError for what model.py cannot run."""
     path = Path(folder, "config.json")
     if not path.is_file():
-        raise CheckpointError(f"{path}: not found: init_from must be a folder in Hugging Face format")
+        raise CheckpointError(f"{path}: not found: a model is a folder in Hugging Face format")
     try:
         theirs = json.loads(path.read_text())
         arch = theirs["architectures"][0]
@@ -348,6 +362,10 @@ def read_config(folder: str | Path) -> LlamaConfig:
     if arch not in ("LlamaForCausalLM", "Qwen2ForCausalLM"):
         raise CheckpointError(f"{path}: architecture {arch} is not supported; Llama and Qwen2 are")
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"{path}: rope_scaling is {rope!r}, expected an object")
+    if theirs.get("hidden_act", "silu") != "silu":
+        raise CheckpointError(f"{path}: hidden_act {theirs['hidden_act']!r} is not supported; silu is")
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise CheckpointError(f"{path}: RoPE scaling {rope} is not supported")
     if arch == "LlamaForCausalLM" and (theirs.get("attention_bias") or theirs.get("mlp_bias")):
@@ -358,7 +376,7 @@ def read_config(folder: str | Path) -> LlamaConfig:
     values.setdefault("rope_theta", rope.get("rope_theta", 10_000.0))
     values.setdefault("n_kv_heads", values.get("n_heads"))
     if "head_dim" not in values and values.get("n_heads"):
-        values["head_dim"] = values.get("hidden_size", 0) // values["n_heads"]
+        values["head_dim"] = int(values.get("hidden_size", 0)) // int(values["n_heads"])
     try:
         return LlamaConfig(qkv_bias=arch == "Qwen2ForCausalLM", **values)
     except (TypeError, ValueError) as error:

@@ -1,7 +1,7 @@
 """Figures from metrics.jsonl alone; several runs are laid over each other, and a run may still be going on.
 
     python plot.py out/demo/prune                     # figures into that folder
-    python plot.py out/a out/b out/c --out=out/compare
+    python plot.py out/a out/b out/c --out=out/compare    # several runs need a folder of their own
 
 loss.png: validation loss of each domain, its reference loss, and the moving training loss. mix.png: the ratio of each
 domain and its reference ratio. sparsity.png: expected against target sparsity of each mask, and the multipliers.
@@ -10,7 +10,7 @@ step_time.png: milliseconds a step, evaluation apart.
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib
@@ -161,6 +161,10 @@ def plot_step_time(runs: list[Run], out: Path) -> Path:
 def plot(folders: list[str], out: str | Path) -> list[Path]:
     """Draw every figure the runs have data for; returns their paths."""
     runs, out = [read_run(folder) for folder in folders], Path(out)
+    for depth in range(2, 9):  # out/a/prune and out/b/prune: as much of the path as tells them apart
+        if len({run.name for run in runs}) < len(runs):
+            names = ["/".join(Path(folder).parts[-depth:]) for folder in folders]
+            runs = [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
     out.mkdir(parents=True, exist_ok=True)
     figures = [plot_loss(runs, out), plot_mix(runs, out), plot_sparsity(runs, out), plot_step_time(runs, out)]
     return [path for path in figures if path]
@@ -169,7 +173,7 @@ def plot(folders: list[str], out: str | Path) -> list[Path]:
 if __name__ == "__main__":
     runs = [a for a in sys.argv[1:] if not a.startswith("--")]
     options = dict(a[2:].partition("=")[::2] for a in sys.argv[1:] if a.startswith("--"))
-    if not runs or set(options) - {"out"}:
+    if not runs or set(options) - {"out"} or "" in options.values() or (len(runs) > 1 and "out" not in options):
         sys.exit(__doc__)
     try:
         print(*plot(runs, options.get("out", runs[0])), sep="\n")

@@ -14,7 +14,7 @@ A type exists exactly where the target is smaller than the source. Masks live on
 and deciding them there costs the device no synchronisation.
 
 Sources: Louizos et al. 2018 (arXiv 1712.01312) for the hard concrete, Xia et al. 2024 (arXiv 2310.06694) for the
-Lagrangian, and METHOD equations as quoted in the functions. Suffixes: j mask type, R rows, U units of a row.
+Lagrangian; the equations stand in the functions. Suffixes: j mask type, R rows, U units of a row.
 """
 
 import math
@@ -29,6 +29,7 @@ from model import BlockUnits, Llama, LlamaConfig, Subnetwork, Units
 
 GAMMA, ZETA, BETA = -0.1, 1.1, 2 / 3  # the stretch and the temperature of the hard concrete
 LOG_ALPHA_RANGE = (math.log(0.01), math.log(100.0))
+MASK_KEY = 2  # apart from the loader's draws, whose key begins with another number
 PAD = {"cpu": 8, "cuda": 64}  # GEMM-friendly multiples to pad what is alive to
 MASK_TYPES = {"hidden": "hidden_size", "head": "n_kv_heads", "intermediate": "intermediate_size", "layer": "n_layers"}
 
@@ -108,7 +109,7 @@ class Masks(nn.Module):
 
     def sample(self, seed: int, step: int, micro_batch: int) -> dict[str, Tensor]:
         """A fresh z for every mask type: a function of the key (seed, step, index in the global batch) alone."""
-        rng = np.random.default_rng((seed, step, micro_batch))
+        rng = np.random.default_rng((MASK_KEY, seed, step, micro_batch))
         return {
             mask: hard_concrete(a, torch.from_numpy(rng.uniform(1e-6, 1 - 1e-6, size=a.shape)).to(a.dtype))
             for mask, a in self.log_alpha.items()
@@ -257,9 +258,11 @@ def subnetwork(config: LlamaConfig, z: dict[str, Tensor], device: str = "cpu", m
     )
 
 
-def backward_to_masks(s: Subnetwork) -> None:
-    """Carry the gradient that the loss left at the scales on to log_alpha: the one copy back from the device."""
-    s.z.backward(torch.zeros_like(s.z) if s.z_device.grad is None else s.z_device.grad.cpu())
+def backward_to_masks(samples: list[Subnetwork]) -> None:
+    """Carry the gradients that the losses left at the scales on to log_alpha, in one copy back from the device."""
+    grads = [torch.zeros_like(s.z_device) if s.z_device.grad is None else s.z_device.grad for s in samples]
+    for s, grad in zip(samples, torch.stack(grads).cpu(), strict=True):
+        s.z.backward(grad)
 
 
 @torch.no_grad()

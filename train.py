@@ -27,13 +27,22 @@ import configurator
 import model as llama
 from configurator import ConfigError
 from data.loader import DomainLoader
-from data.shards import DataError, read_meta
+from data.shards import DataError, read_meta, sha256
 from dro import MIXES, Mix
-from evaluate import bits_per_byte, evaluate, table
+from evaluate import bits_per_byte, check_device, evaluate, table
 from prune import PAD, Masks, TargetError, backward_to_masks, extract, subnetwork, target_config, to_device
 
 BETAS, EPS, CLIP = (0.9, 0.95), 1e-8, 1.0  # of AdamW, for weights, masks and lambdas; gradient norm of the weights
 FINAL_LR = 0.1  # the cosine ends at this share of lr
+FREE = {
+    "resume",
+    "out_dir",
+    "device",
+    "compile",
+    "checkpoint_activations",
+    "log_interval",
+    "save_interval",
+}  # on resume
 DEGENERATE = 0.9  # a ratio above this is warned about: near one-hot mixes are the field's best-known failure
 
 
@@ -73,6 +82,7 @@ class Config:
     dynamic_ratio: bool = True  # the reference ratio follows the mix
     reference_losses: tuple[float, ...] = ()  # nats, one a domain; () = the mix waits for the scaling law
     clip_reference: bool = True  # reference losses never rise (as published)
+    law_after_ramp: bool = False  # the law sees only evaluations after sparsity_warmup, where T and S are not collinear
     # evaluation, logs, machine
     eval_interval: int = 50  # steps between evaluations, each of which updates the mix
     eval_sequences: int = 16  # windows a domain
@@ -80,6 +90,7 @@ class Config:
     save_interval: int = 100  # steps between checkpoints
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     dtype: str = "float32"  # float32 | bfloat16 (autocast; weights and optimizer stay float32)
+    checkpoint_activations: bool = False  # compute each block again in backward: less memory, a third more time
     compile: bool = False  # torch.compile; not for prune, whose shapes change with every sample
 
 
@@ -100,6 +111,9 @@ def check(cfg: Config) -> None:
     for name in ("lr", "mask_lr"):
         if not 0 < getattr(cfg, name) < math.inf:
             raise ConfigError(f"{name} = {getattr(cfg, name)}: must be positive")
+    if cfg.seed < 0:
+        raise ConfigError(f"seed = {cfg.seed}: must not be negative")
+    check_device(cfg.device)
     for name in ("lr_warmup", "sparsity_warmup"):
         if not 0 <= getattr(cfg, name) <= cfg.max_steps:
             raise ConfigError(f"{name} = {getattr(cfg, name)}: must lie in 0 .. max_steps = {cfg.max_steps}")
@@ -128,6 +142,12 @@ def check(cfg: Config) -> None:
         raise ConfigError("compile = True: the shapes of pruning change with every mask sample; leave it off")
     asked = {"prune": ("n_layers", "hidden_size", "intermediate_size", "n_heads")}
     asked["pretrain"] = () if cfg.init_from else (*asked["prune"], "n_kv_heads", "head_dim")
+    shape = (*asked["prune"], "n_kv_heads", "head_dim")
+    for name in shape:
+        if getattr(cfg, name) and name not in asked.get(cfg.stage, ()):
+            raise ConfigError(
+                f"{name} = {getattr(cfg, name)}: stage = {cfg.stage!r} takes it from init_from; leave it out"
+            )
     for name in asked.get(cfg.stage, ()):
         if getattr(cfg, name) < 1:
             raise ConfigError(f"stage = {cfg.stage!r} needs {name}")
@@ -141,12 +161,13 @@ def learning_rate(step: int, cfg: Config) -> float:
     return FINAL_LR + (1 - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def build_model(cfg: Config, vocab_size: int) -> llama.Llama:
+def build_model(cfg: Config, meta: dict) -> llama.Llama:
     if cfg.init_from:
         return llama.load(cfg.init_from)
     shape = {f.name: getattr(cfg, f.name) for f in fields(llama.LlamaConfig) if hasattr(cfg, f.name)}
+    carried = {"bos_token_id": meta["bos"], "eos_token_id": meta["eos"], "max_position_embeddings": cfg.seq_len}
     try:
-        model = llama.Llama(llama.LlamaConfig(vocab_size=vocab_size, **shape))
+        model = llama.Llama(llama.LlamaConfig(vocab_size=meta["vocab_size"], **shape, **carried))
     except ValueError as error:
         raise ConfigError(str(error)) from None
     model.init_weights(cfg.seed)
@@ -166,9 +187,10 @@ def snapshot(model, optimizers, masks: Masks | None, mix: Mix, loader: DomainLoa
 def restore(state: dict, path: Path, model, optimizers, masks: Masks | None, mix: Mix, loader: DomainLoader) -> None:
     """What snapshot took, put back. Raises RunError naming the first tensor of another shape."""
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    for name, tensor in state["model"].items():
-        if shapes.get(name) != tuple(tensor.shape):
-            raise RunError(f"{path}: {name} has shape {tuple(tensor.shape)}, the model {shapes.get(name)}")
+    saved_shapes = {name: tuple(t.shape) for name, t in state["model"].items()}
+    for name in sorted(shapes | saved_shapes):
+        if shapes.get(name) != saved_shapes.get(name):
+            raise RunError(f"{path}: {name} has shape {saved_shapes.get(name)}, the model {shapes.get(name)}")
     model.load_state_dict(state["model"])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
@@ -190,16 +212,36 @@ def save_checkpoint(path: Path, state: dict) -> None:
 def load_checkpoint(path: Path, cfg: Config) -> dict:
     """Raises RunError when the file is broken or belongs to a run with other settings."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise RunError(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
-    if not isinstance(state, dict) or not {"config", "step", "tokens_M", "model", "optimizers"} <= set(state):
+    if not isinstance(state, dict) or not {"config", "step", "tokens_M", "data", "model"} <= set(state):
         raise RunError(f"{path}: not a checkpoint of train.py")
-    free = {"resume", "out_dir", "device", "compile", "log_interval", "save_interval"}
-    for name, value in asdict(cfg).items():
-        if name not in free and state["config"].get(name) != value:
-            raise RunError(f"{path}: was written with {name} = {state['config'].get(name)!r}, this run has {value!r}")
+    same_run(state["config"], cfg, path)
     return state
+
+
+def same_run(config: dict, cfg: Config, where: Path) -> None:
+    """Raises RunError where a setting that shapes the run differs from that of the run being resumed."""
+    for name, value in json.loads(json.dumps(asdict(cfg))).items():
+        if name not in FREE and json.loads(json.dumps(config.get(name))) != value:
+            raise RunError(f"{where}: was written with {name} = {config.get(name)!r}, this run has {value!r}")
+
+
+def refuse_other_runs(out_dir: Path, cfg: Config) -> None:
+    """An out_dir belongs to one run: nothing there, or with resume the same run. Raises RunError."""
+    if out_dir.exists() and not out_dir.is_dir():
+        raise RunError(f"{out_dir} is a file: out_dir must be a folder")
+    there = [name for name in ("metrics.jsonl", "checkpoint.pt", "model") if (out_dir / name).exists()]
+    if there and not cfg.resume:
+        raise RunError(f"{out_dir} holds a run already ({', '.join(there)}): add --resume or choose another out_dir")
+    header = [r for r in read_metrics(out_dir / "metrics.jsonl") if r["kind"] == "run"]
+    if header:
+        same_run(header[0]["config"], cfg, out_dir / "metrics.jsonl")
+    elif set(there) - {"metrics.jsonl"}:
+        raise RunError(
+            f"{out_dir} holds {', '.join(there)} but no record of the run that made it: choose another out_dir"
+        )
 
 
 def average_over_ranks(grads: list[torch.Tensor], device: str) -> None:
@@ -213,26 +255,32 @@ def average_over_ranks(grads: list[torch.Tensor], device: str) -> None:
 
 def read_metrics(path: Path) -> list[dict]:
     """The records of a metrics.jsonl; a last line that a killed run has cut is left out. Raises RunError."""
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_bytes().splitlines() if path.exists() else []
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise RunError(f"{path}:{number}: not a JSON object") from None
+            record = json.loads(line)
+        except ValueError:  # of UTF-8 or of JSON
+            if number == len(lines):
+                break
+            record = None
+        if not isinstance(record, dict) or "kind" not in record or ("step" not in record and record["kind"] != "run"):
+            raise RunError(f"{path}:{number}: not a record of a run")
+        records.append(record)
     return records
 
 
 def keep_metrics_before(path: Path, step: int) -> None:
     """Drop what the run will write again: steps after the checkpoint, evaluations from it on; all of it at step 0."""
     kept = [r for r in read_metrics(path) if step and (r["kind"] == "run" or r["step"] < step + (r["kind"] == "train"))]
-    path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+    beside = path.with_suffix(".tmp")
+    beside.write_text("".join(json.dumps(r) + "\n" for r in kept))
+    os.replace(beside, path)
 
 
 def plain(value):
-    """An array as JSON takes it: a list, None where a domain has no number."""
-    return [None if math.isnan(x) else x for x in value.tolist()] if isinstance(value, np.ndarray) else value
+    """An array as JSON takes it: a list, None where a domain has no finite number."""
+    return [x if math.isfinite(x) else None for x in value.tolist()] if isinstance(value, np.ndarray) else value
 
 
 def main(cfg: Config) -> dict:
@@ -257,26 +305,32 @@ def main(cfg: Config) -> dict:
     # ---- an out_dir belongs to one run
     out_dir = Path(cfg.out_dir)
     checkpoint_path, metrics_path = out_dir / "checkpoint.pt", out_dir / "metrics.jsonl"
-    if metrics_path.exists() and not cfg.resume:
-        raise RunError(f"{out_dir} holds a run already: add --resume to go on with it, or choose another out_dir")
-    state = load_checkpoint(checkpoint_path, cfg) if cfg.resume and checkpoint_path.exists() else None
+    refuse_other_runs(out_dir, cfg)
+    state = load_checkpoint(checkpoint_path, cfg) if checkpoint_path.exists() else None
 
     # ---- data
-    meta = read_meta(cfg.data)
+    meta, data_sha256 = read_meta(cfg.data), sha256(Path(cfg.data, "meta.json"))
     domains = cfg.domains or tuple(meta["domains"])
     train = DomainLoader(cfg.data, domains, cfg.seq_len, cfg.seed, "train")
     val = DomainLoader(cfg.data, domains, cfg.seq_len, cfg.seed, "val")
-    size_M = np.array([meta["domains"][d]["train"]["tokens"] for d in domains], dtype=float)
-    initial_ratio_M = np.array(cfg.ratios) if cfg.ratios else size_M / size_M.sum()
+    initial_ratio_M = np.array(cfg.ratios) if cfg.ratios else train.size_M / train.size_M.sum()
+
+    if state and state["data"] != data_sha256:
+        raise RunError(f"{checkpoint_path}: {cfg.data} is not the data it was written with: it was prepared anew since")
 
     # ---- model, masks, mix
-    model = build_model(cfg, train.vocab_size).to(device)
+    say(f"{cfg.stage}: building the model" + (f" from {cfg.init_from}" if cfg.init_from else ""))
+    model = build_model(cfg, meta).to(device)
     if train.vocab_size > model.config.vocab_size:
         raise DataError(f"{cfg.data}: vocabulary of {train.vocab_size}, the model's has {model.config.vocab_size}")
+    model.checkpoint_activations = cfg.checkpoint_activations
     masks = None
     if cfg.stage == "prune":
         shape = {name: getattr(cfg, name) for name in ("hidden_size", "intermediate_size", "n_layers", "n_heads")}
         masks = Masks(model.config, target_config(model.config, **shape), cfg.seed)
+        for name in ("hidden_size", "intermediate_size"):
+            if shape[name] % 64:
+                say(f"warning: target {name} = {shape[name]} is not a multiple of 64: GPUs run such shapes slowly")
     mix = Mix(
         domains,
         initial_ratio_M,
@@ -303,11 +357,13 @@ def main(cfg: Config) -> dict:
     step, tokens_M = 0, np.zeros(len(domains))
     if state:
         restore(state, checkpoint_path, model, optimizers, masks, mix, train)
-        step, tokens_M = state["step"], np.array(state["tokens_M"])
+        step, tokens_M, state = state["step"], np.array(state["tokens_M"]), None  # the memory it maps is free again
     compiled = torch.compile(model) if cfg.compile else model
     network = compiled
     if world_size > 1:  # a block may be alive on one rank and not on another: let DDP look for what took no part
-        network = DistributedDataParallel(compiled, find_unused_parameters=masks is not None)
+        network = DistributedDataParallel(
+            compiled, find_unused_parameters=masks is not None, gradient_as_bucket_view=True
+        )
 
     # ---- logs
     if chief:
@@ -325,7 +381,7 @@ def main(cfg: Config) -> dict:
     say(f"{cfg.stage}: {n_parameters['all']:,} parameters, {n_parameters['non_embedding']:,} of them not embeddings")
     say(configurator.described(cfg))
     if cfg.resume:
-        say(f"resumed at step {step}" if state else f"{out_dir} holds no checkpoint: starting at step 0")
+        say(f"resumed at step {step}" if step else f"{out_dir} holds no checkpoint: starting at step 0")
     if chief and not metrics_path.stat().st_size:
         versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
         log({"kind": "run", "config": asdict(cfg), "domains": list(domains), "n_parameters": n_parameters,
@@ -363,8 +419,9 @@ def main(cfg: Config) -> dict:
                 sparsity = (masks.overall_sparsity(), masks.overall_target()) if masks else ()
                 with warnings.catch_warnings(record=True) as caught:
                     warnings.simplefilter("always")
-                    mix.update(loss_M, tokens_M, step / cfg.max_steps, *sparsity)
-                    if mix.ratio_M.max() > DEGENERATE:
+                    record = ramp == 1.0 or not cfg.law_after_ramp
+                    mix.update(loss_M, tokens_M, step / cfg.max_steps, *sparsity, record=record)
+                    if mix.ratio_M.max() > max(DEGENERATE, initial_ratio_M.max()):
                         warnings.warn(f"the mix is nearly one domain: {mix.ratio_M.round(3).tolist()}", stacklevel=1)
                 for warning in caught:
                     say(f"warning: step {step}: {warning.message}")
@@ -388,6 +445,7 @@ def main(cfg: Config) -> dict:
         for i in range(rank, n_micro_batches, world_size):
             rows = batch[i * cfg.micro_batch_size : (i + 1) * cfg.micro_batch_size]
             tokens = to_device(torch.from_numpy(train.read(rows)), device).long()  # (B, T + 1)
+            domain_B = to_device(torch.from_numpy(rows.domain_N), device)
             alive = None
             if masks:
                 alive = subnetwork(model.config, masks.sample(cfg.seed, step, i), device, multiple)
@@ -397,19 +455,17 @@ def main(cfg: Config) -> dict:
                 with autocast:
                     loss_BT = network(tokens[:, :-1], tokens[:, 1:], alive)
                 (loss_BT.mean() * world_size / n_micro_batches).backward()  # DDP divides by world_size
-            domain_B = torch.from_numpy(rows.domain_N).to(device)
             loss_sum_M.index_add_(0, domain_B, loss_BT.detach().double().sum(dim=1))
         if world_size > 1:
             dist.all_reduce(loss_sum_M)
         if masks:
-            for alive in samples:
-                backward_to_masks(alive)
+            backward_to_masks(samples)
             if world_size > 1:
                 average_over_ranks([a.grad for a in masks.log_alpha.values()], device)
             masks.lagrangian(ramp).backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
 
-        loss_sum_M = loss_sum_M.cpu().numpy()  # the step's one wait for the device
+        loss_sum_M = loss_sum_M.cpu().numpy()  # the host waits for the device here, and before for the masks' gradients
         count_M = np.bincount(batch.domain_N, minlength=len(domains)) * cfg.seq_len
         bad = [d for d, x in zip(domains, loss_sum_M, strict=True) if not math.isfinite(x)]
         if bad or not math.isfinite(grad_norm):
@@ -444,10 +500,8 @@ def main(cfg: Config) -> dict:
                 + (f", sparsity {masks.overall_sparsity():.3f}" if masks else "")
             )
         if chief and (step % cfg.save_interval == 0 or step == cfg.max_steps):
-            state = snapshot(model, optimizers, masks, mix, train)
-            save_checkpoint(
-                checkpoint_path, {"config": asdict(cfg), "step": step, "tokens_M": tokens_M.tolist(), **state}
-            )
+            run = {"config": asdict(cfg), "data": data_sha256, "step": step, "tokens_M": tokens_M.tolist()}
+            save_checkpoint(checkpoint_path, run | snapshot(model, optimizers, masks, mix, train))
 
     # ---- what the stage leaves: the model itself, or the target extracted from it
     bar.close()
@@ -478,4 +532,6 @@ if __name__ == "__main__":
     try:
         main(configurator.load(Config, sys.argv[1:]))
     except (ConfigError, DataError, llama.CheckpointError, TargetError, RunError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+    except KeyboardInterrupt:
+        sys.exit("stopped: the same command with --resume goes on from the last checkpoint")

@@ -1,6 +1,7 @@
 """The 1.3B of config/prune.py, trained on:  torchrun --nproc_per_node=8 train.py config/continue.py
 
-1.35 B parameters * 16 bytes = 22 GB of state a rank. Per GPU: 256 sequences / 8 ranks = 8 micro-batches of 4.
+1.35 B parameters * 16 bytes = 22 GB of state a rank, and activations of some 30 GB at micro-batches of 2.
+Per GPU: 256 sequences / 8 ranks = 16 micro-batches of 2.
 """
 
 stage = "continue"
@@ -11,7 +12,7 @@ domains = ("cc", "github", "book", "stackexchange", "wiki", "arxiv", "c4")
 ratios = (0.67, 0.045, 0.045, 0.02, 0.045, 0.025, 0.15)
 seq_len = 4096
 batch_size = 256  # 256 * 4096 = 1,048,576 tokens a step
-micro_batch_size = 4
+micro_batch_size = 2
 max_steps = 48_000  # 48,000 * 1,048,576 = 50.3 B tokens
 lr = 1e-4
 lr_warmup = 1440  # 3 % of the steps

@@ -8,5 +8,5 @@ batch_size = micro_batch_size = 8  # 2,048 tokens a step
 max_steps = 320  # 0.66 M tokens
 lr = 2e-3
 lr_warmup = 20
-eval_interval = 20
-eval_sequences = 4
+eval_interval = 10
+eval_sequences = 2

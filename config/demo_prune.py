@@ -10,10 +10,10 @@ init_from = "out/demo/pretrain/model"
 n_layers, hidden_size, intermediate_size, n_heads = 4, 128, 256, 4
 seq_len = 256
 batch_size = micro_batch_size = 8  # 2,048 tokens a step
-max_steps = 160  # 0.33 M tokens
+max_steps = 200  # 0.41 M tokens
 lr = 1e-3
 lr_warmup = 10
 mask_lr = 0.5  # the paper's 1.0 has 3,200 steps to settle in
-sparsity_warmup = 60
-eval_interval = 10  # 16 evaluations
-eval_sequences = 3  # 3 * 256 tokens a domain: evaluation must stay under a tenth of the stage
+sparsity_warmup = 64
+eval_interval = 8  # 25 evaluations; the scaling law has its first fit at the eleventh
+eval_sequences = 2  # 2 * 256 tokens a domain: evaluation must stay under a tenth of the stage

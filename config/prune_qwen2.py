@@ -1,7 +1,8 @@
 """Qwen2-7B to 1.8B on eight languages:  torchrun --nproc_per_node=8 train.py config/prune_qwen2.py
 
 7B: 28 layers, 3584 channels, 28 heads in 4 groups of 7, FFN 18944. 1.8B: 28, 1536, 14 (2 groups), 8960: every layer
-stays, so there is no layer mask. State in float32: 7.62 B * 16 bytes = 122 GB a rank: GPUs of 141 GB or more.
+stays, so there is no layer mask. State in float32: 7.62 B * 16 bytes = 122 GB a rank, and some 12 GB for activations
+and the logits of 152,064 pieces: this just fits GPUs of 141 GB, by arithmetic.
 """
 
 _TOKENS = (2846.97, 737.20, 227.06, 107.87, 69.35, 64.29, 24.77, 15.72)  # billions of tokens in CulturaX
@@ -26,3 +27,4 @@ eval_sequences = 24  # 8 * 24 = 192 forward passes against 1,600 forward and bac
 reference_losses = (2.389493, 1.795453, 2.626018, 2.362056, 2.453045, 2.535048, 2.155811, 1.835680)
 save_interval = 200
 dtype = "bfloat16"
+checkpoint_activations = True

@@ -22,14 +22,14 @@ from data.shards import DataError, open_shard, read_meta
 
 SCANNED_TOKENS = 1 << 24  # token ids checked per domain before the run starts; the rest as they are read
 LOOK_AHEAD = 1024  # places of the permutation computed at once: only a matter of speed
-FIXED_KEY = 1  # of evaluation, whatever the run's seed
+FIXED_KEY, BATCH_KEY = 1, 3  # of evaluation, whatever the run's seed; of the batches
 
 
 class Windows:
     """The consecutive, non-overlapping windows of seq_len + 1 tokens of one domain and split."""
 
     def __init__(self, folder: str | Path, meta: dict, domain: str, split: str, seq_len: int) -> None:
-        self.domain, self.split, self.length, self.vocab_size = domain, split, seq_len + 1, meta["vocab_size"]
+        self.length, vocab_size = seq_len + 1, meta["vocab_size"]
         part = meta["domains"][domain][split]
         self.bytes_per_token = part["bytes"] / max(part["tokens"], 1)
         self.paths = [Path(folder, shard["file"]) for shard in part["shards"]]
@@ -44,8 +44,8 @@ class Windows:
         unscanned = SCANNED_TOKENS
         for path, shard in zip(self.paths, self.shards, strict=True):
             largest = int(shard[:unscanned].max(initial=0))
-            if largest >= self.vocab_size:
-                raise DataError(f"{path}: token id {largest} is not in the vocabulary of {self.vocab_size}")
+            if largest >= vocab_size:
+                raise DataError(f"{path}: token id {largest} is not in the vocabulary of {vocab_size}")
             unscanned = max(0, unscanned - len(shard))
 
     @property
@@ -115,7 +115,8 @@ class DomainLoader:
     """The windows of one split of a data set, and the position of training in each domain.
 
     domains: names in the order of the ratios; every later array of shape (M,) follows it.
-    Raises DataError for a missing domain, a broken shard, a token outside the vocabulary, or a text too short.
+    Raises DataError for a missing domain, a broken shard, a text too short, or a token outside the vocabulary: the
+    first SCANNED_TOKENS of each domain are looked through here, the rest by read() as it comes to them.
     """
 
     def __init__(self, folder: str | Path, domains: tuple[str, ...], seq_len: int, seed: int, split: str) -> None:
@@ -123,9 +124,10 @@ class DomainLoader:
         for domain in domains:
             if domain not in meta["domains"]:
                 raise DataError(f"{folder}: no domain {domain!r}; the data set has {', '.join(meta['domains'])}")
-        self.domains, self.seq_len, self.seed, self.split = tuple(domains), seq_len, seed, split
+        self.domains, self.seq_len, self.seed = tuple(domains), seq_len, seed
         self.vocab_size = meta["vocab_size"]
         self.windows = [Windows(folder, meta, domain, split, seq_len) for domain in domains]
+        self.dtype = np.result_type(*(shard.dtype for w in self.windows for shard in w.shards))
         self.size_M = np.array([w.n_windows for w in self.windows])
         self.name_M = [zlib.crc32(domain.encode()) for domain in domains]
         self.epoch_M = np.zeros(len(domains), dtype=np.int64)
@@ -134,7 +136,7 @@ class DomainLoader:
 
     def next_batch(self, step: int, ratio_M: np.ndarray, n_sequences: int) -> Batch:
         """Draw the global batch of a step and move on; ratio_M (M,) sums to one."""
-        rng = np.random.default_rng((self.seed, step))
+        rng = np.random.default_rng((BATCH_KEY, self.seed, step))
         count_M = systematic_counts(ratio_M, n_sequences, rng.random())
         domain_N = np.repeat(np.arange(len(self.domains)), count_M)
         window_N = np.concatenate([window for m, n in enumerate(count_M.tolist()) for window in self._advance(m, n)])
@@ -163,7 +165,7 @@ class DomainLoader:
 
     def read(self, batch: Batch) -> np.ndarray:
         """The tokens of a batch or of some rows of it, (sequences, seq_len + 1), uint16 or uint32."""
-        out = np.empty((len(batch), self.seq_len + 1), dtype=self.windows[0].shards[0].dtype)
+        out = np.empty((len(batch), self.seq_len + 1), dtype=self.dtype)
         for row, m, window in zip(out, batch.domain_N.tolist(), batch.window_N.tolist(), strict=True):
             self.windows[m].read(window, row)
         if out.size and out.max() >= self.vocab_size:

@@ -38,6 +38,7 @@ def test_names_with_an_underscore_are_the_files_own(file):
 def test_lists_come_from_the_command_line(file):
     assert load(Settings, ["--names=a,b", "--shares=0.25,1"]) == Settings(names=("a", "b"), shares=(0.25, 1.0))
     assert load(Settings, ["--names=a", "--names="]).names == ()
+    assert load(Settings, ["--names=en,nan,2024"]).names == ("en", "nan", "2024")
 
 
 def test_a_text_may_look_like_a_number():
@@ -75,6 +76,7 @@ def test_bad_arguments_are_refused(arguments, message):
         ("import os", "unknown setting 'os'"),
         ("steps = 1 / 0", "cannot be run: ZeroDivisionError"),
         ("steps = = 3", "cannot be run: SyntaxError"),
+        ("raise SystemExit(0)", "cannot be run: SystemExit"),
     ],
 )
 def test_bad_files_are_refused_naming_the_file(file, text, message):

@@ -208,6 +208,22 @@ def test_a_clipped_reference_never_rises_and_starts_at_most_at_the_lowest_loss()
     assert (references[0] <= [2.1, 2.0, 2.05]).all()
 
 
+def test_without_any_law_the_mix_stays_where_it_is():
+    m = mix("dro")
+    with pytest.warns(UserWarning, match="no scaling law"):
+        for i in range(1, 31):
+            m.update(np.array([3.0, 2.0, 1.0]) / i**0.1, np.full(3, 1e5), i / 30)  # the tokens never move
+    assert m.reference_loss_M is None
+    assert np.array_equal(m.ratio_M, m.initial_ratio_M)
+
+
+def test_evaluations_that_are_not_recorded_do_not_enter_the_law():
+    m = mix("dro")
+    for i in range(1, 31):
+        m.update(np.array([3.0, 2.0, 1.0]) / i**0.1, np.full(3, 1e5 * i), i / 30, record=i > 25)
+    assert len(m.history) == 5 and m.reference_loss_M is None
+
+
 def test_an_unclipped_reference_follows_the_law():
     m = mix("constant", clip_reference=False)
     run(m, losses=lambda t: np.array([2 + t, 3 + t**-0.2, 1.0]))

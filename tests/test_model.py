@@ -98,6 +98,10 @@ def test_the_loss_is_per_token():
         ({"num_key_value_heads": 3}, "not a multiple"),
         ({"head_dim": 7}, "must be even"),
         ({"vocab_size": None}, "vocab_size"),
+        ({"hidden_size": 32.0}, "hidden_size = 32.0: must be a whole number"),
+        ({"rope_theta": -1.0}, "rope_theta = -1.0: must be positive"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"rope_scaling": [1]}, "expected an object"),
     ],
 )
 def test_a_checkpoint_that_cannot_run_is_refused_by_name(change, message, tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,9 @@ TINY = Config(
 TARGET = dict(n_layers=2, hidden_size=16, intermediate_size=24, n_heads=2, n_kv_heads=0, head_dim=0)
 
 
+NO_SHAPE = dict.fromkeys(TARGET, 0)  # a stage that takes its shape from init_from
+
+
 def tiny(data, out_dir, **changes):
     return dataclasses.replace(TINY, data=str(data), out_dir=str(out_dir), **changes)
 
@@ -98,7 +102,7 @@ def test_pruning_ends_with_the_target_shape_and_the_loss_of_its_masks(pruned):
 
 def test_a_pruned_model_trains_on_and_gets_better(data, pruned, tmp_path):
     out, record = pruned
-    last = train.main(tiny(data, tmp_path / "c", stage="continue", init_from=str(out / "model")))
+    last = train.main(tiny(data, tmp_path / "c", stage="continue", init_from=str(out / "model"), **NO_SHAPE))
     assert np.mean(last["val_loss"]) < np.mean(record["val_loss"])
     assert llama.load(tmp_path / "c/model").config == llama.load(out / "model").config
 
@@ -219,6 +223,26 @@ def test_a_second_epoch_is_said_once_per_domain(data, tmp_path, capsys):
     assert "begins epoch 4" not in out  # 20 * 128 windows of the 1,176 there are
 
 
+def test_recomputing_activations_changes_nothing(data, source, pruned, tmp_path):
+    train.main(prune_tiny(data, tmp_path / "r", source, checkpoint_activations=True))
+    whole, recomputed = weights(pruned[0]), weights(tmp_path / "r")
+    assert all(torch.equal(whole[name], recomputed[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    "options", [dict(mix="bandit"), dict(mix_loss="train"), dict(clip_reference=False, law_after_ramp=True)]
+)
+def test_every_kind_of_mix_runs_in_the_loop(options, data, source, tmp_path):
+    last = train.main(prune_tiny(data, tmp_path / "r", source, eval_interval=2, **options))
+    assert last["ratio"] != metrics(tmp_path / "r", "eval")[0]["ratio"]
+    assert sum(last["ratio"]) == pytest.approx(1)
+
+
+def test_a_constant_mix_of_one_domain_is_not_warned_about(data, tmp_path, capsys):
+    train.main(tiny(data, tmp_path / "r", mix="constant", domains=("pairs",), max_steps=10))
+    assert "nearly one domain" not in capsys.readouterr().out
+
+
 def test_a_mix_of_nearly_one_domain_is_warned_about(data, tmp_path, capsys):
     losses = dict(domains=("count", "pairs"), reference_losses=(1e-3, 9.0), dynamic_reference=False)
     train.main(tiny(data, tmp_path / "r", mix="sheared", max_steps=20, **losses))
@@ -274,8 +298,16 @@ BAD = [
     (dict(n_kv_heads=3), ConfigError, "n_heads = 4 is not a multiple of n_kv_heads = 3"),
     (dict(head_dim=0), ConfigError, "needs head_dim"),
     (dict(stage="continue"), ConfigError, "needs init_from"),
-    (dict(stage="continue", init_from="nowhere"), llama.CheckpointError, "not found: init_from must be a folder"),
+    (
+        dict(stage="prune", init_from="nowhere", n_kv_heads=0, head_dim=0),
+        llama.CheckpointError,
+        "not found: a model is",
+    ),
     (dict(dtype="float16"), ConfigError, "dtype = 'float16'"),
+    (dict(device="mps"), ConfigError, "device = 'mps': must be cpu or cuda"),
+    (dict(seed=-1), ConfigError, "seed = -1: must not be negative"),
+    (dict(rope_theta=-1.0), ConfigError, "rope_theta = -1.0: must be positive"),
+    (dict(stage="continue", init_from="x"), ConfigError, "stage = 'continue' takes it from init_from"),
 ]
 
 
@@ -295,9 +327,37 @@ def test_a_target_larger_than_the_source_is_refused(data, source, tmp_path):
 
 def test_an_out_dir_that_holds_a_run_is_left_alone(data, source):
     before = (source.parent / "metrics.jsonl").read_bytes()
-    with pytest.raises(RunError, match="holds a run already: add --resume"):
+    with pytest.raises(RunError, match="holds a run already"):
         train.main(tiny(data, source.parent))
     assert (source.parent / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("left", ["checkpoint.pt", "model", "metrics.jsonl"])
+def test_what_is_left_of_another_run_is_not_overwritten(left, data, source, tmp_path):
+    run = tmp_path / "r"
+    shutil.copytree(source.parent, run)
+    for name in {"checkpoint.pt", "model", "metrics.jsonl"} - {left}:
+        shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    for resume in (False, True):
+        with pytest.raises(RunError, match=r"holds|was written with seed = 17, this run has 5"):
+            train.main(tiny(data, run, resume=resume, seed=5))
+    assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+
+
+def test_an_out_dir_that_is_a_file_is_refused(data, tmp_path):
+    (tmp_path / "r").write_text("x")
+    with pytest.raises(RunError, match="r is a file"):
+        train.main(tiny(data, tmp_path / "r"))
+
+
+def test_a_run_is_not_resumed_on_other_data(data, source, tmp_path):
+    shutil.copytree(source.parent, tmp_path / "r")
+    shutil.copytree(data, tmp_path / "data")
+    meta = json.loads((tmp_path / "data/meta.json").read_text())
+    (tmp_path / "data/meta.json").write_text(json.dumps(meta | {"eos": 3}))
+    with pytest.raises(RunError, match=r"it was prepared anew since|was written with data"):
+        train.main(tiny(tmp_path / "data", tmp_path / "r", resume=True))
 
 
 @pytest.mark.parametrize(
@@ -311,20 +371,21 @@ def test_a_checkpoint_of_another_run_is_refused(change, message, data, source):
     assert (source.parent / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_checkpoint_of_another_shape_is_refused(data, source, tmp_path):
+@pytest.mark.parametrize("layers", [1, 4])
+def test_a_checkpoint_of_another_shape_is_refused(layers, data, source, tmp_path):
     run = tmp_path / "r"
-    cfg = tiny(data, run, stage="continue", init_from=str(tmp_path / "m"), max_steps=4)
-    small = llama.Llama(dataclasses.replace(llama.load(source).config, n_layers=1))
+    cfg = tiny(data, run, stage="continue", init_from=str(tmp_path / "m"), max_steps=4, **NO_SHAPE)
+    small = llama.Llama(dataclasses.replace(llama.load(source).config, n_layers=layers))
     small.init_weights(0)
     llama.load(source).save(tmp_path / "m")
     train.main(cfg)
     small.save(tmp_path / "m")
-    with pytest.raises(RunError, match=r"has shape .* the model None"):
+    with pytest.raises(RunError, match=r"layers.* has shape .* the model"):
         train.main(dataclasses.replace(cfg, resume=True))
 
 
-def test_a_broken_checkpoint_is_refused(data, tmp_path):
-    (tmp_path / "r").mkdir()
+def test_a_broken_checkpoint_is_refused(data, source, tmp_path):
+    shutil.copytree(source.parent, tmp_path / "r")
     (tmp_path / "r/checkpoint.pt").write_bytes(b"PK\x03\x04 not a checkpoint")
     with pytest.raises(RunError, match="not a readable checkpoint"):
         train.main(tiny(data, tmp_path / "r", resume=True))
@@ -392,6 +453,12 @@ def test_the_command_line_ends_bad_input_with_one_line_and_an_error_code(tmp_pat
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.parametrize("change", [dict(batch_size=-3), dict(sequences=0), dict(seq_len=0), dict(device="foo")])
+def test_evaluate_refuses_what_it_cannot_do(change, data, source):
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        evaluate.main(str(source), dataclasses.replace(evaluate.Config(data=str(data), device="cpu"), **change))
+
+
 def test_evaluate_prints_loss_perplexity_and_bits_per_byte(data, source, capsys):
     cfg = evaluate.Config(data=str(data), seq_len=T, sequences=4, device="cpu")
     evaluate.main(str(source), cfg)
@@ -406,6 +473,10 @@ def test_evaluate_prints_loss_perplexity_and_bits_per_byte(data, source, capsys)
 def test_metrics_of_a_killed_run_are_read_up_to_the_cut(tmp_path):
     (tmp_path / "m.jsonl").write_text(json.dumps({"kind": "eval", "step": 0}) + '\n{"kind": "tra')
     assert train.read_metrics(tmp_path / "m.jsonl") == [{"kind": "eval", "step": 0}]
-    (tmp_path / "m.jsonl").write_text("nonsense\n{}\n")
-    with pytest.raises(RunError, match=r"m\.jsonl:1"):
+
+
+@pytest.mark.parametrize("line", [b"nonsense", b"3", b"{}", b'{"kind": "train"}', b"\xff\xfe"])
+def test_metrics_that_are_no_records_are_refused_with_their_line(line, tmp_path):
+    (tmp_path / "m.jsonl").write_bytes(line + b'\n{"kind": "eval", "step": 0}\n')
+    with pytest.raises(RunError, match=r"m\.jsonl:1: not a record"):
         train.read_metrics(tmp_path / "m.jsonl")
