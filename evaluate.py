@@ -2,6 +2,7 @@
 
     python evaluate.py out/demo/continue/model --data=data/embedded --seq_len=256
 
+Takes a Hugging Face folder, or the checkpoint.pt of a run: of a pruning run, what its masks would export now.
 A token's loss depends on how much text precedes it: numbers at different seq_len must not be compared.
 """
 
@@ -17,6 +18,7 @@ import configurator
 import model as llama
 from data.loader import DomainLoader
 from data.shards import DataError, read_meta
+from prune import Masks, extract
 
 
 @torch.no_grad()
@@ -75,12 +77,29 @@ class Config:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def load_any(path: str, device: str) -> llama.Llama:
+    """The model of a Hugging Face folder or of a run's checkpoint. Raises CheckpointError."""
+    if not path.endswith(".pt"):
+        return llama.load(path, device)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        model = llama.Llama(llama.LlamaConfig(**state["source"]))
+        model.load_state_dict(state["model"])
+        if state["target"]:
+            masks = Masks(model.config, llama.LlamaConfig(**state["target"]), seed=0)
+            masks.load_state_dict(state["masks"])
+            model = extract(model, masks)
+    except Exception as error:
+        raise llama.CheckpointError(f"{path}: not a checkpoint of train.py ({type(error).__name__})") from error
+    return model.to(device)
+
+
 def main(folder: str, cfg: Config) -> None:
     for name in ("seq_len", "sequences", "batch_size"):
         if getattr(cfg, name) < 1:
             raise configurator.ConfigError(f"{name} = {getattr(cfg, name)}: must be at least 1")
     check_device(cfg.device)
-    model = llama.load(folder, cfg.device).eval()
+    model = load_any(folder, cfg.device)
     domains = cfg.domains or tuple(read_meta(cfg.data)["domains"])
     val = DomainLoader(cfg.data, domains, cfg.seq_len, seed=0, split="val")
     if val.vocab_size > model.config.vocab_size:

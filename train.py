@@ -314,7 +314,6 @@ def main(cfg: Config) -> dict:
     train = DomainLoader(cfg.data, domains, cfg.seq_len, cfg.seed, "train")
     val = DomainLoader(cfg.data, domains, cfg.seq_len, cfg.seed, "val")
     initial_ratio_M = np.array(cfg.ratios) if cfg.ratios else train.size_M / train.size_M.sum()
-
     if state and state["data"] != data_sha256:
         raise RunError(f"{checkpoint_path}: {cfg.data} is not the data it was written with: it was prepared anew since")
 
@@ -341,6 +340,7 @@ def main(cfg: Config) -> dict:
         on_training_loss=cfg.mix_loss == "train",
         reference_loss_M=np.array(cfg.reference_losses) if cfg.reference_losses else None,
     )
+    shapes = {"source": asdict(model.config), "target": asdict(masks.target) if masks else None}
     multiple = PAD[device.split(":")[0]]
 
     # ---- optimizers: every parameter in exactly one; all share the schedule
@@ -358,11 +358,10 @@ def main(cfg: Config) -> dict:
     if state:
         restore(state, checkpoint_path, model, optimizers, masks, mix, train)
         step, tokens_M, state = state["step"], np.array(state["tokens_M"]), None  # the memory it maps is free again
-    compiled = torch.compile(model) if cfg.compile else model
-    network = compiled
+    network = torch.compile(model) if cfg.compile else model
     if world_size > 1:  # a block may be alive on one rank and not on another: let DDP look for what took no part
         network = DistributedDataParallel(
-            compiled, find_unused_parameters=masks is not None, gradient_as_bucket_view=True
+            network, find_unused_parameters=masks is not None, gradient_as_bucket_view=True
         )
 
     # ---- logs
@@ -385,7 +384,7 @@ def main(cfg: Config) -> dict:
     if chief and not metrics_path.stat().st_size:
         versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
         log({"kind": "run", "config": asdict(cfg), "domains": list(domains), "n_parameters": n_parameters,
-             "model": asdict(model.config), "target": asdict(masks.target) if masks else None,
+             **shapes,
              "bytes_per_token": [w.bytes_per_token for w in val.windows], "world_size": world_size,
              "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
              "threads": torch.get_num_threads(), "versions": versions})  # fmt: skip
@@ -500,7 +499,7 @@ def main(cfg: Config) -> dict:
                 + (f", sparsity {masks.overall_sparsity():.3f}" if masks else "")
             )
         if chief and (step % cfg.save_interval == 0 or step == cfg.max_steps):
-            run = {"config": asdict(cfg), "data": data_sha256, "step": step, "tokens_M": tokens_M.tolist()}
+            run = {"config": asdict(cfg), "data": data_sha256, "step": step, "tokens_M": tokens_M.tolist(), **shapes}
             save_checkpoint(checkpoint_path, run | snapshot(model, optimizers, masks, mix, train))
 
     # ---- what the stage leaves: the model itself, or the target extracted from it

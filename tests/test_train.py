@@ -459,6 +459,16 @@ def test_evaluate_refuses_what_it_cannot_do(change, data, source):
         evaluate.main(str(source), dataclasses.replace(evaluate.Config(data=str(data), device="cpu"), **change))
 
 
+def test_evaluate_reads_the_checkpoint_of_a_pruning_run_as_what_it_exports(data, pruned, capsys):
+    cfg = evaluate.Config(data=str(data), seq_len=T, sequences=4, device="cpu")
+    for path in (pruned[0] / "checkpoint.pt", pruned[0] / "model"):
+        evaluate.main(str(path), cfg)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1 : len(lines) // 2] == lines[len(lines) // 2 + 1 :]
+    with pytest.raises(llama.CheckpointError, match="not a checkpoint"):
+        evaluate.main("nowhere.pt", cfg)
+
+
 def test_evaluate_prints_loss_perplexity_and_bits_per_byte(data, source, capsys):
     cfg = evaluate.Config(data=str(data), seq_len=T, sequences=4, device="cpu")
     evaluate.main(str(source), cfg)
