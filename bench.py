@@ -17,12 +17,12 @@ import torch
 from transformers import LlamaConfig as HFLlamaConfig
 from transformers import LlamaForCausalLM
 
+import demo
 from data.loader import DomainLoader
 from data.shards import open_shard, write_meta, write_shard
 from dro import Mix
 from model import BlockUnits, Llama, LlamaConfig, Subnetwork, Units
 from prune import LOG_ALPHA_RANGE, PAD, Masks, backward_to_masks, extract, probability_dead, subnetwork, target_config
-from train import read_metrics
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SOURCE = LlamaConfig(4096, 512, 1408, 6, n_heads=8, n_kv_heads=8, head_dim=64)
@@ -216,12 +216,11 @@ def bench_loader(results: dict) -> None:
 
 def bench_share(results: dict) -> None:
     """The part of the demo's pruning stage that evaluation and mix took, from its metrics."""
-    records = read_metrics(Path("out/demo/prune/metrics.jsonl"))
-    if not records:
+    steps_s, other_s = demo.time_spent("prune")
+    if not steps_s:
         print("share of evaluation and mix in the demo's pruning: run make demo first")
         return
-    other = sum(r["eval_s"] + r["mix_s"] for r in records if r["kind"] == "eval")
-    share = other / (other + sum(r["step_s"] for r in records if r["kind"] == "train"))
+    share = other_s / (other_s + steps_s)
     report(results, "share of evaluation and mix in the demo's pruning", {"share": share},
            f"share of evaluation and mix in the demo's pruning: {share:.1%} (under 10 %)")  # fmt: skip
 

@@ -140,15 +140,15 @@ def check(cfg: Config) -> None:
         raise ConfigError(f"stage = {cfg.stage!r} needs init_from, the folder of the model to start from")
     if cfg.stage == "prune" and cfg.compile:
         raise ConfigError("compile = True: the shapes of pruning change with every mask sample; leave it off")
-    asked = {"prune": ("n_layers", "hidden_size", "intermediate_size", "n_heads")}
-    asked["pretrain"] = () if cfg.init_from else (*asked["prune"], "n_kv_heads", "head_dim")
-    shape = (*asked["prune"], "n_kv_heads", "head_dim")
+    target = ("n_layers", "hidden_size", "intermediate_size", "n_heads")
+    shape = (*target, "n_kv_heads", "head_dim")
+    asked = target if cfg.stage == "prune" else () if cfg.init_from else shape
     for name in shape:
-        if getattr(cfg, name) and name not in asked.get(cfg.stage, ()):
+        if getattr(cfg, name) and name not in asked:
             raise ConfigError(
                 f"{name} = {getattr(cfg, name)}: stage = {cfg.stage!r} takes it from init_from; leave it out"
             )
-    for name in asked.get(cfg.stage, ()):
+    for name in asked:
         if getattr(cfg, name) < 1:
             raise ConfigError(f"stage = {cfg.stage!r} needs {name}")
 
