@@ -22,6 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels import ops
+from kernels.pack import pack_torch, pack_vector
+
 
 class CheckpointError(ValueError):
     """A checkpoint folder that cannot be used; the message names the file or tensor and what was expected."""
@@ -100,87 +103,25 @@ class Subnetwork:
     z_device: Tensor | None = None  # its copy on the device, a leaf: the scales above are views of it
 
 
-class _Select(torch.autograd.Function):
-    """weight[rows][:, cols]; its gradient is written once into zeros, where autograd's own would sort and add."""
-
-    @staticmethod
-    def forward(ctx, weight, rows, cols):
-        ctx.save_for_backward(rows, cols)
-        ctx.shape = weight.shape
-        out = weight if rows is None else weight.index_select(0, rows)
-        return out if cols is None else out.index_select(1, cols)
-
-    @staticmethod
-    def backward(ctx, grad):
-        rows, cols = ctx.saved_tensors
-        if cols is not None:
-            grad = grad.new_zeros(grad.shape[0], ctx.shape[1]).index_copy_(1, cols, grad)
-        if rows is not None:
-            grad = grad.new_zeros(ctx.shape).index_copy_(0, rows, grad)
-        return grad, None, None
-
-
-class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up; backward computes silu again: autograd's own would keep it, one (B, T, i) more a layer."""
-
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx, grad):
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
-
-
-class _TokenLoss(torch.autograd.Function):
-    """Cross-entropy per token; its gradient is one (B, T, V), where autograd's own path through nll_loss needs two."""
-
-    @staticmethod
-    def forward(ctx, logits, targets):
-        log_p = logits.log_softmax(dim=-1)
-        ctx.save_for_backward(log_p, targets[..., None])
-        return -log_p.gather(-1, targets[..., None])[..., 0]
-
-    @staticmethod
-    def backward(ctx, grad):
-        log_p, targets = ctx.saved_tensors
-        p = log_p.exp()
-        p.scatter_add_(-1, targets, -torch.ones_like(targets, dtype=p.dtype))
-        return p.mul_(grad[..., None]), None
-
-
-def select(weight: Tensor, rows: Tensor | None, cols: Tensor | None = None) -> Tensor:
-    return weight if rows is None and cols is None else _Select.apply(weight, rows, cols)
-
-
 class Linear(nn.Linear):
     def effective(self, u: Units) -> tuple[Tensor, Tensor | None]:
         """Weight (n, m) and bias (n,) of the subnetwork."""
-        weight = select(self.weight, u.rows, u.cols)
-        bias = None if self.bias is None else select(self.bias, u.rows)
-        if u.row_scale is not None:
-            weight = weight * u.row_scale[:, None]
-            bias = None if bias is None else bias * u.row_scale
-        if u.col_scale is not None:
-            weight = weight * u.col_scale
-        return weight, bias
+        return ops.pack(self.weight, u.rows, u.cols, u.row_scale, u.col_scale), self.effective_bias(u)
+
+    def effective_bias(self, u: Units) -> Tensor | None:
+        return None if self.bias is None else pack_vector(self.bias, u.rows, u.row_scale)
 
     def forward(self, x: Tensor, u: Units = ALL) -> Tensor:
-        return F.linear(x, *self.effective(u))
+        return ops.linear(x, self.weight, self.effective_bias(u), u.rows, u.cols, u.row_scale, u.col_scale)
 
 
 class Embedding(nn.Embedding):
     def effective(self, u: Units) -> tuple[Tensor, None]:
-        weight = select(self.weight, None, u.cols)
-        return (weight if u.col_scale is None else weight * u.col_scale), None
+        return ops.pack(self.weight, None, u.cols, None, u.col_scale), None
 
     def forward(self, tokens: Tensor, u: Units = ALL) -> Tensor:
         x = F.embedding(tokens, self.weight)  # look up first: B*T rows are fewer than V
-        if u.cols is not None:
-            x = select(x.flatten(0, -2), None, u.cols).view(*tokens.shape, -1)
-        return x if u.col_scale is None else x * u.col_scale
+        return pack_torch(x.flatten(0, -2), None, u.cols, None, u.col_scale).unflatten(0, tokens.shape)
 
 
 class RMSNorm(nn.Module):
@@ -192,14 +133,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def effective(self, u: Units) -> tuple[Tensor, None]:
-        gain = select(self.weight, u.rows)
-        return (gain if u.row_scale is None else gain * u.row_scale), None
+        return pack_vector(self.weight, u.rows, u.row_scale), None
 
-    def forward(self, x: Tensor, u: Units = ALL) -> Tensor:
-        gain, _ = self.effective(u)
-        if u.fill != 1.0:  # the padded mean is `fill` times the true one: put the factor into gain and eps
-            gain = gain * math.sqrt(u.fill)
-        return F.rms_norm(x, gain.shape, gain, self.eps * u.fill)
+    def forward(self, x: Tensor, delta: Tensor | None, u: Units = ALL) -> tuple[Tensor, Tensor]:
+        """The norm of x + delta, and x + delta itself."""
+        return ops.rms_norm(x, delta, self.weight, u.rows, u.row_scale, u.fill, self.eps)
 
 
 def rope_tables(seq_len: int, head_dim: int, theta: float, device=None) -> tuple[Tensor, Tensor]:
@@ -207,12 +145,6 @@ def rope_tables(seq_len: int, head_dim: int, theta: float, device=None) -> tuple
     frequency = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
     angle = torch.outer(torch.arange(seq_len, dtype=torch.float32, device=device), frequency)
     return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """RoPE in the rotate-half convention of Hugging Face: channel c is paired with c + K/2. x: (B, h, T, K)."""
-    (cos, sin), (a, b) = rope, x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -226,12 +158,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], u: BlockUnits) -> Tensor:
         q, k, v = (
-            layer(x, units).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, h or g, T, K)
+            layer(x, units).unflatten(-1, (-1, self.head_dim))  # (B, T, h or g, K)
             for layer, units in ((self.q_proj, u.q_proj), (self.k_proj, u.k_proj), (self.v_proj, u.v_proj))
         )
-        y = F.scaled_dot_product_attention(
-            rotate(q, rope), rotate(k, rope), v, is_causal=True, scale=self.head_dim**-0.5, enable_gqa=self.grouped
-        )
+        q, k, v = (y.transpose(1, 2) for y in (*ops.rope(q, k, *rope), v))  # (B, h or g, T, K)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.head_dim**-0.5, enable_gqa=self.grouped)
         return self.o_proj(y.transpose(1, 2).flatten(2), u.o_proj)  # (B, T, d)
 
 
@@ -243,7 +174,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x: Tensor, u: BlockUnits) -> Tensor:
-        return self.down_proj(_SwiGLU.apply(self.gate_proj(x, u.gate_proj), self.up_proj(x, u.up_proj)), u.down_proj)
+        up = self.up_proj(x, Units(u.up_proj.rows, u.up_proj.cols))  # its scale goes into the activation
+        return self.down_proj(ops.swiglu(self.gate_proj(x, u.gate_proj), up, u.up_proj.row_scale), u.down_proj)
 
 
 class Block(nn.Module):
@@ -254,12 +186,17 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], u: BlockUnits) -> Tensor:
+    def forward(
+        self, x: Tensor, delta: Tensor | None, rope: tuple[Tensor, Tensor], u: BlockUnits
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual stream x and what is still to be added to it: the next norm adds it in its own pass."""
         if u.attention:
-            x = x + self.self_attn(self.input_layernorm(x, u.input_layernorm), rope, u)
+            h, x = self.input_layernorm(x, delta, u.input_layernorm)
+            delta = self.self_attn(h, rope, u)
         if u.mlp:
-            x = x + self.mlp(self.post_attention_layernorm(x, u.post_attention_layernorm), u)
-        return x
+            h, x = self.post_attention_layernorm(x, delta, u.post_attention_layernorm)
+            delta = self.mlp(h, u)
+        return x, delta
 
 
 class Llama(nn.Module):
@@ -294,14 +231,16 @@ class Llama(nn.Module):
         """
         s = subnetwork or self.everything
         rope = rope_tables(tokens.shape[1], self.config.head_dim, self.config.rope_theta, tokens.device)
-        x = self.embed_tokens(tokens, s.embed_tokens)  # (B, T, d)
+        x, delta = self.embed_tokens(tokens, s.embed_tokens), None  # (B, T, d)
         for block, units in zip(self.layers, s.blocks, strict=True):
             if self.checkpoint_activations:
-                x = checkpoint(block, x, rope, units, use_reentrant=False)
+                x, delta = checkpoint(block, x, delta, rope, units, use_reentrant=False)
             else:
-                x = block(x, rope, units)
-        logits = self.lm_head(self.norm(x, s.norm), s.lm_head)  # (B, T, V)
-        return logits if targets is None else _TokenLoss.apply(logits.float(), targets)
+                x, delta = block(x, delta, rope, units)
+        h, _ = self.norm(x, delta, s.norm)
+        if targets is None:
+            return self.lm_head(h, s.lm_head)  # (B, T, V)
+        return ops.linear_cross_entropy(h, self.lm_head.effective(s.lm_head)[0], targets)
 
     def n_parameters(self, embeddings: bool = True) -> int:
         total = sum(p.numel() for p in self.parameters())

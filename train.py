@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import configurator
+import kernels
 import model as llama
 from configurator import ConfigError
 from data.loader import DomainLoader
@@ -39,6 +40,7 @@ FREE = {
     "out_dir",
     "device",
     "compile",
+    "kernels",
     "checkpoint_activations",
     "log_interval",
     "save_interval",
@@ -91,6 +93,7 @@ class Config:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     dtype: str = "float32"  # float32 | bfloat16 (autocast; weights and optimizer stay float32)
     checkpoint_activations: bool = False  # compute each block again in backward: less memory, a third more time
+    kernels: str = "auto"  # auto | torch | triton; auto: triton on CUDA (each kernel is tried first), torch elsewhere
     compile: bool = False  # torch.compile; not for prune, whose shapes change with every sample
 
 
@@ -101,7 +104,8 @@ class RunError(RuntimeError):
 def check(cfg: Config) -> None:
     """What can be known before any data or device is touched. Raises ConfigError."""
     choices = {"stage": ("pretrain", "prune", "continue"), "mix": MIXES, "mix_loss": ("val", "train")}
-    for name, allowed in (choices | {"dtype": ("float32", "bfloat16")}).items():
+    choices |= {"dtype": ("float32", "bfloat16"), "kernels": ("auto", "torch", "triton")}
+    for name, allowed in choices.items():
         if getattr(cfg, name) not in allowed:
             raise ConfigError(f"{name} = {getattr(cfg, name)!r}: must be one of {', '.join(allowed)}")
     for name in ("seq_len", "batch_size", "micro_batch_size", "max_steps", "eval_interval", "eval_sequences",
@@ -298,6 +302,7 @@ def main(cfg: Config) -> dict:
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    fused = kernels.use(cfg.kernels, device)
     chief = rank == 0
     say = tqdm.write if chief else (lambda _: None)
     autocast = torch.autocast(device.split(":")[0], torch.bfloat16) if cfg.dtype == "bfloat16" else nullcontext()
@@ -342,6 +347,11 @@ def main(cfg: Config) -> dict:
     )
     shapes = {"source": asdict(model.config), "target": asdict(masks.target) if masks else None}
     multiple = PAD[device.split(":")[0]]
+
+    if fused and device.startswith("cuda"):
+        shape = (model.config, masks and masks.target, cfg.micro_batch_size, cfg.seq_len)
+        for line in kernels.self_check(*shape, getattr(torch, cfg.dtype), device):
+            say(line)
 
     # ---- optimizers: every parameter in exactly one; all share the schedule
     fused = {"betas": BETAS, "eps": EPS, "fused": True}
@@ -530,7 +540,7 @@ def main(cfg: Config) -> dict:
 if __name__ == "__main__":
     try:
         main(configurator.load(Config, sys.argv[1:]))
-    except (ConfigError, DataError, llama.CheckpointError, TargetError, RunError) as error:
+    except (ConfigError, DataError, kernels.KernelError, llama.CheckpointError, TargetError, RunError) as error:
         sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
     except KeyboardInterrupt:
         sys.exit("stopped: the same command with --resume goes on from the last checkpoint")

@@ -1,0 +1,120 @@
+"""Every op at the shapes of a run: its inputs, its two implementations, the bytes it must move and the operations.
+
+One list serves the self-check of a run, the table of `make kernels` and the measurements of `make bench`.
+
+Shapes: N = B*T tokens; D, h, g, I, V of the source model, d, n, ... of the target, padded as the subnetwork is.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.linear_cross_entropy import CHUNKS, linear_cross_entropy, linear_cross_entropy_torch
+from kernels.masked_linear import masked_linear, masked_linear_torch, packed_linear
+from kernels.masked_swiglu import masked_swiglu, masked_swiglu_torch
+from kernels.pack import pack, pack_torch
+from kernels.rmsnorm import rms_norm, rms_norm_torch
+from kernels.rope import rope, rope_torch
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str  # the name in kernels.ops
+    where: str  # the layer
+    fused: Callable
+    torch: Callable
+    inputs: Callable[[], tuple]  # of both; made when asked for; tensors that require a gradient get one
+    work: dict[str, tuple[float, float]]  # kernel: bytes it must move, operations
+    shape: tuple[int, int] | None = None  # of the full weight of a linear layer
+
+
+def alive(full: int, kept: int, device: str) -> Tensor | None:
+    """Indices of kept units spread evenly over the full ones; None where all are kept."""
+    return None if kept == full else torch.arange(kept, device=device) * full // kept
+
+
+def cases(source, target, batch: int, length: int, dtype: torch.dtype, device: str, multiple: int = 64) -> list[Case]:
+    """source, target: LlamaConfig; target None: a model that is not pruned. batch sequences of length tokens."""
+    c, pruned = source, target or source
+    N, size = batch * length, dtype.itemsize
+    d, channels = (-(-n // multiple) * multiple for n in (pruned.hidden_size, pruned.intermediate_size))
+    d, channels = min(d, c.hidden_size), min(channels, c.intermediate_size)
+    q, kv = pruned.n_heads * c.head_dim, pruned.n_kv_heads * c.head_dim
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_()
+
+    def scale(n: int) -> Tensor:
+        return torch.rand(n, generator=generator, device=device).requires_grad_()
+
+    def norm(where: str) -> Case:
+        def inputs() -> tuple:
+            x, delta = random(batch, length, d, dtype=torch.float32), random(batch, length, d)
+            weight, rows = random(c.hidden_size, dtype=torch.float32), alive(c.hidden_size, d, device)
+            return x, delta, weight, rows, scale(d) if target else None, pruned.hidden_size / d, c.norm_eps
+
+        return Case("rms_norm", where, rms_norm, rms_norm_torch, inputs, {
+            "rms_norm.forward": (N * d * (4 + size + 4 + size), 8 * N * d),  # x, delta in; h, y out
+            "rms_norm.backward": (N * d * (size + 4 + 4 + 4 + size), 12 * N * d),  # dy, dh, h in; dx, ddelta out
+        })  # fmt: skip
+
+    def swiglu(where: str) -> Case:
+        def inputs() -> tuple:
+            gate, up = random(batch, length, channels), random(batch, length, channels)
+            return gate, up, scale(channels) if target else None
+
+        return Case("swiglu", where, masked_swiglu, masked_swiglu_torch, inputs, {
+            "masked_swiglu.forward": (3 * N * channels * size, 6 * N * channels),
+            "masked_swiglu.backward": (5 * N * channels * size, 16 * N * channels),
+        })  # fmt: skip
+
+    def rotary(where: str) -> Case:
+        def inputs() -> tuple:
+            tables = (torch.rand(length, c.head_dim // 2, generator=generator, device=device) for _ in range(2))
+            return *(random(batch, length, n, c.head_dim) for n in (pruned.n_heads, pruned.n_kv_heads)), *tables
+
+        work = {"rope.kernel": (2 * N * (q + kv) * size, 3 * N * (q + kv))}
+        return Case("rope", where, rope, rope_torch, inputs, work)
+
+    def loss(where: str) -> Case:
+        def inputs() -> tuple:
+            targets = torch.arange(N, device=device).view(batch, length) % c.vocab_size
+            return random(batch, length, d), (random(c.vocab_size, d).detach() * d**-0.5).requires_grad_(), targets
+
+        chunk = N * -(-c.vocab_size // CHUNKS)
+        return Case("linear_cross_entropy", where, linear_cross_entropy, linear_cross_entropy_torch, inputs, {
+            "linear_cross_entropy.fold": (chunk * size, 4 * chunk),
+            "linear_cross_entropy.gradient": (2 * chunk * size, 4 * chunk),
+        })  # fmt: skip
+
+    def linear(where: str, R: int, C: int, n: int, m: int, s_out: bool = False, bias: bool = False) -> list[Case]:
+        def packed() -> tuple:
+            weight, units = random(R, C, dtype=torch.float32), (alive(R, n, device), alive(C, m, device))
+            return weight, *units, scale(n) if s_out else None, None
+
+        def inputs() -> tuple:
+            weight, *units = packed()
+            return random(batch, length, m), weight, random(n) if bias else None, *units
+
+        packing = {"pack.pack": (n * m * (4 + size), n * m),
+                   "pack.unpack": (4 * R * C + n * m * (size + 4 + 4 * s_out), 4 * n * m)}  # fmt: skip
+        product = (N * (n + m) * size + 4 * n * m, 2 * N * n * m)
+        fused = {"masked_linear.forward": product, "masked_linear.dx": product, "pack.unpack": packing["pack.unpack"]}
+        return [
+            Case("pack", where, pack, pack_torch, packed, packing),
+            Case("linear", where, packed_linear, masked_linear_torch, inputs, packing, (R, C)),
+            Case("linear", where, masked_linear, masked_linear_torch, inputs, fused, (R, C)),
+        ]
+
+    linears = []
+    if target:
+        linears += linear("q_proj", c.n_heads * c.head_dim, c.hidden_size, q, d, bias=c.qkv_bias)
+        linears += linear("v_proj", c.n_kv_heads * c.head_dim, c.hidden_size, kv, d, s_out=True, bias=c.qkv_bias)
+        linears += linear("o_proj", c.hidden_size, c.n_heads * c.head_dim, d, q, s_out=True)
+        linears += linear("gate_proj", c.intermediate_size, c.hidden_size, channels, d)
+        linears += linear("down_proj", c.hidden_size, c.intermediate_size, d, channels, s_out=True)
+        linears += linear("lm_head", c.vocab_size, c.hidden_size, c.vocab_size, d)[:1]
+    return [norm("norm"), rotary("attention"), swiglu("mlp"), loss("lm_head"), *linears]

@@ -1,0 +1,212 @@
+"""The weight of the subnetwork: small = s_out * W[rows][:, cols] * s_in, gathered, scaled and cast in one pass.
+
+Mixed precision copies every weight once a step anyway, from float32 to bfloat16. This copy takes only what is alive:
+4 n m bytes in, 2 n m out, where a cast of the whole weight moves 6 R C and index_select, multiply and cast in turn more
+than 20 n m. The matrix products that follow are cuBLAS's, on a small dense weight.
+
+Backward, from the gradient g of small:  dW[rows][:, cols] = s_out * g * s_in, zero elsewhere;
+ds_out = sum_j g * W * s_in,  ds_in = sum_i g * W * s_out, W being W[rows][:, cols].
+
+Scaled in float32, rounded once. Each sum over a row or column goes through a buffer with one line a tile, never through
+atomics: repeatable bit for bit.
+
+Shapes: (R, C) the weight; n <= R living rows, m <= C living columns; i, j count those.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.shared import compute_dtype, launch, require, require_index, require_kernel_input, size
+
+# Not tuned on a GPU; from the table of `make kernels`: larger tiles spill where columns are gathered.
+BLOCK_R, BLOCK_C, WARPS = 16, 256, 8
+
+
+class _Select(torch.autograd.Function):
+    """weight[rows][:, cols]; its gradient is written once into zeros, where autograd's own would sort and add."""
+
+    @staticmethod
+    def forward(ctx, weight, rows, cols):
+        ctx.save_for_backward(rows, cols)
+        ctx.shape = weight.shape
+        out = weight if rows is None else weight.index_select(0, rows)
+        return out if cols is None else out.index_select(1, cols)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, cols = ctx.saved_tensors
+        if cols is not None:
+            grad = grad.new_zeros(grad.shape[0], ctx.shape[1]).index_copy_(1, cols, grad)
+        if rows is not None:
+            grad = grad.new_zeros(ctx.shape).index_copy_(0, rows, grad)
+        return grad, None, None
+
+
+def select(weight: Tensor, rows: Tensor | None, cols: Tensor | None = None) -> Tensor:
+    return weight if rows is None and cols is None else _Select.apply(weight, rows, cols)
+
+
+def pack_torch(
+    weight: Tensor, rows: Tensor | None, cols: Tensor | None, row_scale: Tensor | None, col_scale: Tensor | None
+) -> Tensor:
+    """What `pack` computes, in plain PyTorch, in the weight's dtype."""
+    small = select(weight, rows, cols)
+    small = small if row_scale is None else small * row_scale[:, None]
+    return small if col_scale is None else small * col_scale
+
+
+def pack_vector(vector: Tensor, index: Tensor | None, scale: Tensor | None) -> Tensor:
+    """vector[index] * scale: the bias or gain of the subnetwork, (n,)."""
+    small = select(vector, index)
+    return small if scale is None else small * scale
+
+
+@triton.jit
+def gathered(index, i, n):
+    """Where unit i stands in the full weight; int64, since it is multiplied by a stride next."""
+    if index is None:
+        return i.to(tl.int64)
+    else:
+        return tl.load(index + i, mask=i < n, other=0)
+
+
+@triton.jit
+def scale_of(scale, i, n):
+    if scale is None:
+        return tl.full(i.shape, 1.0, tl.float32)
+    else:
+        return tl.load(scale + i, mask=i < n, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _pack_kernel(
+    weight, rows, cols, row_scale, col_scale, small, n, m, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    i = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    j = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = (i < n)[:, None] & (j < m)[None, :]
+    w = tl.load(weight + gathered(rows, i, n)[:, None] * C + gathered(cols, j, m)[None, :], mask=inside, other=0.0)
+    w = w.to(tl.float32) * scale_of(row_scale, i, n)[:, None] * scale_of(col_scale, j, m)[None, :]
+    tl.store(small + i.to(tl.int64)[:, None] * m + j[None, :], w.to(small.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _unpack_kernel(
+    grad, weight, rows, cols, row_scale, col_scale, dweight, row_sums, col_sums, n, m, C,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    tile_r, tile_c = tl.program_id(0), tl.program_id(1)
+    i = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    j = tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = (i < n)[:, None] & (j < m)[None, :]
+    full = gathered(rows, i, n)[:, None] * C + gathered(cols, j, m)[None, :]
+    s_out, s_in = scale_of(row_scale, i, n)[:, None], scale_of(col_scale, j, m)[None, :]
+    g = tl.load(grad + i.to(tl.int64)[:, None] * m + j[None, :], mask=inside, other=0.0).to(tl.float32)
+    tl.store(dweight + full, (g * s_out * s_in).to(dweight.dtype.element_ty), mask=inside)
+    if row_scale is not None or col_scale is not None:
+        g *= tl.load(weight + full, mask=inside, other=0.0).to(tl.float32)
+    if row_scale is not None:
+        tl.store(row_sums + tile_c.to(tl.int64) * n + i, tl.sum(g * s_in, axis=1), mask=i < n)
+    if col_scale is not None:
+        tl.store(col_sums + tile_r.to(tl.int64) * m + j, tl.sum(g * s_out, axis=0), mask=j < m)
+
+
+def check_units(op: str, weight: Tensor, rows, cols, row_scale, col_scale, checked: bool) -> tuple[int, int]:
+    """n and m. Raises KernelError."""
+    require_kernel_input(op, weight=weight, row_scale=row_scale, col_scale=col_scale)
+    require(weight.dim() == 2, op, "weight must have two axes", weight=weight)
+    require_index(op, "rows", rows, weight.shape[0], checked, weight=weight)
+    require_index(op, "cols", cols, weight.shape[1], checked, weight=weight)
+    n, m = size(rows, weight.shape[0]), size(cols, weight.shape[1])
+    for name, scale, length in (("row_scale", row_scale, n), ("col_scale", col_scale, m)):
+        fits = scale is None or scale.shape == (length,)
+        require(fits, op, f"{name} must have {length} values", **{name: scale}, weight=weight)
+    return n, m
+
+
+@torch.library.custom_op("drpruning::pack", mutates_args=())
+def _pack(
+    weight: Tensor,
+    rows: Tensor | None,
+    cols: Tensor | None,
+    row_scale: Tensor | None,
+    col_scale: Tensor | None,
+    dtype: torch.dtype,
+    checked: bool,
+) -> Tensor:
+    n, m = check_units("pack", weight, rows, cols, row_scale, col_scale, checked)
+    small = weight.new_empty((n, m), dtype=dtype)
+    launch(
+        _pack_kernel, (triton.cdiv(n, BLOCK_R), triton.cdiv(m, BLOCK_C)),
+        weight, rows, cols, row_scale, col_scale, small, n, m, weight.shape[1], BLOCK_R, BLOCK_C, num_warps=WARPS,
+    )  # fmt: skip
+    return small
+
+
+@_pack.register_fake
+def _(weight, rows, cols, row_scale, col_scale, dtype, checked):
+    return weight.new_empty((size(rows, weight.shape[0]), size(cols, weight.shape[1])), dtype=dtype)
+
+
+@torch.library.custom_op("drpruning::unpack", mutates_args=())
+def unpack(
+    grad: Tensor,
+    weight: Tensor,
+    rows: Tensor | None,
+    cols: Tensor | None,
+    row_scale: Tensor | None,
+    col_scale: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of weight (R, C), row_scale and col_scale (empty where there is none) from that of small (n, m)."""
+    n, m = grad.shape
+    tiles_r, tiles_c = triton.cdiv(n, BLOCK_R), triton.cdiv(m, BLOCK_C)
+    dweight = torch.zeros_like(weight)
+    row_sums = None if row_scale is None else weight.new_empty((tiles_c, n), dtype=torch.float32)
+    col_sums = None if col_scale is None else weight.new_empty((tiles_r, m), dtype=torch.float32)
+    launch(
+        _unpack_kernel, (tiles_r, tiles_c), grad, weight, rows, cols, row_scale, col_scale, dweight, row_sums, col_sums,
+        n, m, weight.shape[1], BLOCK_R, BLOCK_C, num_warps=WARPS,
+    )  # fmt: skip
+    none = weight.new_empty(0)
+    return (
+        dweight,
+        none if row_scale is None else row_sums.sum(0).to(row_scale.dtype),
+        none.clone() if col_scale is None else col_sums.sum(0).to(col_scale.dtype),
+    )
+
+
+@unpack.register_fake
+def _(grad, weight, rows, cols, row_scale, col_scale):
+    return torch.empty_like(weight), weight.new_empty(size(row_scale, 0)), weight.new_empty(size(col_scale, 0))
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:5])
+
+
+def _backward(ctx, grad):
+    weight, rows, cols, row_scale, col_scale = ctx.saved_tensors
+    dweight, drow, dcol = unpack(grad.contiguous(), weight, rows, cols, row_scale, col_scale)
+    drow, dcol = (None if row_scale is None else drow), (None if col_scale is None else dcol)
+    return dweight, None, None, drow, dcol, None, None
+
+
+_pack.register_autograd(_backward, setup_context=_setup)
+
+
+def pack(
+    weight: Tensor,
+    rows: Tensor | None = None,
+    cols: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    col_scale: Tensor | None = None,
+    checked: bool = False,
+) -> Tensor:
+    """weight (R, C), rows (n,) and cols (m,) int64, scales (n,) and (m,) -> (n, m) in the compute dtype.
+
+    None: all rows, all columns, scale 1. Rows and columns must be distinct. checked: the caller knows that they lie
+    within the weight. Raises KernelError where shapes, dtypes or indices do not fit.
+    """
+    return _pack(weight, rows, cols, row_scale, col_scale, compute_dtype(weight), checked)

@@ -1,0 +1,96 @@
+"""Rotary position embedding of queries and keys in one pass (Su et al. 2021, arXiv 2104.09864).
+
+In the rotate-half convention of Hugging Face channel c of a head is paired with c + K/2:
+q'_c = q_c cos - q_{c+K/2} sin,   q'_{c+K/2} = q_{c+K/2} cos + q_c sin,   the same for k.
+
+Eager PyTorch casts to float32, splits, multiplies four times, concatenates and casts back, for q and for k: some
+20 passes over tensors of twice the size. Here each is read and written once. Rotations are orthogonal: backward is
+the same kernel with -sin. Computed in float32 inside.
+
+Shapes: B batch, T sequence, h query heads, g key heads, K head dim; cos, sin (T, K/2) float32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.shared import launch, require, require_kernel_input
+
+WARPS = 4  # one program a token, all heads; not tuned on a GPU, from the table of `make kernels`
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.float().chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]  # (T, 1, K/2)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+def rope_torch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """What `rope` computes, in plain PyTorch."""
+    return _rotate(q, cos, sin), _rotate(k, cos, sin)
+
+
+@triton.jit
+def _rotate_heads(x, y, cos, sin, first, heads, c, HALF, HEADS: tl.constexpr):
+    head = tl.arange(0, HEADS)
+    inside = (head < heads)[:, None] & (c < HALF)[None, :]
+    at = first * heads * 2 * HALF + head[:, None] * 2 * HALF + c[None, :]
+    a = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(x + at + HALF, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + at, (a * cos - b * sin).to(y.dtype.element_ty), mask=inside)
+    tl.store(y + at + HALF, (b * cos + a * sin).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _kernel(
+    q, k, cos, sin, q_out, k_out, T, h, g, HALF,
+    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, PAIRS)
+    at = (token % T) * HALF + c
+    cos_c = tl.load(cos + at, mask=c < HALF, other=0.0)[None, :]
+    sin_c = tl.load(sin + at, mask=c < HALF, other=0.0)[None, :]
+    _rotate_heads(q, q_out, cos_c, sin_c, token, h, c, HALF, Q_HEADS)
+    _rotate_heads(k, k_out, cos_c, sin_c, token, g, c, HALF, K_HEADS)
+
+
+@torch.library.custom_op("drpruning::rope", mutates_args=())
+def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    op = "rope"
+    require_kernel_input(op, q=q, k=k, cos=cos, sin=sin)
+    fits = q.dim() == 4 and k.dim() == 4 and (*q.shape[:2], q.shape[3]) == (*k.shape[:2], k.shape[3])
+    require(fits and q.shape[3] % 2 == 0, op, "q and k must be (B, T, heads, K), alike but for the heads", q=q, k=k)
+    (B, T, h, K), g = q.shape, k.shape[2]
+    tables = cos.dtype == sin.dtype == torch.float32 and cos.shape == sin.shape == (T, K // 2)
+    require(tables, op, f"cos and sin must be ({T}, {K // 2}) float32", cos=cos, sin=sin, q=q)
+    q_out, k_out = torch.empty_like(q), torch.empty_like(k)
+    power = triton.next_power_of_2
+    launch(
+        _kernel, (B * T,), q, k, cos, sin, q_out, k_out, T, h, g, K // 2, power(h), power(g), power(K // 2),
+        num_warps=WARPS,
+    )  # fmt: skip
+    return q_out, k_out
+
+
+@_rope.register_fake
+def _(q, k, cos, sin):
+    return torch.empty_like(q), torch.empty_like(k)
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[2:])
+
+
+def _backward(ctx, dq, dk):
+    cos, sin = ctx.saved_tensors
+    return *_rope(dq.contiguous(), dk.contiguous(), cos, -sin), None, None
+
+
+_rope.register_autograd(_backward, setup_context=_setup)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """q (B, T, h, K), k (B, T, g, K), cos and sin (T, K/2) float32 -> both, rotated. Raises KernelError."""
+    return _rope(q, k, cos, sin)

@@ -1,0 +1,62 @@
+"""What every kernel file needs around its launch: checks of the arguments, the dtype to compute in, an empty grid."""
+
+import torch
+import triton
+from torch import Tensor
+
+INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on CPU tensors, one program at a time
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class KernelError(ValueError):
+    """Arguments an op cannot take; the message names the op, the arguments and their shapes."""
+
+
+def shapes(**tensors: Tensor | None) -> str:
+    return ", ".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in tensors.items() if t is not None)
+
+
+def require(condition: bool, op: str, what: str, **tensors: Tensor | None) -> None:
+    """Raises KernelError with the op's name, what was expected, and the shapes and dtypes of the tensors."""
+    if not condition:
+        raise KernelError(f"{op}: {what}; got {shapes(**tensors)}")
+
+
+def require_kernel_input(op: str, **tensors: Tensor | None) -> None:
+    """Floating point that the kernels know, contiguous, all on one device."""
+    given = {name: t for name, t in tensors.items() if t is not None}
+    device = next(iter(given.values())).device
+    for name, t in given.items():
+        require(t.device == device, op, f"{name} must be on {device}, it is on {t.device}", **{name: t})
+        require(t.is_contiguous(), op, f"{name} must be contiguous, its strides are {t.stride()}", **{name: t})
+        require(t.dtype in DTYPES, op, f"{name} must be float32, float16 or bfloat16", **{name: t})
+
+
+def require_index(op: str, name: str, index: Tensor | None, size: int, checked: bool, **of: Tensor) -> None:
+    """int64, one axis, contiguous, every value in 0 .. size - 1.
+
+    Reading the values makes the host wait for the device: who has checked them on the host says so with `checked`.
+    """
+    if index is None:
+        return
+    good = index.dtype == torch.int64 and index.dim() == 1 and index.is_contiguous()
+    require(good, op, f"{name} must be one contiguous axis of int64", **{name: index}, **of)
+    if not checked and index.numel():
+        low, high = (int(v) for v in index.aminmax())
+        inside = low >= 0 and high < size
+        require(inside, op, f"{name} holds {low} .. {high}, it must lie in 0 .. {size - 1}", **{name: index}, **of)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What matrix products compute in: autocast's dtype where it is on, else that of x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
+    if all(grid):  # CUDA refuses a grid without programs; there is nothing to compute
+        kernel[grid](*args, **options)
+
+
+def size(t: Tensor | None, default: int) -> int:
+    return default if t is None else t.shape[0]
