@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import ops
+from kernels.dispatch import ops
 from kernels.pack import pack_torch, pack_vector
 
 

@@ -24,13 +24,13 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import configurator
-import kernels
 import model as llama
 from configurator import ConfigError
 from data.loader import DomainLoader
 from data.shards import DataError, read_meta, sha256
 from dro import MIXES, Mix
 from evaluate import bits_per_byte, check_device, evaluate, table
+from kernels import dispatch
 from prune import PAD, Masks, TargetError, backward_to_masks, extract, subnetwork, target_config, to_device
 
 BETAS, EPS, CLIP = (0.9, 0.95), 1e-8, 1.0  # of AdamW, for weights, masks and lambdas; gradient norm of the weights
@@ -302,7 +302,7 @@ def main(cfg: Config) -> dict:
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    fused = kernels.use(cfg.kernels, device)
+    fused = dispatch.use(cfg.kernels, device)
     chief = rank == 0
     say = tqdm.write if chief else (lambda _: None)
     autocast = torch.autocast(device.split(":")[0], torch.bfloat16) if cfg.dtype == "bfloat16" else nullcontext()
@@ -350,7 +350,7 @@ def main(cfg: Config) -> dict:
 
     if fused and device.startswith("cuda"):
         shape = (model.config, masks and masks.target, cfg.micro_batch_size, cfg.seq_len)
-        for line in kernels.self_check(*shape, getattr(torch, cfg.dtype), device):
+        for line in dispatch.self_check(*shape, getattr(torch, cfg.dtype), device):
             say(line)
 
     # ---- optimizers: every parameter in exactly one; all share the schedule
@@ -540,7 +540,7 @@ def main(cfg: Config) -> dict:
 if __name__ == "__main__":
     try:
         main(configurator.load(Config, sys.argv[1:]))
-    except (ConfigError, DataError, kernels.KernelError, llama.CheckpointError, TargetError, RunError) as error:
+    except (ConfigError, DataError, dispatch.KernelError, llama.CheckpointError, TargetError, RunError) as error:
         sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
     except KeyboardInterrupt:
         sys.exit("stopped: the same command with --resume goes on from the last checkpoint")

@@ -35,8 +35,13 @@ def alive(full: int, kept: int, device: str) -> Tensor | None:
     return None if kept == full else torch.arange(kept, device=device) * full // kept
 
 
-def cases(source, target, batch: int, length: int, dtype: torch.dtype, device: str, multiple: int = 64) -> list[Case]:
-    """source, target: LlamaConfig; target None: a model that is not pruned. batch sequences of length tokens."""
+def cases(
+    source, target, batch: int, length: int, dtype: torch.dtype, device: str, multiple: int = 64, filled: bool = True
+) -> list[Case]:
+    """source, target: LlamaConfig; target None: a model that is not pruned. batch sequences of length tokens.
+
+    filled: random numbers in the tensors, not whatever memory holds.
+    """
     c, pruned = source, target or source
     N, size = batch * length, dtype.itemsize
     d, channels = (-(-n // multiple) * multiple for n in (pruned.hidden_size, pruned.intermediate_size))
@@ -44,8 +49,9 @@ def cases(source, target, batch: int, length: int, dtype: torch.dtype, device: s
     q, kv = pruned.n_heads * c.head_dim, pruned.n_kv_heads * c.head_dim
     generator = torch.Generator(device).manual_seed(0)
 
-    def random(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_()
+    def random(*shape: int, dtype: torch.dtype = dtype, std: float = 1.0) -> Tensor:
+        x = torch.empty(shape, dtype=dtype, device=device)
+        return (x.normal_(0, std, generator=generator) if filled else x).requires_grad_()
 
     def scale(n: int) -> Tensor:
         return torch.rand(n, generator=generator, device=device).requires_grad_()
@@ -57,8 +63,8 @@ def cases(source, target, batch: int, length: int, dtype: torch.dtype, device: s
             return x, delta, weight, rows, scale(d) if target else None, pruned.hidden_size / d, c.norm_eps
 
         return Case("rms_norm", where, rms_norm, rms_norm_torch, inputs, {
-            "rms_norm.forward": (N * d * (4 + size + 4 + size), 8 * N * d),  # x, delta in; h, y out
-            "rms_norm.backward": (N * d * (size + 4 + 4 + 4 + size), 12 * N * d),  # dy, dh, h in; dx, ddelta out
+            "rmsnorm.forward": (N * d * (4 + size + 4 + size), 8 * N * d),  # x, delta in; h, y out
+            "rmsnorm.backward": (N * d * (size + 4 + 4 + 4 + size), 12 * N * d),  # dy, dh, h in; dx, ddelta out
         })  # fmt: skip
 
     def swiglu(where: str) -> Case:
@@ -76,13 +82,13 @@ def cases(source, target, batch: int, length: int, dtype: torch.dtype, device: s
             tables = (torch.rand(length, c.head_dim // 2, generator=generator, device=device) for _ in range(2))
             return *(random(batch, length, n, c.head_dim) for n in (pruned.n_heads, pruned.n_kv_heads)), *tables
 
-        work = {"rope.kernel": (2 * N * (q + kv) * size, 3 * N * (q + kv))}
+        work = {"rope.rotate": (2 * N * (q + kv) * size, 3 * N * (q + kv))}
         return Case("rope", where, rope, rope_torch, inputs, work)
 
     def loss(where: str) -> Case:
         def inputs() -> tuple:
             targets = torch.arange(N, device=device).view(batch, length) % c.vocab_size
-            return random(batch, length, d), (random(c.vocab_size, d).detach() * d**-0.5).requires_grad_(), targets
+            return random(batch, length, d), random(c.vocab_size, d, std=d**-0.5), targets
 
         chunk = N * -(-c.vocab_size // CHUNKS)
         return Case("linear_cross_entropy", where, linear_cross_entropy, linear_cross_entropy_torch, inputs, {

@@ -28,7 +28,7 @@ from kernels.pack import check_units, gathered, pack, pack_torch, scale_of, unpa
 from kernels.shared import INTERPRETED, compute_dtype, launch, require, require_kernel_input, size
 
 # Not tuned on a GPU; from the table of `make kernels`.
-TOKENS, UNITS, STEP = 128, 128, 64  # of a tile: tokens, units of the output, units summed over at a time
+TOKENS, UNITS, STEP = 256, 64, 32  # of a tile: tokens, units of the output, units summed over at a time
 OPTIONS = {"num_warps": 8, "num_stages": 3}
 
 INTERPRET = tl.constexpr(INTERPRETED)

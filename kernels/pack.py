@@ -21,7 +21,7 @@ from torch import Tensor
 from kernels.shared import compute_dtype, launch, require, require_index, require_kernel_input, size
 
 # Not tuned on a GPU; from the table of `make kernels`: larger tiles spill where columns are gathered.
-BLOCK_R, BLOCK_C, WARPS = 16, 256, 8
+BLOCK_R, BLOCK_C, WARPS = 8, 256, 8
 
 
 class _Select(torch.autograd.Function):
