@@ -1,10 +1,11 @@
-# make demo: prune a small Llama on real text, from nothing; make test: prove the pieces.
-# Both create .venv and install what they need on the first call.
+# make demo: prune a small Llama on real text, from nothing; make test: prove the pieces;
+# make kernels: compile the GPU kernels for chips that are not here and check the machine code.
+# Each creates .venv and installs what it needs on the first call.
 
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test kernels bench lint clean
 
 demo: .venv/run
 	$(PY) data/embedded/prepare.py
@@ -12,6 +13,9 @@ demo: .venv/run
 
 test: .venv/dev
 	$(PY) -m pytest -q
+
+kernels: .venv/run
+	$(PY) -m kernels.machine_code
 
 bench: .venv/dev
 	$(PY) bench.py

@@ -80,7 +80,7 @@ class DryDriver:
         return 0
 
     def get_device_properties(self, device: int) -> dict:
-        return {"max_shared_mem": CHIPS[self.arch].shared - 1024}
+        return {"max_shared_mem": sys.maxsize}  # too much is for `faults` to say
 
     def load_binary(self, name: str, cubin: bytes, shared: int, device: int) -> tuple:
         return None, cubin, 0, 0, CHIPS[self.arch].threads // 2
