@@ -3,17 +3,25 @@
     make bench
 
 A ratio of two times taken in turns on one machine carries over to another machine; the times themselves do not.
+
+On a GPU also every kernel at the shapes of Llama-2-7B to 1.3B, beside plain PyTorch, torch.compile and cuBLAS, and
+beside the ceilings: what the device reached in a large matrix product and a large copy just before.
 """
 
+import inspect
 import json
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from transformers import LlamaConfig as HFLlamaConfig
 from transformers import LlamaForCausalLM
 
@@ -21,6 +29,11 @@ import demo
 from data.loader import DomainLoader
 from data.shards import open_shard, write_meta, write_shard
 from dro import Mix
+from kernels import dispatch
+from kernels.cases import Case, cases
+from kernels.linear_cross_entropy import CHUNKS, linear_cross_entropy
+from kernels.machine_code import LLAMA_1B, LLAMA_7B
+from kernels.masked_linear import masked_linear, packed_linear
 from model import BlockUnits, Llama, LlamaConfig, Subnetwork, Units
 from prune import LOG_ALPHA_RANGE, PAD, Masks, backward_to_masks, extract, probability_dead, subnetwork, target_config
 
@@ -29,19 +42,63 @@ SOURCE = LlamaConfig(4096, 512, 1408, 6, n_heads=8, n_kv_heads=8, head_dim=64)
 DEMO = LlamaConfig(4096, 192, 512, 6, n_heads=6, n_kv_heads=3, head_dim=32)  # the demo's source model
 HALF = dict(hidden_size=256, intermediate_size=704, n_heads=4, n_layers=4)  # half of every width, 2/3 of the layers
 B, T = 8, 256  # sequences and tokens of a step
+# Two of its 32 layers, and 2/32 of the vocabulary: the LM head keeps the share of the time it has in the whole model.
+TWO_LAYERS = replace(LLAMA_7B, vocab_size=2000, n_layers=2)
+TWO_SMALL_LAYERS = replace(LLAMA_1B, vocab_size=2000, n_layers=2)
+WARM_UP, ROUNDS = 2, 21  # rounds: of every measurement before it counts; of those on a GPU that count
+FLUSH = 2**30  # bytes written before a measurement on a GPU: more than any L2 cache holds
+
+# Launches of a kernel in an op's forward pass, and in forward and backward.
+LAUNCHES = {
+    "rmsnorm.forward": (1, 1),
+    "rmsnorm.backward": (0, 1),
+    "masked_swiglu.forward": (1, 1),
+    "masked_swiglu.backward": (0, 1),
+    "rope.rotate": (1, 2),  # backward is the same kernel with -sin
+    "linear_cross_entropy.fold": (CHUNKS, CHUNKS),
+    "linear_cross_entropy.gradient": (0, CHUNKS),
+    "pack.pack": (1, 1),
+    "pack.unpack": (0, 1),
+    "masked_linear.forward": (1, 1),
+    "masked_linear.dx": (0, 1),
+}
+# Matrix products that it leaves to the library, likewise; without the logits that the loss makes again in backward.
+LIBRARY_PRODUCTS = {packed_linear: (1, 3), masked_linear: (0, 1), linear_cross_entropy: (1, 3)}
 
 
-def in_turns(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every call, the ways taking turns so that a slow minute hits them all; two rounds of warm-up."""
+def wall_s(way: Callable[[], object]) -> float:
+    """Seconds until the result is there."""
+    start = time.perf_counter()
+    way()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def device_s(way: Callable[[], object]) -> float:
+    """Seconds of the GPU alone, its caches cold. On a CPU the wall clock."""
+    if DEVICE == "cpu":
+        return wall_s(way)
+    for _ in range(4):  # 1 to 3 ms: the host runs ahead, so that its launches do not count
+        torch.zeros(FLUSH, dtype=torch.uint8, device=DEVICE)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    way()
+    end.record()
+    end.synchronize()
+    return 1e-3 * start.elapsed_time(end)
+
+
+def in_turns(
+    ways: dict[str, Callable[[], object]], rounds: int, clock: Callable[[Callable], float] = wall_s
+) -> dict[str, list[float]]:
+    """Seconds of every call, the ways taking turns so that a slow minute hits them all; after a warm-up."""
     seconds = {name: [] for name in ways}
-    for round_ in range(rounds + 2):
+    for round_ in range(WARM_UP + rounds):
         for name, way in ways.items():
-            start = time.perf_counter()
-            way()
-            if DEVICE == "cuda":
-                torch.cuda.synchronize()
-            if round_ >= 2:
-                seconds[name].append(time.perf_counter() - start)
+            s = clock(way)
+            if round_ >= WARM_UP:
+                seconds[name].append(s)
     return seconds
 
 
@@ -67,7 +124,7 @@ def masked_dense(z: dict[str, torch.Tensor], c: LlamaConfig) -> Subnetwork:
     norm = Units(row_scale=z_D, fill=float((z["hidden"] > 0).sum()) / c.hidden_size)
     blocks = []
     for layer in range(c.n_layers):
-        out = z_D * full["layer"][0, layer]
+        out = z_D * full["layer"][0, layer] if "layer" in full else z_D
         blocks.append(BlockUnits(
             input_layernorm=norm, post_attention_layernorm=norm,
             v_proj=Units(row_scale=full["head"][layer].repeat_interleave(c.head_dim)), o_proj=Units(row_scale=out),
@@ -76,9 +133,9 @@ def masked_dense(z: dict[str, torch.Tensor], c: LlamaConfig) -> Subnetwork:
     return Subnetwork(blocks, Units(col_scale=z_D), norm, Units(), z=flat, z_device=leaf)
 
 
-def settled_masks() -> Masks:
+def settled_masks(source: LlamaConfig, target: LlamaConfig) -> Masks:
     """Masks as they are once the sparsity has reached its target: logits at both ends, the expected sparsity right."""
-    masks = Masks(SOURCE, target_config(SOURCE, **HALF), seed=0)
+    masks = Masks(source, target, seed=0)
     generator = torch.Generator().manual_seed(0)
     p_dead_low, p_dead_high = probability_dead(torch.tensor(LOG_ALPHA_RANGE)).tolist()
     with torch.no_grad():
@@ -120,7 +177,7 @@ def fresh(config: LlamaConfig) -> Llama:
 
 
 def bench_pruning_step(results: dict) -> None:
-    masks, counter = settled_masks(), iter(range(10**9))
+    masks, counter = settled_masks(SOURCE, target_config(SOURCE, **HALF)), iter(range(10**9))
     dense, gathered = fresh(SOURCE), fresh(SOURCE)
     small = extract(gathered, masks)
 
@@ -231,11 +288,179 @@ def show(r: dict) -> str:
     )
 
 
+def bench_ceilings(results: dict, n: int = 8192, size: int = 2**30, rounds: int = ROUNDS) -> None:
+    """What the device reaches in a bf16 product of (n, n) matrices and in a copy; size bytes are read and written."""
+    a, b = (torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    c, old, new = torch.empty_like(a), *(torch.zeros(size, dtype=torch.uint8, device=DEVICE) for _ in range(2))
+    s = in_turns({"product": lambda: torch.mm(a, b, out=c), "copy": lambda: new.copy_(old)}, rounds, device_s)
+    rates = {"TFLOP/s": [2e-12 * n**3 / t for t in s["product"]], "GB/s": [2e-9 * size / t for t in s["copy"]]}
+    value, shown = {}, {}
+    for unit, each in rates.items():
+        low, _, high = quantiles(each, n=4)
+        value |= {unit: median(each), f"{unit}, quartiles": [low, high]}
+        shown[unit] = f"{median(each):,.4g} ({low:,.4g} to {high:,.4g}) {unit}"
+    line = f"ceilings: {shown['TFLOP/s']} in a bf16 product of {n}^3, {shown['GB/s']} in a copy of {size:,} bytes"
+    report(results, "ceilings", value, line)
+
+
+def whole_logits_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The token loss as it is usually written. (linear_cross_entropy_torch makes chunks of the logits, like ours.)"""
+    logits = F.linear(h, weight).float()
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+
+
+def in_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def call(way: Callable, inputs: tuple, upstream: list[Tensor] | None = None) -> Callable[[], tuple[Tensor, ...]]:
+    """A call of forward in bf16 autocast, and of backward where gradients of the outputs are given."""
+    leaves = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
+
+    def run() -> tuple[Tensor, ...]:
+        with torch.autocast(DEVICE, torch.bfloat16):
+            outputs = in_tuple(way(*inputs))
+        return torch.autograd.grad(outputs, leaves, upstream) if upstream else outputs
+
+    return run
+
+
+def product_work(x: Tensor, weight: Tensor) -> tuple[int, int]:
+    """Bytes (operands and result) and operations of x @ weight^T in bf16. Each product of its backward has as many."""
+    (n, m), N = weight.shape, x.numel() // x.shape[-1]
+    return 2 * (N * m + n * m + N * n), 2 * N * n * m
+
+
+def op_work(case: Case, x: Tensor, weight: Tensor, backward: bool) -> tuple[float, float]:
+    """Bytes and operations of the kernels and of the products beside them; x, weight: the operands of those."""
+    parts = [(LAUNCHES[kernel][backward], work) for kernel, work in case.work.items()]
+    if case.fused in LIBRARY_PRODUCTS:
+        parts.append((LIBRARY_PRODUCTS[case.fused][backward], product_work(x, weight)))
+    return sum(times * work[0] for times, work in parts), sum(times * work[1] for times, work in parts)
+
+
+def peak_bytes(way: Callable[[], object]) -> int:
+    """GPU memory at its highest during a call, less what was there before."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    way()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def ways_of(case: Case, inputs: tuple, compiler: str) -> dict[str, tuple[Callable, tuple]]:
+    """The op by its kernels, in plain PyTorch, that compiled, and a linear's product alone; with the inputs of each."""
+    checks = "checked" in inspect.signature(case.fused).parameters
+    ours = partial(case.fused, checked=True) if checks else case.fused  # as a run calls it: the host waits for nothing
+    dtypes = [y.dtype for y in call(ours, inputs)()]
+    whole = whole_logits_loss if case.op == "linear_cross_entropy" else case.torch
+
+    def plain(*inputs) -> tuple[Tensor, ...]:  # cast, as the op that comes next would
+        return tuple(y.to(dtype) for y, dtype in zip(in_tuple(whole(*inputs)), dtypes, strict=True))
+
+    torch.compiler.reset()  # each case is compiled for its own shapes
+    compiled = torch.compile(plain, dynamic=False, backend=compiler)
+    ways = {"ours": (ours, inputs), "plain": (plain, inputs), "compiled": (compiled, inputs)}
+    if case.op == "linear":
+        x, weight, bias, rows, *_ = inputs
+        n = len(weight if rows is None else rows)
+        small = torch.randn(n, x.shape[-1], device=DEVICE, dtype=x.dtype).requires_grad_()
+        ways["cuBLAS"] = F.linear, (x, small, bias)
+    return ways
+
+
+def bench_kernels(
+    results: dict, source: LlamaConfig = LLAMA_7B, target: LlamaConfig = LLAMA_1B, batch: int = 4, length: int = 4096,
+    rounds: int = ROUNDS, compiler: str = "inductor",
+) -> None:  # fmt: skip
+    """Every op beside its other ways, and beside the ceilings that bench_ceilings found."""
+    for case in cases(source, target, batch, length, torch.bfloat16, DEVICE, PAD[DEVICE]):
+        inputs = case.inputs()
+        ways = ways_of(case, inputs, compiler)
+        gradients = [torch.randn_like(y) for y in call(*ways["plain"])()]
+        for backward in (False, True):
+            calls = {name: call(*way, gradients if backward else None) for name, way in ways.items()}
+            s = in_turns(calls, rounds, device_s)
+            _, operands = ways.get("cuBLAS", ways["ours"])
+            value = against_ceilings(s, *op_work(case, *operands[:2], backward), results["ceilings"])
+            if DEVICE == "cuda":
+                value["peak MiB"] = {name: peak_bytes(calls[name]) / 2**20 for name in ("ours", "plain")}
+            name = f"{case.fused.__name__}, {case.where}, {'forward and backward' if backward else 'forward'}"
+            report(results, name, value, table(name, case, value))
+
+
+def against_ceilings(s: dict[str, list[float]], bytes_: float, operations: float, ceilings: dict) -> dict:
+    memory_s, product_s = 1e-9 * bytes_ / ceilings["GB/s"], 1e-12 * operations / ceilings["TFLOP/s"]
+    bound = "copy" if memory_s > product_s else "product"
+    value = {"bytes": bytes_, "operations": operations, "bound": bound, "ways": {}}
+    for name, seconds in s.items():
+        low, t, high = quantiles(seconds, n=4)
+        value["ways"][name] = {
+            "ms": 1e3 * t,
+            "quartiles": [1e3 * low, 1e3 * high],
+            "TFLOP/s": 1e-12 * operations / t,
+            "GB/s": 1e-9 * bytes_ / t,
+            "of ceiling": max(memory_s, product_s) / t,
+            "over ours": ratio(seconds, s["ours"])["ratio"],
+        }
+    return value
+
+
+def table(name: str, case: Case, value: dict) -> str:
+    lines = [f"{name}: {1e-6 * value['bytes']:,.4g} MB, {1e-9 * value['operations']:,.4g} GFLOP"]
+    for way, v in value["ways"].items():
+        low, high = v["quartiles"]
+        least_share = " (at least 80 %)" if way == "ours" and value["bound"] == "copy" else ""
+        least_ratio = " (at least 0.85)" if way == "cuBLAS" and case.fused is packed_linear else ""
+        lines.append(
+            f"    {way:8} {v['ms']:.4g} ms ({low:.4g} to {high:.4g}), {v['over ours']:.2f} of ours{least_ratio}; "
+            f"{v['TFLOP/s']:,.4g} TFLOP/s, {v['GB/s']:,.4g} GB/s, "
+            f"{v['of ceiling']:.0%} of the {value['bound']}{least_share}"
+        )
+    if "peak MiB" in value:
+        ours, plain = value["peak MiB"]["ours"], value["peak MiB"]["plain"]
+        most = " (at most 0.125)" if case.op == "linear_cross_entropy" else ""
+        lines.append(f"    peak memory {ours:,.0f} MiB, plain {plain:,.0f} MiB: {ours / plain:.3f}{most}")
+    return "\n".join(lines)
+
+
+def bench_block(
+    results: dict, source: LlamaConfig = TWO_LAYERS, target: LlamaConfig = TWO_SMALL_LAYERS, batch: int = 4,
+    length: int = 4096, rounds: int = ROUNDS,
+) -> None:  # fmt: skip
+    """Forward and backward of two pruned blocks, to the masks' logits, by the kernels in bf16 autocast."""
+    dispatch.use("triton", DEVICE)
+    masks, counter, model = settled_masks(source, target), iter(range(10**9)), fresh(source)
+    tokens = torch.randint(0, source.vocab_size, (batch, length + 1), device=DEVICE)
+
+    def step(build: Callable[[dict], Subnetwork]) -> None:
+        s = build(masks.sample(0, next(counter), 0))
+        with torch.autocast(DEVICE, torch.bfloat16):
+            loss = model(tokens[:, :-1], tokens[:, 1:], s).mean()
+        loss.backward()
+        backward_to_masks([s])
+        model.zero_grad()
+        masks.zero_grad()
+
+    ways = {
+        "dense": lambda: step(lambda z: masked_dense(z, source)),
+        "subnetwork": lambda: step(lambda z: subnetwork(source, z, DEVICE, PAD[DEVICE])),
+    }
+    s = in_turns(ways, rounds)
+    r, name = ratio(s["dense"], s["subnetwork"]), "forward and backward of pruned blocks: dense / subnetwork"
+    report(results, name, r, f"{name}: {show(r)} (at least 3)")
+
+
 if __name__ == "__main__":
+    dispatch.use("auto", DEVICE)
     where = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}; torch {torch.__version__}; {SOURCE}; {B} sequences of {T} tokens")
     results = {"where": where, "torch": torch.__version__}
-    for bench in (bench_pruning_step, bench_against_transformers, bench_mix, bench_loader, bench_share):
+    benches = [bench_pruning_step, bench_against_transformers, bench_mix, bench_loader, bench_share]
+    if DEVICE == "cuda":
+        benches += [bench_ceilings, bench_kernels, bench_block]
+    else:
+        print("kernels: no GPU, not measured")
+    for bench in benches:
         bench(results)
         Path("out").mkdir(exist_ok=True)
         Path("out/bench.json").write_text(json.dumps(results, indent=1) + "\n")

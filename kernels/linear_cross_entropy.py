@@ -29,7 +29,7 @@ from torch import Tensor
 from kernels.shared import compute_dtype, launch, require, require_kernel_input
 
 CHUNKS = 16  # of the vocabulary
-BLOCK, WARPS = 4096, 8  # logits a step of a program, which walks one token; not tuned on a GPU
+BLOCK, WARPS = 2048, 8  # logits a step of a program, which walks one token; not tuned on a GPU, from `make kernels`
 
 
 def _chunks(weight: Tensor) -> Iterator[tuple[int, Tensor]]:

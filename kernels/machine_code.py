@@ -24,6 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from kernels import shared
 from kernels.cases import cases
 from model import LlamaConfig
 from prune import target_config
@@ -69,6 +70,7 @@ class DryDriver:
 
     def __init__(self, arch: int) -> None:
         self.arch, self.utils, self.launched = arch, self, []
+        shared.ON_CPU = True
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.arch, 32)
@@ -141,10 +143,10 @@ def compiled(arch: int) -> dict[tuple[str, str, str], Code]:
                 outputs = case.fused(*case.inputs())
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
             torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
-            for kernel, cubin, shared, warps in driver.active.launched:
-                if cubin not in known:
-                    known[cubin] = Code.of(cubin, shared, warps)
-                codes[run, case.where, kernel] = known[cubin]
+            for kernel, *code in driver.active.launched:
+                if code[0] not in known:
+                    known[code[0]] = Code.of(*code)
+                codes[run, case.where, kernel] = known[code[0]]
     return codes
 
 

@@ -81,9 +81,9 @@ def _forward_kernel(
         w = weight + row[None, :] * C + gathered(cols, j, m)[:, None]
         w_tile = tl.load(w, mask=(i < n)[None, :] & (j < m)[:, None], other=0.0)
         if col_scale is not None:
-            w_tile = w_tile * scale_of(col_scale, j, m)[:, None]
+            w_tile = w_tile * scale_of(col_scale, j, j < m)[:, None]
         acc = _dot(x_tile, w_tile.to(x_tile.dtype), acc, PRECISION)
-    acc *= scale_of(row_scale, i, n)[None, :]
+    acc *= scale_of(row_scale, i, i < n)[None, :]
     if bias is not None:
         acc += tl.load(bias + i, mask=i < n, other=0.0).to(tl.float32)[None, :]
     tl.store(y + t[:, None] * n + i[None, :], acc.to(y.dtype.element_ty), mask=(t < N)[:, None] & (i < n)[None, :])
@@ -105,9 +105,9 @@ def _dx_kernel(
         w = weight + gathered(rows, i, n)[:, None] * C + col[None, :]
         w_tile = tl.load(w, mask=(i < n)[:, None] & (j < m)[None, :], other=0.0)
         if row_scale is not None:
-            w_tile = w_tile * scale_of(row_scale, i, n)[:, None]
+            w_tile = w_tile * scale_of(row_scale, i, i < n)[:, None]
         acc = _dot(dy_tile, w_tile.to(dy_tile.dtype), acc, PRECISION)
-    acc *= scale_of(col_scale, j, m)[None, :]
+    acc *= scale_of(col_scale, j, j < m)[None, :]
     tl.store(dx + t[:, None] * m + j[None, :], acc.to(dx.dtype.element_ty), mask=(t < N)[:, None] & (j < m)[None, :])
 
 
@@ -196,8 +196,8 @@ def masked_linear(
 ) -> Tensor:
     """x (..., m), weight (R, C), bias (n,), rows (n,), cols (m,) int64, scales (n,), (m,) -> (..., n), compute dtype.
 
-    None: no bias, all rows, all columns, scale 1. Rows and columns must be distinct. checked: the caller knows that
-    they lie within the weight. Raises KernelError where shapes, dtypes or indices do not fit.
+    None: no bias, all rows, all columns, scale 1. Indices ascend. checked: the caller knows that they do, within the
+    weight. Raises KernelError where shapes, dtypes or indices do not fit.
     """
     flat = x.flatten(0, -2).to(compute_dtype(x))
     return _masked_linear(flat, weight, bias, rows, cols, row_scale, col_scale, checked).unflatten(0, x.shape[:-1])

@@ -7,6 +7,9 @@ than 20 n m. The matrix products that follow are cuBLAS's, on a small dense weig
 Backward, from the gradient g of small:  dW[rows][:, cols] = s_out * g * s_in, zero elsewhere;
 ds_out = sum_j g * W * s_in,  ds_in = sum_i g * W * s_out, W being W[rows][:, cols].
 
+unpack walks the full weight, so that each element of dW, dead or alive, is written once and in whole lines; a bisection
+of the ascending indices finds what is alive. Zeros first and a scatter then would move a quarter more.
+
 Scaled in float32, rounded once. Each sum over a row or column goes through a buffer with one line a tile, never through
 atomics: repeatable bit for bit.
 
@@ -73,11 +76,11 @@ def gathered(index, i, n):
 
 
 @triton.jit
-def scale_of(scale, i, n):
+def scale_of(scale, i, inside):
     if scale is None:
         return tl.full(i.shape, 1.0, tl.float32)
     else:
-        return tl.load(scale + i, mask=i < n, other=0.0).to(tl.float32)
+        return tl.load(scale + i, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -88,29 +91,45 @@ def _pack_kernel(
     j = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (i < n)[:, None] & (j < m)[None, :]
     w = tl.load(weight + gathered(rows, i, n)[:, None] * C + gathered(cols, j, m)[None, :], mask=inside, other=0.0)
-    w = w.to(tl.float32) * scale_of(row_scale, i, n)[:, None] * scale_of(col_scale, j, m)[None, :]
+    w = w.to(tl.float32) * scale_of(row_scale, i, i < n)[:, None] * scale_of(col_scale, j, j < m)[None, :]
     tl.store(small + i.to(tl.int64)[:, None] * m + j[None, :], w.to(small.dtype.element_ty), mask=inside)
 
 
 @triton.jit
+def _place(index, i, n, steps):
+    """Where i stands among the ascending living units, by bisection; -1 where it is dead."""
+    if index is None:
+        return tl.where(i < n, i, -1)
+    else:
+        low, high = tl.zeros_like(i), tl.zeros_like(i) + n
+        for _ in range(steps):
+            middle = (low + high) // 2
+            before = tl.load(index + middle, mask=middle < n, other=0) < i
+            low, high = tl.where(before & (low < high), middle + 1, low), tl.where(before, high, middle)
+        return tl.where(tl.load(index + low, mask=low < n, other=-1) == i, low, -1)
+
+
+@triton.jit
 def _unpack_kernel(
-    grad, weight, rows, cols, row_scale, col_scale, dweight, row_sums, col_sums, n, m, C,
+    grad, weight, rows, cols, row_scale, col_scale, dweight, row_sums, col_sums, n, m, R, C, row_steps, col_steps,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     tile_r, tile_c = tl.program_id(0), tl.program_id(1)
-    i = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)
-    j = tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = (i < n)[:, None] & (j < m)[None, :]
-    full = gathered(rows, i, n)[:, None] * C + gathered(cols, j, m)[None, :]
-    s_out, s_in = scale_of(row_scale, i, n)[:, None], scale_of(col_scale, j, m)[None, :]
-    g = tl.load(grad + i.to(tl.int64)[:, None] * m + j[None, :], mask=inside, other=0.0).to(tl.float32)
-    tl.store(dweight + full, (g * s_out * s_in).to(dweight.dtype.element_ty), mask=inside)
+    r = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    c = tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    i, j = _place(rows, r, n, row_steps), _place(cols, c, m, col_steps)
+    alive = (i >= 0)[:, None] & (j >= 0)[None, :]
+    full = r.to(tl.int64)[:, None] * C + c[None, :]
+    s_out = scale_of(row_scale, i, i >= 0)[:, None]
+    s_in = scale_of(col_scale, j, j >= 0)[None, :]
+    g = tl.load(grad + i.to(tl.int64)[:, None] * m + j[None, :], mask=alive, other=0.0).to(tl.float32)
+    tl.store(dweight + full, (g * s_out * s_in).to(dweight.dtype.element_ty), mask=(r < R)[:, None] & (c < C)[None, :])
     if row_scale is not None or col_scale is not None:
-        g *= tl.load(weight + full, mask=inside, other=0.0).to(tl.float32)
+        g *= tl.load(weight + full, mask=alive, other=0.0).to(tl.float32)
     if row_scale is not None:
-        tl.store(row_sums + tile_c.to(tl.int64) * n + i, tl.sum(g * s_in, axis=1), mask=i < n)
+        tl.store(row_sums + tile_c.to(tl.int64) * R + r, tl.sum(g * s_in, axis=1), mask=r < R)
     if col_scale is not None:
-        tl.store(col_sums + tile_r.to(tl.int64) * m + j, tl.sum(g * s_out, axis=0), mask=j < m)
+        tl.store(col_sums + tile_r.to(tl.int64) * C + c, tl.sum(g * s_out, axis=0), mask=c < C)
 
 
 def check_units(op: str, weight: Tensor, rows, cols, row_scale, col_scale, checked: bool) -> tuple[int, int]:
@@ -160,21 +179,24 @@ def unpack(
     col_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of weight (R, C), row_scale and col_scale (empty where there is none) from that of small (n, m)."""
-    n, m = grad.shape
-    tiles_r, tiles_c = triton.cdiv(n, BLOCK_R), triton.cdiv(m, BLOCK_C)
-    dweight = torch.zeros_like(weight)
-    row_sums = None if row_scale is None else weight.new_empty((tiles_c, n), dtype=torch.float32)
-    col_sums = None if col_scale is None else weight.new_empty((tiles_r, m), dtype=torch.float32)
+    (n, m), (R, C) = grad.shape, weight.shape
+    tiles_r, tiles_c = triton.cdiv(R, BLOCK_R), triton.cdiv(C, BLOCK_C)
+    dweight = torch.empty_like(weight)
+    row_sums = None if row_scale is None else weight.new_empty((tiles_c, R), dtype=torch.float32)
+    col_sums = None if col_scale is None else weight.new_empty((tiles_r, C), dtype=torch.float32)
     launch(
         _unpack_kernel, (tiles_r, tiles_c), grad, weight, rows, cols, row_scale, col_scale, dweight, row_sums, col_sums,
-        n, m, weight.shape[1], BLOCK_R, BLOCK_C, num_warps=WARPS,
+        n, m, R, C, n.bit_length(), m.bit_length(), BLOCK_R, BLOCK_C, num_warps=WARPS,
     )  # fmt: skip
-    none = weight.new_empty(0)
-    return (
-        dweight,
-        none if row_scale is None else row_sums.sum(0).to(row_scale.dtype),
-        none.clone() if col_scale is None else col_sums.sum(0).to(col_scale.dtype),
-    )
+    return dweight, _total(row_sums, rows, row_scale, weight), _total(col_sums, cols, col_scale, weight)
+
+
+def _total(sums: Tensor | None, index: Tensor | None, scale: Tensor | None, weight: Tensor) -> Tensor:
+    """The gradient of a scale from one line of sums a tile; empty (an op returns tensors only) without a scale."""
+    if scale is None:
+        return weight.new_empty(0)
+    total = sums.sum(0)
+    return (total if index is None else total.index_select(0, index)).to(scale.dtype)
 
 
 @unpack.register_fake
@@ -206,7 +228,7 @@ def pack(
 ) -> Tensor:
     """weight (R, C), rows (n,) and cols (m,) int64, scales (n,) and (m,) -> (n, m) in the compute dtype.
 
-    None: all rows, all columns, scale 1. Rows and columns must be distinct. checked: the caller knows that they lie
-    within the weight. Raises KernelError where shapes, dtypes or indices do not fit.
+    None: all rows, all columns, scale 1. Indices ascend. checked: the caller knows that they do, within the weight.
+    Raises KernelError where shapes, dtypes or indices do not fit.
     """
     return _pack(weight, rows, cols, row_scale, col_scale, compute_dtype(weight), checked)

@@ -63,7 +63,7 @@ def _forward_kernel(x, delta, weight, rows, scale, y, h, rstd, d, count, eps, CH
         stream += tl.load(delta + at, mask=c < d, other=0.0).to(tl.float32)
         tl.store(h + at, stream.to(h.dtype.element_ty), mask=c < d)
     r = tl.rsqrt(tl.sum(stream * stream, axis=0) / count + eps)
-    gain = tl.load(weight + gathered(rows, c, d), mask=c < d, other=0.0).to(tl.float32) * scale_of(scale, c, d)
+    gain = tl.load(weight + gathered(rows, c, d), mask=c < d, other=0.0).to(tl.float32) * scale_of(scale, c, c < d)
     tl.store(y + at, (stream * r * gain).to(y.dtype.element_ty), mask=c < d)
     tl.store(rstd + token, r)
 
@@ -75,7 +75,7 @@ def _backward_kernel(
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, CHANNELS)
-    gain = tl.load(weight + gathered(rows, c, d), mask=c < d, other=0.0).to(tl.float32) * scale_of(scale, c, d)
+    gain = tl.load(weight + gathered(rows, c, d), mask=c < d, other=0.0).to(tl.float32) * scale_of(scale, c, c < d)
     dgain = tl.zeros((CHANNELS,), tl.float32)
     for token in range(program * TOKENS_A_PROGRAM, tl.minimum((program + 1) * TOKENS_A_PROGRAM, N)):
         at = token * d + c

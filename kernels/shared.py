@@ -5,6 +5,7 @@ import triton
 from torch import Tensor
 
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on CPU tensors, one program at a time
+ON_CPU = INTERPRETED  # whether a launch may get CPU tensors; also set by machine_code.py, whose launches run nothing
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -23,9 +24,10 @@ def require(condition: bool, op: str, what: str, **tensors: Tensor | None) -> No
 
 
 def require_kernel_input(op: str, **tensors: Tensor | None) -> None:
-    """Floating point that the kernels know, contiguous, all on one device."""
+    """Floating point that the kernels know, contiguous, all on one device that kernels run on."""
     given = {name: t for name, t in tensors.items() if t is not None}
     device = next(iter(given.values())).device
+    require(device.type == "cuda" or ON_CPU, op, f"Triton kernels need a GPU, not {device}", **given)
     for name, t in given.items():
         require(t.device == device, op, f"{name} must be on {device}, it is on {t.device}", **{name: t})
         require(t.is_contiguous(), op, f"{name} must be contiguous, its strides are {t.stride()}", **{name: t})
@@ -33,7 +35,7 @@ def require_kernel_input(op: str, **tensors: Tensor | None) -> None:
 
 
 def require_index(op: str, name: str, index: Tensor | None, size: int, checked: bool, **of: Tensor) -> None:
-    """int64, one axis, contiguous, every value in 0 .. size - 1.
+    """int64, one axis, contiguous, ascending, every value in 0 .. size - 1.
 
     Reading the values makes the host wait for the device: who has checked them on the host says so with `checked`.
     """
@@ -42,7 +44,8 @@ def require_index(op: str, name: str, index: Tensor | None, size: int, checked: 
     good = index.dtype == torch.int64 and index.dim() == 1 and index.is_contiguous()
     require(good, op, f"{name} must be one contiguous axis of int64", **{name: index}, **of)
     if not checked and index.numel():
-        low, high = (int(v) for v in index.aminmax())
+        low, high = int(index[0]), int(index[-1])
+        require(bool((index.diff() > 0).all()), op, f"{name} must ascend, without repeats", **{name: index}, **of)
         inside = low >= 0 and high < size
         require(inside, op, f"{name} holds {low} .. {high}, it must lie in 0 .. {size - 1}", **{name: index}, **of)
 
