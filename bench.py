@@ -130,7 +130,7 @@ def masked_dense(z: dict[str, torch.Tensor], c: LlamaConfig) -> Subnetwork:
             v_proj=Units(row_scale=full["head"][layer].repeat_interleave(c.head_dim)), o_proj=Units(row_scale=out),
             up_proj=Units(row_scale=full["intermediate"][layer]), down_proj=Units(row_scale=out),
         ))  # fmt: skip
-    return Subnetwork(blocks, Units(col_scale=z_D), norm, Units(), z=flat, z_device=leaf)
+    return Subnetwork(blocks, Units(col_scale=z_D), norm, Units(), z_backward=flat.backward, z_device=leaf)
 
 
 def settled_masks(source: LlamaConfig, target: LlamaConfig) -> Masks:

@@ -9,6 +9,7 @@ A token's loss depends on how much text precedes it: numbers at different seq_le
 import math
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ import configurator
 import model as llama
 from data.loader import DomainLoader
 from data.shards import DataError, read_meta
+from parallel import read_weights
 from prune import Masks, extract
 
 
@@ -32,10 +34,12 @@ def evaluate(model, val: DomainLoader, n_sequences: int, batch_size: int, device
     loss_sum_M = torch.zeros(len(val.domains), dtype=torch.float64, device=device)
     batches = [val.fixed_batch(m, n_sequences) for m in range(len(val.domains))]
     for m, rows in enumerate(batches):
-        mine = rows[rank::world_size]
-        for start in range(0, len(mine), batch_size):
-            tokens = torch.from_numpy(val.read(mine[start : start + batch_size])).to(device).long()
-            loss_sum_M[m] += model(tokens[:, :-1], tokens[:, 1:], subnetwork).double().sum()
+        mine = np.arange(rank, -(-len(rows) // world_size) * world_size, world_size)  # as many on every rank: they
+        for start in range(0, len(mine), batch_size):  # gather a sharded model together
+            part = mine[start : start + batch_size]
+            tokens = torch.from_numpy(val.read(rows[part % len(rows)])).to(device).long()
+            loss_B = model(tokens[:, :-1], tokens[:, 1:], subnetwork).double().sum(dim=1)
+            loss_sum_M[m] += (loss_B * torch.from_numpy(part < len(rows)).to(device)).sum()
     if world_size > 1:
         dist.all_reduce(loss_sum_M)
         dist.broadcast(loss_sum_M, src=0)  # to the last bit the same everywhere: the mix hangs on it
@@ -84,7 +88,10 @@ def load_any(path: str, device: str) -> llama.Llama:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         model = llama.Llama(llama.LlamaConfig(**state["source"]))
-        model.load_state_dict(state["model"])
+        if "shares" in state:
+            read_weights(Path(path).parent / state["shares"], model)
+        else:
+            model.load_state_dict(state["model"])
         if state["target"]:
             masks = Masks(model.config, llama.LlamaConfig(**state["target"]), seed=0)
             masks.load_state_dict(state["masks"])

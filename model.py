@@ -12,6 +12,7 @@ is a checkpoint any tool loads.
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -99,8 +100,21 @@ class Subnetwork:
     embed_tokens: Units = ALL
     norm: Units = ALL
     lm_head: Units = ALL
-    z: Tensor | None = None  # every mask value, flat, on the CPU, with its history back to log_alpha
-    z_device: Tensor | None = None  # its copy on the device, a leaf: the scales above are views of it
+    z_backward: Callable[[Tensor], None] | None = None  # hands the gradient of every mask value, flat, on to log_alpha
+    z_device: Tensor | None = None  # those values on the device, a leaf: the scales above are views of it
+
+
+class _TakePart(torch.autograd.Function):
+    """x, with zeros for the gradients of parameters that have no other part in the result."""
+
+    @staticmethod
+    def forward(ctx, x, *parameters):
+        ctx.save_for_backward(*parameters)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, *(torch.zeros_like(p) for p in ctx.saved_tensors)
 
 
 class Linear(nn.Linear):
@@ -185,11 +199,14 @@ class Block(nn.Module):
         self.self_attn = Attention(c)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.norm_eps)
         self.mlp = MLP(c)
+        self.always_takes_part = False  # give zeros, not nothing, to the gradients of what is dead: sharding needs it
 
     def forward(
         self, x: Tensor, delta: Tensor | None, rope: tuple[Tensor, Tensor], u: BlockUnits
     ) -> tuple[Tensor, Tensor | None]:
         """The residual stream x and what is still to be added to it: the next norm adds it in its own pass."""
+        if self.always_takes_part and not (u.attention and u.mlp):
+            x = _TakePart.apply(x, *self.parameters())
         if u.attention:
             h, x = self.input_layernorm(x, delta, u.input_layernorm)
             delta = self.self_attn(h, rope, u)
@@ -207,22 +224,25 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tied_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
+        self.tie()
         self.everything = Subnetwork([BlockUnits()] * config.n_layers)
         self.checkpoint_activations = False  # keep only each block's input and compute the block again in backward
 
+    def tie(self) -> None:
+        if self.config.tied_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
     @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
+    def init_weights(self, seed: int, put: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
         """N(0, 0.02), what writes to the residual stream divided by sqrt(2 L) (GPT-2); biases 0, gains 1."""
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 std = 0.02 / math.sqrt(2 * self.config.n_layers) if residual else 0.02
-                p.copy_(torch.randn(p.shape, generator=generator) * std)
+                put(p, torch.randn(p.shape, generator=generator) * std)
             else:
-                p.fill_(0.0 if name.endswith("bias") else 1.0)
+                put(p, torch.full(p.shape, 0.0 if name.endswith("bias") else 1.0))
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, subnetwork: Subnetwork | None = None) -> Tensor:
         """Logits (B, T, V), or with targets the cross-entropy per token in nats (B, T), float32.
@@ -327,12 +347,18 @@ def load(folder: str | Path, device: str = "cpu") -> Llama:
 
     Raises CheckpointError naming the missing, unexpected or mis-shaped tensor.
     """
-    folder = Path(folder)
     with torch.device("meta"):
         model = Llama(read_config(folder))
     model.to_empty(device=device)
-    if model.config.tied_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight
+    model.tie()
+    fill(model, folder)
+    return model
+
+
+@torch.no_grad()
+def fill(model: Llama, folder: str | Path, put: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
+    """Hand every parameter of the model its tensor in the folder, one at a time: put(parameter, tensor)."""
+    folder = Path(folder)
     parameters = dict(model.named_parameters())
     missing = set(parameters)
     not_ours = {f"layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(model.config.n_layers)}
@@ -352,10 +378,9 @@ def load(folder: str | Path, device: str = "cpu") -> Llama:
                     shape, expected = tuple(f.get_slice(key).get_shape()), tuple(parameters[name].shape)
                     if shape != expected:
                         raise CheckpointError(f"{path}: {key} has shape {shape}, config.json makes it {expected}")
-                    parameters[name].data.copy_(f.get_tensor(key))
+                    put(parameters[name], f.get_tensor(key))
                     missing.discard(name)
         except SafetensorError as error:
             raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} tensors are missing, {min(missing)} among them")
-    return model

@@ -17,6 +17,7 @@ Sources: Louizos et al. 2018 (arXiv 1712.01312) for the hard concrete, Xia et al
 Lagrangian; the equations stand in the functions. Suffixes: j mask type, R rows, U units of a row.
 """
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -253,7 +254,7 @@ def subnetwork(config: LlamaConfig, z: dict[str, Tensor], device: str = "cpu", m
         embed_tokens=embed,
         norm=replace(norm, row_scale=None) if config.tied_embeddings else norm,
         lm_head=embed if config.tied_embeddings else Units(cols=hidden),
-        z=z_flat,
+        z_backward=z_flat.backward,  # not z itself, which FSDP would find among the model's arguments
         z_device=z_device,
     )
 
@@ -262,12 +263,15 @@ def backward_to_masks(samples: list[Subnetwork]) -> None:
     """Carry the gradients that the losses left at the scales on to log_alpha, in one copy back from the device."""
     grads = [torch.zeros_like(s.z_device) if s.z_device.grad is None else s.z_device.grad for s in samples]
     for s, grad in zip(samples, torch.stack(grads).cpu(), strict=True):
-        s.z.backward(grad)
+        s.z_backward(grad)
 
 
 @torch.no_grad()
 def extract(model: Llama, masks: Masks) -> Llama:
-    """The small model of exactly the target shape: what subnetwork computes with the target masks, written down."""
+    """The small model of exactly the target shape: what subnetwork computes with the target masks, written down.
+
+    Of a sharded model each rank gets the whole small one, gathered weight by weight.
+    """
     device = model.norm.weight.device.type
     z = masks.deterministic()
     s = subnetwork(model.config, z, device)
@@ -284,8 +288,18 @@ def extract(model: Llama, masks: Masks) -> Llama:
     return small
 
 
+def gathered(module: nn.Module) -> nn.Module:
+    """The module itself, or one with whole parameters where they are shared out over ranks."""
+    parts = dict(module.named_parameters(recurse=False))
+    if not any(hasattr(p, "full_tensor") for p in parts.values()):
+        return module
+    copied = copy.copy(module)
+    copied._parameters = {**module._parameters, **{name: nn.Parameter(p.full_tensor()) for name, p in parts.items()}}
+    return copied
+
+
 def _write(small: nn.Module, big: nn.Module, units: Units) -> None:
-    weight, bias = big.effective(units)
+    weight, bias = gathered(big).effective(units)
     if weight.shape != small.weight.shape:
         raise AssertionError(f"extracted {tuple(weight.shape)} where the target has {tuple(small.weight.shape)}")
     small.weight.copy_(weight)

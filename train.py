@@ -7,12 +7,15 @@ A stage reads its model from init_from, logs one JSON object a line to out_dir/m
 out_dir/checkpoint.pt, and leaves a Hugging Face folder in out_dir/model, where the next stage starts.
 """
 
+import copy
 import json
 import math
 import os
+import shutil
 import sys
 import time
 import warnings
+from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -31,6 +34,7 @@ from data.shards import DataError, read_meta, sha256
 from dro import MIXES, Mix
 from evaluate import bits_per_byte, check_device, evaluate, table
 from kernels import dispatch
+from parallel import average_over_ranks, gather, put, read_shares, read_whole, shard, whole, write_shares
 from prune import PAD, Masks, TargetError, backward_to_masks, extract, subnetwork, target_config, to_device
 
 BETAS, EPS, CLIP = (0.9, 0.95), 1e-8, 1.0  # of AdamW, for weights, masks and lambdas; gradient norm of the weights
@@ -92,6 +96,7 @@ class Config:
     save_interval: int = 100  # steps between checkpoints
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     dtype: str = "float32"  # float32 | bfloat16 (autocast; weights and optimizer stay float32)
+    parallel: str = "ddp"  # ddp: every rank holds the model | fsdp: a share of it | hsdp: a share of its node's copy
     checkpoint_activations: bool = False  # compute each block again in backward: less memory, a third more time
     kernels: str = "auto"  # auto | torch | triton; auto: triton on CUDA (each kernel is tried first), torch elsewhere
     compile: bool = False  # torch.compile; not for prune, whose shapes change with every sample
@@ -104,7 +109,8 @@ class RunError(RuntimeError):
 def check(cfg: Config) -> None:
     """What can be known before any data or device is touched. Raises ConfigError."""
     choices = {"stage": ("pretrain", "prune", "continue"), "mix": MIXES, "mix_loss": ("val", "train")}
-    choices |= {"dtype": ("float32", "bfloat16"), "kernels": ("auto", "torch", "triton")}
+    choices |= {"dtype": ("float32", "bfloat16"), "kernels": ("auto", "torch", "triton"),
+                "parallel": ("ddp", "fsdp", "hsdp")}  # fmt: skip
     for name, allowed in choices.items():
         if getattr(cfg, name) not in allowed:
             raise ConfigError(f"{name} = {getattr(cfg, name)!r}: must be one of {', '.join(allowed)}")
@@ -165,23 +171,35 @@ def learning_rate(step: int, cfg: Config) -> float:
     return FINAL_LR + (1 - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def build_model(cfg: Config, meta: dict) -> llama.Llama:
+def build_model(cfg: Config, meta: dict, device: str, sharded: bool) -> llama.Llama:
+    """Made without memory, then given the device's, whole or this rank's share, then filled tensor by tensor."""
     if cfg.init_from:
-        return llama.load(cfg.init_from)
-    shape = {f.name: getattr(cfg, f.name) for f in fields(llama.LlamaConfig) if hasattr(cfg, f.name)}
-    carried = {"bos_token_id": meta["bos"], "eos_token_id": meta["eos"], "max_position_embeddings": cfg.seq_len}
-    try:
-        model = llama.Llama(llama.LlamaConfig(vocab_size=meta["vocab_size"], **shape, **carried))
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    model.init_weights(cfg.seed)
+        config = llama.read_config(cfg.init_from)
+    else:
+        shape = {f.name: getattr(cfg, f.name) for f in fields(llama.LlamaConfig) if hasattr(cfg, f.name)}
+        carried = {"bos_token_id": meta["bos"], "eos_token_id": meta["eos"], "max_position_embeddings": cfg.seq_len}
+        try:
+            config = llama.LlamaConfig(vocab_size=meta["vocab_size"], **shape, **carried)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+    with torch.device("meta"):
+        model = llama.Llama(config)
+    if sharded:
+        shard(model, cfg.parallel, device, getattr(torch, cfg.dtype))
+    else:
+        model.to_empty(device=device).tie()
+    if cfg.init_from:
+        llama.fill(model, cfg.init_from, put)
+    else:
+        model.init_weights(cfg.seed, put)
     return model
 
 
-def snapshot(model, optimizers, masks: Masks | None, mix: Mix, loader: DomainLoader) -> dict:
-    return {
-        "model": model.state_dict(),
-        "optimizers": [o.state_dict() for o in optimizers],
+def snapshot(model, optimizers, masks: Masks | None, mix: Mix, loader: DomainLoader, sharded: bool) -> dict:
+    """The state of a run, without the weights and their moments where these are in shares."""
+    weights = {} if sharded else {"model": model.state_dict(), "moments": optimizers[0].state_dict()["state"]}
+    return weights | {
+        "optimizers": [o.state_dict() for o in optimizers[1:]],  # of masks and lambdas
         "masks": masks.state_dict() if masks else None,
         "mix": mix.state_dict(),
         "loader": loader.state_dict(),
@@ -189,14 +207,17 @@ def snapshot(model, optimizers, masks: Masks | None, mix: Mix, loader: DomainLoa
 
 
 def restore(state: dict, path: Path, model, optimizers, masks: Masks | None, mix: Mix, loader: DomainLoader) -> None:
-    """What snapshot took, put back. Raises RunError naming the first tensor of another shape."""
-    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    saved_shapes = {name: tuple(t.shape) for name, t in state["model"].items()}
-    for name in sorted(shapes | saved_shapes):
-        if shapes.get(name) != saved_shapes.get(name):
-            raise RunError(f"{path}: {name} has shape {saved_shapes.get(name)}, the model {shapes.get(name)}")
-    model.load_state_dict(state["model"])
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+    """What snapshot took, put back, sharded or not. Raises RunError naming the first tensor of another shape."""
+    if "shares" in state:
+        read_shares(path.parent / state["shares"], model, optimizers[0], state["step"])
+    else:
+        shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+        saved_shapes = {name: tuple(t.shape) for name, t in state["model"].items()}
+        for name in sorted(shapes | saved_shapes):
+            if shapes.get(name) != saved_shapes.get(name):
+                raise RunError(f"{path}: {name} has shape {saved_shapes.get(name)}, the model {shapes.get(name)}")
+        read_whole(state["model"], state["moments"], model, optimizers[0], state["step"])
+    for optimizer, saved in zip(optimizers[1:], state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
     if masks:
         masks.load_state_dict(state["masks"])
@@ -213,13 +234,26 @@ def save_checkpoint(path: Path, state: dict) -> None:
     os.replace(beside, path)
 
 
+def commit(writing: tuple[Future, dict] | None, path: Path, chief: bool) -> None:
+    """Wait until the shares are on the disk, make them the checkpoint, and drop those of the one before."""
+    if writing is None:
+        return
+    future, run = writing
+    future.result()
+    if chief:
+        save_checkpoint(path, run)
+        for folder in path.parent.glob("step_*"):
+            if folder.name != run["shares"]:
+                shutil.rmtree(folder)
+
+
 def load_checkpoint(path: Path, cfg: Config) -> dict:
     """Raises RunError when the file is broken or belongs to a run with other settings."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise RunError(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
-    if not isinstance(state, dict) or not {"config", "step", "tokens_M", "data", "model"} <= set(state):
+    if not isinstance(state, dict) or not {"config", "step", "tokens_M", "data"} <= set(state):
         raise RunError(f"{path}: not a checkpoint of train.py")
     same_run(state["config"], cfg, path)
     return state
@@ -246,15 +280,6 @@ def refuse_other_runs(out_dir: Path, cfg: Config) -> None:
         raise RunError(
             f"{out_dir} holds {', '.join(there)} but no record of the run that made it: choose another out_dir"
         )
-
-
-def average_over_ranks(grads: list[torch.Tensor], device: str) -> None:
-    """In place; the masks' gradients live on the CPU and travel as one tensor of the device, which nccl asks for."""
-    flat = torch.cat([g.flatten() for g in grads]).to(device)
-    dist.all_reduce(flat)
-    mean = (flat / dist.get_world_size()).cpu()
-    for g, part in zip(grads, mean.split([g.numel() for g in grads]), strict=True):
-        g.copy_(part.view_as(g))
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -301,8 +326,10 @@ def main(cfg: Config) -> dict:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+    sharded = world_size > 1 and cfg.parallel != "ddp"
     fused = dispatch.use(cfg.kernels, device)
+    writers = dist.new_group(backend="gloo") if sharded else None  # of sharded checkpoints, in the background
     chief = rank == 0
     say = tqdm.write if chief else (lambda _: None)
     autocast = torch.autocast(device.split(":")[0], torch.bfloat16) if cfg.dtype == "bfloat16" else nullcontext()
@@ -324,7 +351,7 @@ def main(cfg: Config) -> dict:
 
     # ---- model, masks, mix
     say(f"{cfg.stage}: building the model" + (f" from {cfg.init_from}" if cfg.init_from else ""))
-    model = build_model(cfg, meta).to(device)
+    model = build_model(cfg, meta, device, sharded)
     if train.vocab_size > model.config.vocab_size:
         raise DataError(f"{cfg.data}: vocabulary of {train.vocab_size}, the model's has {model.config.vocab_size}")
     model.checkpoint_activations = cfg.checkpoint_activations
@@ -369,7 +396,7 @@ def main(cfg: Config) -> dict:
         restore(state, checkpoint_path, model, optimizers, masks, mix, train)
         step, tokens_M, state = state["step"], np.array(state["tokens_M"]), None  # the memory it maps is free again
     network = torch.compile(model) if cfg.compile else model
-    if world_size > 1:  # a block may be alive on one rank and not on another: let DDP look for what took no part
+    if world_size > 1 and not sharded:  # a block may be alive on one rank only: let DDP look for what took no part
         network = DistributedDataParallel(
             network, find_unused_parameters=masks is not None, gradient_as_bucket_view=True
         )
@@ -412,7 +439,7 @@ def main(cfg: Config) -> dict:
 
     # ---- the loop: evaluate and choose the mix, then take a step
     bar = tqdm(total=cfg.max_steps, initial=step, disable=None if chief else True, desc=cfg.stage, unit="step")
-    evaluated = {}
+    evaluated, writing = {}, None
     while True:
         ramp = min(1.0, step / cfg.sparsity_warmup) if cfg.sparsity_warmup else 1.0
 
@@ -460,7 +487,9 @@ def main(cfg: Config) -> dict:
                 alive = subnetwork(model.config, masks.sample(cfg.seed, step, i), device, multiple)
                 samples.append(alive)
             is_last = i + world_size >= n_micro_batches
-            with nullcontext() if world_size == 1 or is_last else network.no_sync():
+            if sharded:
+                network.set_requires_gradient_sync(is_last)
+            with network.no_sync() if world_size > 1 and not sharded and not is_last else nullcontext():
                 with autocast:
                     loss_BT = network(tokens[:, :-1], tokens[:, 1:], alive)
                 (loss_BT.mean() * world_size / n_micro_batches).backward()  # DDP divides by world_size
@@ -472,7 +501,7 @@ def main(cfg: Config) -> dict:
             if world_size > 1:
                 average_over_ranks([a.grad for a in masks.log_alpha.values()], device)
             masks.lagrangian(ramp).backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP))
 
         loss_sum_M = loss_sum_M.cpu().numpy()  # the host waits for the device here, and before for the masks' gradients
         count_M = np.bincount(batch.domain_N, minlength=len(domains)) * cfg.seq_len
@@ -508,12 +537,21 @@ def main(cfg: Config) -> dict:
                 f"step {step}: loss {loss:.4f}, {speed}"
                 + (f", sparsity {masks.overall_sparsity():.3f}" if masks else "")
             )
-        if chief and (step % cfg.save_interval == 0 or step == cfg.max_steps):
+        if step % cfg.save_interval == 0 or step == cfg.max_steps:
             run = {"config": asdict(cfg), "data": data_sha256, "step": step, "tokens_M": tokens_M.tolist(), **shapes}
-            save_checkpoint(checkpoint_path, run | snapshot(model, optimizers, masks, mix, train))
+            run |= snapshot(model, optimizers, masks, mix, train, sharded)
+            if sharded:  # the shares are written while training goes on: keep the rest as it is now
+                commit(writing, checkpoint_path, chief)
+                folder = out_dir / f"step_{step:06}"
+                writing = write_shares(folder, model, optimizers[0], writers), copy.deepcopy(run | {"shares": folder.name})
+            elif chief:
+                save_checkpoint(checkpoint_path, run)
+        if writing and writing[0].done():
+            writing = commit(writing, checkpoint_path, chief)
 
     # ---- what the stage leaves: the model itself, or the target extracted from it
     bar.close()
+    commit(writing, checkpoint_path, chief)
     if masks:
         masked_loss_M = np.array(evaluated["val_loss"], dtype=float)
         model = extract(model, masks)
@@ -527,6 +565,8 @@ def main(cfg: Config) -> dict:
             if gap > 0.02:
                 say(f"warning: mask {mask} misses its target sparsity by up to {gap:.3f}: "
                     "more max_steps, a shorter sparsity_warmup or a higher mask_lr bring it there")  # fmt: skip
+    elif sharded:
+        model = gather(model)
     if chief:
         model.save(out_dir / "model")
         metrics_file.close()

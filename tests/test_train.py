@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -173,42 +174,50 @@ def test_evaluating_more_often_does_not_change_the_training(data, tmp_path):
     assert all(torch.equal(often[name], rarely[name]) for name in often)
 
 
-def test_two_ranks_take_the_same_steps_as_one(data, source, tmp_path):
-    """Blocks die on one rank and live on the other: the layer mask is sampled per micro-batch, two a rank and step."""
-    common = dict(
-        max_steps=30,
-        mask_lr=2.0,
-        sparsity_warmup=8,
-        mix="dro",
-        reference_losses=(1.0, 1.5),
-        domains=("count", "pairs"),
-        lr=1e-3,
-    )
-    train.main(prune_tiny(data, tmp_path / "one", source, **common))
-    two = prune_tiny(data, tmp_path / "two", source, **common)
+RANKS = dict(
+    max_steps=30, mask_lr=2.0, sparsity_warmup=8, mix="dro", reference_losses=(1.0, 1.5), domains=("count", "pairs"),
+    lr=1e-3, micro_batch_size=2,
+)  # fmt: skip
+
+
+def torchrun(cfg, ranks, node=None, **environment):
+    """train.py on that many processes of this machine, which node (ranks of a node) may cut into several."""
     arguments = [
-        f"--{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in dataclasses.asdict(two).items()
+        f"--{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in dataclasses.asdict(cfg).items()
     ]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "train.py",
-        *arguments,
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for a, b in zip(metrics(tmp_path / "one", "train"), metrics(tmp_path / "two", "train"), strict=True):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    done = subprocess.run([*launcher, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=400,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-6000:]
+    return done.stdout
+
+
+def assert_same_run(one, other):
+    for a, b in zip(metrics(one, "train"), metrics(other, "train"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["ratio"] == pytest.approx(b["ratio"], rel=1e-4)
         assert a["tokens"] == b["tokens"]
-    alive = [r["sparsity"]["layer"] for r in metrics(tmp_path / "two", "train")]
-    assert max(alive) > 0.2  # blocks were skipped indeed
-    last = [metrics(tmp_path / name, "train")[-1] for name in ("one", "two")]
+    last = [metrics(run, "train")[-1] for run in (one, other)]
     for mask in last[0]["lambda1"]:
         assert last[0]["lambda1"][mask] == pytest.approx(last[1]["lambda1"][mask], rel=1e-4)
+    ends = [dict(llama.load(run / "model").named_parameters()) for run in (one, other)]
+    assert all(torch.allclose(ends[0][name], ends[1][name], atol=1e-4) for name in ends[0])
+
+
+@pytest.fixture(scope="session")
+def alone(data, source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "one"
+    train.main(prune_tiny(data, out, source, **RANKS))
+    return out
+
+
+@pytest.mark.parametrize(("ranks", "parallel"), [(2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp"), (4, "hsdp")])
+def test_many_ranks_take_the_same_steps_as_one(ranks, parallel, data, source, alone, tmp_path):
+    """Blocks die on one rank and live on the other: the layer mask is sampled per micro-batch."""
+    torchrun(prune_tiny(data, tmp_path / "many", source, parallel=parallel, **RANKS), ranks)
+    assert_same_run(alone, tmp_path / "many")
+    alive = [r["sparsity"]["layer"] for r in metrics(tmp_path / "many", "train")]
+    assert max(alive) > 0.2  # blocks were skipped indeed
 
 
 def test_bfloat16_prunes_like_float32(data, source, pruned, tmp_path):
