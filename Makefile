@@ -5,13 +5,16 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test kernels bench lint clean
+.PHONY: demo test test-full kernels bench lint clean
 
 demo: .venv/run
 	$(PY) data/embedded/prepare.py
 	$(PY) demo.py
 
 test: .venv/dev
+	$(PY) -m pytest -q -m "not full"
+
+test-full: .venv/dev
 	$(PY) -m pytest -q
 
 kernels: .venv/run

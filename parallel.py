@@ -103,15 +103,19 @@ def write_shares(
     return dcp.async_save(shares(model, optimizer), storage_writer=writer, process_group=group)
 
 
+def load_from(folder: Path, tensors: dict[str, Tensor]) -> None:
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not dist.is_initialized())
+
+
 def read_shares(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
     """Into a model that is sharded over any number of ranks, or whole. steps: that the optimizer had taken."""
-    dcp.load(shares(model, optimizer), storage_reader=HuggingFaceStorageReader(str(folder)))
+    load_from(folder, shares(model, optimizer))
     set_steps(optimizer, steps)
 
 
 def read_weights(folder: Path, model: nn.Module) -> None:
     weights = {f"weight.{name}": p.detach() for name, p in model.named_parameters()}
-    dcp.load(weights, storage_reader=HuggingFaceStorageReader(str(folder)))
+    load_from(folder, weights)
 
 
 def read_whole(state: dict, moments: dict, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:

@@ -35,6 +35,7 @@ from dro import MIXES, Mix
 from evaluate import bits_per_byte, check_device, evaluate, table
 from kernels import dispatch
 from parallel import average_over_ranks, gather, put, read_shares, read_whole, shard, whole, write_shares
+from plan import plan
 from prune import PAD, Masks, TargetError, backward_to_masks, extract, subnetwork, target_config, to_device
 
 BETAS, EPS, CLIP = (0.9, 0.95), 1e-8, 1.0  # of AdamW, for weights, masks and lambdas; gradient norm of the weights
@@ -48,6 +49,11 @@ FREE = {
     "checkpoint_activations",
     "log_interval",
     "save_interval",
+    "plan",
+    "gpus",
+    "gpu_memory",
+    "gpu_tflops",
+    "mfu",
 }  # on resume
 DEGENERATE = 0.9  # a ratio above this is warned about: near one-hot mixes are the field's best-known failure
 
@@ -99,6 +105,11 @@ class Config:
     parallel: str = "ddp"  # ddp: every rank holds the model | fsdp: a share of it | hsdp: a share of its node's copy
     checkpoint_activations: bool = False  # compute each block again in backward: less memory, a third more time
     kernels: str = "auto"  # auto | torch | triton; auto: triton on CUDA (each kernel is tried first), torch elsewhere
+    plan: bool = False  # print what the run needs on the GPUs below, and stop
+    gpus: int = 8
+    gpu_memory: float = 80.0  # GiB of each
+    gpu_tflops: float = 989.0  # of each at its peak, in dtype (H100, bfloat16)
+    mfu: float = 0.4  # the share of that peak to expect
     compile: bool = False  # torch.compile; not for prune, whose shapes change with every sample
 
 
@@ -115,10 +126,10 @@ def check(cfg: Config) -> None:
         if getattr(cfg, name) not in allowed:
             raise ConfigError(f"{name} = {getattr(cfg, name)!r}: must be one of {', '.join(allowed)}")
     for name in ("seq_len", "batch_size", "micro_batch_size", "max_steps", "eval_interval", "eval_sequences",
-                 "log_interval", "save_interval"):  # fmt: skip
+                 "log_interval", "save_interval", "gpus"):  # fmt: skip
         if getattr(cfg, name) < 1:
             raise ConfigError(f"{name} = {getattr(cfg, name)}: must be at least 1")
-    for name in ("lr", "mask_lr"):
+    for name in ("lr", "mask_lr", "gpu_memory", "gpu_tflops", "mfu"):
         if not 0 < getattr(cfg, name) < math.inf:
             raise ConfigError(f"{name} = {getattr(cfg, name)}: must be positive")
     if cfg.seed < 0:
@@ -171,17 +182,24 @@ def learning_rate(step: int, cfg: Config) -> float:
     return FINAL_LR + (1 - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def build_model(cfg: Config, meta: dict, device: str, sharded: bool) -> llama.Llama:
-    """Made without memory, then given the device's, whole or this rank's share, then filled tensor by tensor."""
+def shape_of(cfg: Config, vocab_size: int, **carried) -> llama.LlamaConfig:
+    """Of the model the run starts with; vocab_size and what is carried along matter where there is no init_from."""
     if cfg.init_from:
-        config = llama.read_config(cfg.init_from)
-    else:
-        shape = {f.name: getattr(cfg, f.name) for f in fields(llama.LlamaConfig) if hasattr(cfg, f.name)}
-        carried = {"bos_token_id": meta["bos"], "eos_token_id": meta["eos"], "max_position_embeddings": cfg.seq_len}
-        try:
-            config = llama.LlamaConfig(vocab_size=meta["vocab_size"], **shape, **carried)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+        return llama.read_config(cfg.init_from)
+    shape = {f.name: getattr(cfg, f.name) for f in fields(llama.LlamaConfig) if hasattr(cfg, f.name)}
+    try:
+        return llama.LlamaConfig(vocab_size=vocab_size, **shape, **carried)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def target_of(cfg: Config, source: llama.LlamaConfig) -> llama.LlamaConfig:
+    shape = {name: getattr(cfg, name) for name in ("hidden_size", "intermediate_size", "n_layers", "n_heads")}
+    return target_config(source, **shape)
+
+
+def build_model(cfg: Config, config: llama.LlamaConfig, device: str, sharded: bool) -> llama.Llama:
+    """Made without memory, then given the device's, whole or this rank's share, then filled tensor by tensor."""
     with torch.device("meta"):
         model = llama.Llama(config)
     if sharded:
@@ -193,6 +211,22 @@ def build_model(cfg: Config, meta: dict, device: str, sharded: bool) -> llama.Ll
     else:
         model.init_weights(cfg.seed, put)
     return model
+
+
+def plan_of(cfg: Config) -> str:
+    """What the run needs, for --plan; the weights need not be there, config.json must."""
+    source = shape_of(cfg, vocab_size=1 if cfg.init_from else read_meta(cfg.data)["vocab_size"])
+    if cfg.batch_size // cfg.micro_batch_size % cfg.gpus:
+        raise ConfigError(
+            f"{cfg.batch_size // cfg.micro_batch_size} micro-batches a step cannot be shared by {cfg.gpus} gpus"
+        )
+    return plan(
+        source, target_of(cfg, source) if cfg.stage == "prune" else None, batch_size=cfg.batch_size,
+        micro_batch_size=cfg.micro_batch_size, seq_len=cfg.seq_len, max_steps=cfg.max_steps,
+        sparsity_warmup=cfg.sparsity_warmup, dtype=getattr(torch, cfg.dtype), recompute=cfg.checkpoint_activations,
+        parallel=cfg.parallel, kernels=cfg.kernels, multiple=PAD["cuda"], gpus=cfg.gpus, gpu_memory=cfg.gpu_memory,
+        tflops=cfg.gpu_tflops, mfu=cfg.mfu,
+    )  # fmt: skip
 
 
 def snapshot(model, optimizers, masks: Masks | None, mix: Mix, loader: DomainLoader, sharded: bool) -> dict:
@@ -315,6 +349,9 @@ def plain(value):
 def main(cfg: Config) -> dict:
     """Run one stage; returns the last evaluation record. Raises ConfigError, DataError, CheckpointError, RunError."""
     check(cfg)
+    if cfg.plan:
+        print(plan_of(cfg))
+        return {}
 
     # ---- ranks: torchrun sets these; alone, this is rank 0 of 1
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -351,17 +388,18 @@ def main(cfg: Config) -> dict:
 
     # ---- model, masks, mix
     say(f"{cfg.stage}: building the model" + (f" from {cfg.init_from}" if cfg.init_from else ""))
-    model = build_model(cfg, meta, device, sharded)
+    carried = {"bos_token_id": meta["bos"], "eos_token_id": meta["eos"], "max_position_embeddings": cfg.seq_len}
+    model = build_model(cfg, shape_of(cfg, meta["vocab_size"], **carried), device, sharded)
     if train.vocab_size > model.config.vocab_size:
         raise DataError(f"{cfg.data}: vocabulary of {train.vocab_size}, the model's has {model.config.vocab_size}")
     model.checkpoint_activations = cfg.checkpoint_activations
     masks = None
     if cfg.stage == "prune":
-        shape = {name: getattr(cfg, name) for name in ("hidden_size", "intermediate_size", "n_layers", "n_heads")}
-        masks = Masks(model.config, target_config(model.config, **shape), cfg.seed)
+        masks = Masks(model.config, target_of(cfg, model.config), cfg.seed)
         for name in ("hidden_size", "intermediate_size"):
-            if shape[name] % 64:
-                say(f"warning: target {name} = {shape[name]} is not a multiple of 64: GPUs run such shapes slowly")
+            if getattr(masks.target, name) % 64:
+                size = getattr(masks.target, name)
+                say(f"warning: target {name} = {size} is not a multiple of 64: GPUs run such shapes slowly")
     mix = Mix(
         domains,
         initial_ratio_M,
@@ -543,7 +581,8 @@ def main(cfg: Config) -> dict:
             if sharded:  # the shares are written while training goes on: keep the rest as it is now
                 commit(writing, checkpoint_path, chief)
                 folder = out_dir / f"step_{step:06}"
-                writing = write_shares(folder, model, optimizers[0], writers), copy.deepcopy(run | {"shares": folder.name})
+                run = copy.deepcopy(run | {"shares": folder.name})
+                writing = write_shares(folder, model, optimizers[0], writers), run
             elif chief:
                 save_checkpoint(checkpoint_path, run)
         if writing and writing[0].done():

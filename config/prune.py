@@ -1,9 +1,9 @@
 """Llama-2-7B to 1.3B, the paper's pruning stage:  torchrun --nproc_per_node=8 train.py config/prune.py
 
 7B: 32 layers, 4096 channels, 32 heads of 128, FFN 11008. 1.3B: 24, 2048, 16, 5504: half of every width, three
-quarters of the layers. Every rank holds the weights, gradients and both moments in float32: 6.74 B * 16 bytes = 108 GB.
-With activations computed again in backward about 6 GB come on top (the inputs of 32 blocks, one block, the logits), so
-this is for GPUs of 141 GB; without it 58 GB would. Per GPU: 32 sequences / 8 ranks = 4 micro-batches of 1.
+quarters of the layers. Weights, gradients and both moments in float32 are 6.74 B * 16 bytes = 108 GB, more than a GPU
+of 80 GB holds: fsdp, a share of them on every rank. `--plan` says 44 GiB a GPU on 8, 25 of them gradients that are
+summed up over the 4 micro-batches (32 sequences / 8 ranks, 1 each) before they are shared out.
 """
 
 stage = "prune"
@@ -26,3 +26,4 @@ reference_losses = (1.9643, 0.7459, 2.1393, 1.6117, 1.7590, 1.4449, 2.1251)  # 1
 save_interval = 200
 dtype = "bfloat16"
 checkpoint_activations = True
+parallel = "fsdp"

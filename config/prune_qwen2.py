@@ -1,8 +1,7 @@
 """Qwen2-7B to 1.8B on eight languages:  torchrun --nproc_per_node=8 train.py config/prune_qwen2.py
 
 7B: 28 layers, 3584 channels, 28 heads in 4 groups of 7, FFN 18944. 1.8B: 28, 1536, 14 (2 groups), 8960: every layer
-stays, so there is no layer mask. State in float32: 7.62 B * 16 bytes = 122 GB a rank, and some 12 GB for activations
-and the logits of 152,064 pieces: this just fits GPUs of 141 GB, by arithmetic.
+stays, so there is no layer mask. State in float32: 7.62 B * 16 bytes = 122 GB, so a share of it on every rank: fsdp.
 """
 
 _TOKENS = (2846.97, 737.20, 227.06, 107.87, 69.35, 64.29, 24.77, 15.72)  # billions of tokens in CulturaX
@@ -28,3 +27,4 @@ reference_losses = (2.389493, 1.795453, 2.626018, 2.362056, 2.453045, 2.535048, 
 save_interval = 200
 dtype = "bfloat16"
 checkpoint_activations = True
+parallel = "fsdp"

@@ -76,6 +76,13 @@ def use(kernels: str, device: str) -> bool:
     return fused
 
 
+def plan(kernels: str) -> None:
+    """Set the ops of a run on a GPU, to be traced with fake tensors on any machine. kernels: auto | torch | triton."""
+    vars(ops).update(TORCH if kernels == "torch" else TRITON)
+    fastest.clear()
+    fastest[ELSE] = packed_linear
+
+
 def outcome(way: Callable, inputs: tuple, dtype: torch.dtype, upcast: bool = False) -> dict[str, Tensor]:
     """Outputs of way(*inputs) and the gradients of a fixed random sum of them, by name, in float32.
 

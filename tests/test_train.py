@@ -180,16 +180,14 @@ RANKS = dict(
 )  # fmt: skip
 
 
-def torchrun(cfg, ranks, node=None, **environment):
-    """train.py on that many processes of this machine, which node (ranks of a node) may cut into several."""
+def torchrun(cfg, ranks, script="train.py", succeeds=True):
     arguments = [
         f"--{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in dataclasses.asdict(cfg).items()
     ]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    done = subprocess.run([*launcher, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=400,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, check=False)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-6000:]
-    return done.stdout
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    done = subprocess.run([*command, str(script), *arguments], cwd=ROOT, capture_output=True, text=True, timeout=400,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)  # fmt: skip
+    assert (done.returncode == 0) == succeeds, done.stderr[-3000:]
 
 
 def assert_same_run(one, other):
@@ -211,13 +209,52 @@ def alone(data, source, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize(("ranks", "parallel"), [(2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp"), (4, "hsdp")])
+NODE_OF_TWO = """
+import os, sys
+sys.path.insert(0, {root!r})
+os.environ["LOCAL_WORLD_SIZE"] = "2"
+import configurator, train
+train.main(configurator.load(train.Config, sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parallel"),
+    [(2, "ddp"), (2, "fsdp"), (4, "hsdp"), *(pytest.param(4, p, marks=pytest.mark.full) for p in ("ddp", "fsdp"))],
+)
 def test_many_ranks_take_the_same_steps_as_one(ranks, parallel, data, source, alone, tmp_path):
     """Blocks die on one rank and live on the other: the layer mask is sampled per micro-batch."""
-    torchrun(prune_tiny(data, tmp_path / "many", source, parallel=parallel, **RANKS), ranks)
+    (tmp_path / "node.py").write_text(NODE_OF_TWO.format(root=str(ROOT)))
+    cfg = prune_tiny(data, tmp_path / "many", source, parallel=parallel, **RANKS)
+    torchrun(cfg, ranks, tmp_path / "node.py" if parallel == "hsdp" else "train.py")
     assert_same_run(alone, tmp_path / "many")
     alive = [r["sparsity"]["layer"] for r in metrics(tmp_path / "many", "train")]
     assert max(alive) > 0.2  # blocks were skipped indeed
+
+
+DIES_AT_25 = """
+import os, sys
+sys.path.insert(0, {root!r})
+import configurator, train
+whole = train.learning_rate
+train.learning_rate = lambda step, cfg: os._exit(1) if step == 25 else whole(step, cfg)
+train.main(configurator.load(train.Config, sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "then"), [(2, 4), *(pytest.param(*n, marks=pytest.mark.full) for n in ((4, 1), (1, 2)))]
+)
+def test_a_sharded_run_goes_on_with_another_number_of_ranks(first, then, data, source, alone, tmp_path):
+    (tmp_path / "dies.py").write_text(DIES_AT_25.format(root=str(ROOT)))
+    cfg = prune_tiny(data, tmp_path / "r", source, parallel="fsdp", **RANKS)
+    torchrun(cfg, first, script=tmp_path / "dies.py", succeeds=False)
+    assert metrics(tmp_path / "r", "train")[-1]["step"] == 25
+    torchrun(dataclasses.replace(cfg, resume=True), then)
+    assert_same_run(alone, tmp_path / "r")
+    exported = evaluate.load_any(str(tmp_path / "r" / "checkpoint.pt"), "cpu")
+    last = llama.load(tmp_path / "r" / "model")
+    assert all(torch.equal(a, b) for a, b in zip(exported.parameters(), last.parameters(), strict=True))
 
 
 def test_bfloat16_prunes_like_float32(data, source, pruned, tmp_path):
