@@ -1,13 +1,22 @@
 import bz2
+import fcntl
 import gzip
 import hashlib
 import io
 import itertools
 import json
+import os
+import pkgutil
 import random
+import signal
+import subprocess
+import sys
 import tarfile
+import time
 import zipfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 import requests
 import tiktoken
@@ -15,11 +24,12 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data import reader
 from data.embedded import prepare as embedded
 from data.jsonl import prepare as jsonl
 from data.shards import DataError, open_shard, read_meta, verify
 from data.tokenizer import MODEL_FILE, SentencePiece, Tiktoken, load_tokenizer, train_tokenizer
-from data.writer import digest_of, split_of, training_share, write_domains
+from data.writer import Seen, digest_of, split_of, training_share, write_domains
 
 ODD_TEXT = '\tif x:\n\t\treturn  1234\r\n\n        y = "<s></s><unk><0x0A>"\0 \u00e9\u6f22\U0001f600 <|endoftext|>  '
 
@@ -184,8 +194,8 @@ def test_jsonl_files_become_a_data_set_with_every_good_document_once(two_domains
             assert entry["bytes"] == sum(len(text.encode()) for text in wanted)
             assert entry["tokens"] == sum(shard["tokens"] for shard in entry["shards"])
     assert (meta["domains"]["web"]["duplicates"], meta["domains"]["code"]["duplicates"]) == (5, 1)
-    assert meta["bad_lines"][str(folder / "web-0.jsonl")] == n_bad
-    assert sum(meta["bad_lines"].values()) == n_bad
+    assert meta["bad_records"][str(folder / "web-0.jsonl")] == n_bad
+    assert sum(meta["bad_records"].values()) == n_bad
     output = capsys.readouterr()
     for number, reason in [
         (101, "invalid JSON"),
@@ -199,7 +209,7 @@ def test_jsonl_files_become_a_data_set_with_every_good_document_once(two_domains
         (109, "invalid JSON"),
     ]:
         assert f"{folder}/web-0.jsonl:{number}: {reason}" in output.err
-    assert "9 bad lines left out, 6 repeated documents left out" in output.out
+    assert "9 bad records left out, 6 repeated documents left out" in output.out
 
 
 def test_the_number_of_processes_changes_no_byte(two_domains, model, monkeypatch):
@@ -257,29 +267,38 @@ def test_a_damaged_compressed_file_is_an_error_that_names_it(tmp_path, model, na
     half = len(packed) // 2
     (tmp_path / name).write_bytes(packed[:half] + (b"" if damage == "cut off" else b"\xaa" * half))
     with pytest.raises(DataError, match=f"{name}: damaged or cut off"):
-        list(jsonl.documents("web", [tmp_path / name]))
+        list(reader.records(tmp_path / name))
 
 
 def test_lines_longer_than_a_block_are_whole(tmp_path, monkeypatch):
     documents = some_documents(20, seed=5)
-    monkeypatch.setattr(jsonl, "BLOCK_BYTES", 7)
+    monkeypatch.setattr(reader, "BLOCK_BYTES", 7)
     for name, packed in (
         ("a", json_lines(documents)),
         ("a.gz", gzip.compress(json_lines(documents))),
         ("a.zst", zstandard.compress(json_lines(documents))),
     ):
         (tmp_path / name).write_bytes(packed)
-        assert list(jsonl.documents("web", [tmp_path / name])) == documents
+        assert [reader.text_of(record)[1] for record in reader.records(tmp_path / name)] == documents
 
 
-def test_only_the_first_bad_lines_of_a_file_are_printed_but_all_counted(tmp_path, capsys):
-    (tmp_path / "a.jsonl").write_bytes(b"nonsense\n" * 50)
-    bad_lines = {}
-    assert list(jsonl.documents("web", [tmp_path / "a.jsonl"], bad_lines)) == []
-    assert bad_lines == {str(tmp_path / "a.jsonl"): 50}
+def test_only_the_first_bad_records_of_a_file_are_printed_but_all_counted(tmp_path, model, capsys):
+    (tmp_path / "a.jsonl").write_bytes(b"nonsense\n" * 50 + json_lines(some_documents(30, seed=3)))
+    jsonl.main([f"web={tmp_path}/a.jsonl", "--out", str(tmp_path / "out"), "--tokenizer", str(model)])
+    assert read_meta(tmp_path / "out")["bad_records"] == {str(tmp_path / "a.jsonl"): 50}
     errors = capsys.readouterr().err
     assert errors.count("a.jsonl:") == 21
-    assert "30 more bad lines" in errors
+    assert "more bad records, counted in meta.json" in errors
+
+
+def test_a_line_without_an_end_is_cut_and_counted_as_bad(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(reader, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(reader, "MAX_RECORD_BYTES", 5000)
+    (tmp_path / "a.jsonl").write_bytes(json_lines(["first", "x" * 9000, "last"]))
+    records = list(reader.records(tmp_path / "a.jsonl"))
+    assert [len(record) for record in records] == [len(json_lines(['first'])) - 1, 5001, len(json_lines(['last'])) - 1]
+    with pytest.raises(ValueError, match="a line of over 5,000 bytes"):
+        reader.text_of(records[1])
 
 
 def test_a_domain_without_a_usable_document_is_an_error(tmp_path, model):
@@ -292,12 +311,16 @@ def test_a_domain_without_a_usable_document_is_an_error(tmp_path, model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["web=missing.jsonl"], "web=missing.jsonl: no such file"),
+        (["web=missing.jsonl"], "missing.jsonl: no such file"),
         (["web"], "web: expected domain=path"),
         (["../web=a.jsonl"], "expected domain=path"),
         (["web=a.jsonl", "--tokenizer", "missing.model"], "missing.model: no such tokenizer"),
-        (["web=a.jsonl", "--val-fraction", "1"], "--val-fraction 1.0: expected"),
+        (["web=a.jsonl", "--val-fraction", "1"], "--val_fraction 1.0: expected"),
         (["web=a.jsonl", "--processes", "0"], "--processes 0: expected"),
+        (["web=a.jsonl", "--shard_tokens", "0"], "--shard_tokens 0: expected"),
+        (["web=a.jsonl", "--shard_tokens", str(2**31)], "a shard's header counts to 2147483647"),
+        (["web=a.jsonl", "--max_tokens", "0"], "--max_tokens 0: expected"),
+        (["web=empty*"], "no such file: give a folder"),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_is_written(tmp_path, monkeypatch, arguments, message):
@@ -341,6 +364,201 @@ def test_the_split_follows_the_first_32_bits_of_the_hash():
     val = [t for t in texts if int(hashlib.sha256(t.encode()).hexdigest()[:8], 16) / 2**32 < 0.1]
     assert [t for t in texts if split_of(digest_of(t), 0.1) == "val"] == val
     assert 150 < len(val) < 250
+
+
+# ---- stopped and gone on
+
+
+STOPPED = """
+import multiprocessing, os, pathlib, signal, sys
+import data.writer
+from data.jsonl import prepare
+
+out, place, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
+data.writer.CHECKPOINT_S, data.writer.PARCEL_CHARS = 0, 2000
+owner, _, name = place.rpartition(".")
+owner = getattr(data.writer, owner) if owner else data.writer
+whole, calls = getattr(owner, name), iter(range(10**9))
+
+def killed(*args):
+    if next(calls) == n:
+        pids = [str(child.pid) for child in multiprocessing.active_children()]
+        pathlib.Path(out, "pids").write_text(" ".join(pids))
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(*args)
+
+setattr(owner, name, killed)
+prepare.main(sys.argv[4:])
+"""
+SPLIT = ["--shard_tokens", "1500"]
+
+
+@pytest.fixture(scope="module")
+def long_domains(tmp_path_factory, model):
+    """Two domains with repeats and bad records in files of two kinds, and what preparing them in one go gives."""
+    folder = tmp_path_factory.mktemp("long")
+    web, code = some_documents(400, seed=11), some_documents(300, seed=12)
+    (folder / "web-0.jsonl").write_bytes(json_lines(web[:250]) + b"nonsense\n" + json_lines(web[:9]))
+    (folder / "web-1.jsonl.gz").write_bytes(gzip.compress(json_lines(web[200:]) + b"{}\n"))
+    (folder / "code.jsonl.zst").write_bytes(zstandard.compress(json_lines(code[:200] + web[:5] + code[100:])))
+    prepare(folder, model, *SPLIT)
+    meta = read_meta(folder / "out")
+    assert sum(meta["bad_records"].values()) == 2
+    assert [meta["domains"][domain]["duplicates"] for domain in ("web", "code")] == [59, 105]
+    assert all(len(meta["domains"][domain]["train"]["shards"]) > 3 for domain in ("web", "code"))
+    return folder
+
+
+def arguments(folder, model, out: str, processes: int) -> list[str]:
+    return [f"web={folder}/web-*", f"code={folder}/code.jsonl.zst", "--out", str(folder / out), "--tokenizer",
+            str(model), "--val-fraction", "0.2", "--processes", str(processes), *SPLIT]  # fmt: skip
+
+
+def run_until_killed(folder, model, out: str, place: str, n: int, processes: int = 1) -> None:
+    command = [sys.executable, "-c", STOPPED, str(folder / out), place, str(n)]
+    root = Path(__file__).parents[1]
+    run = subprocess.run([*command, *arguments(folder, model, out, processes)], cwd=root, check=False, capture_output=True)
+    assert run.returncode == -signal.SIGKILL, run.stderr.decode()
+    for pid in (folder / out / "pids").read_text().split():
+        end = time.monotonic() + 30
+        while Path("/proc", pid, "cmdline").exists() and Path("/proc", pid, "cmdline").read_bytes():
+            assert time.monotonic() < end, "a process of the pool lives on"
+            time.sleep(0.02)
+    (folder / out / "pids").unlink()
+
+
+def test_a_run_that_was_killed_again_and_again_gives_the_bytes_of_one_that_was_not(long_domains, model, capsys):
+    folder = long_domains
+    places = [("_checkpoint", 5), ("_ShardWriter.add", 13), ("os.replace", 9), ("_ShardWriter.close", 2),
+              ("write_meta", 0)]  # fmt: skip
+    for i, (place, n) in enumerate(places):
+        run_until_killed(folder, model, "killed", place, n, processes=1 + i % 2)
+        assert not (folder / "killed" / "meta.json").exists()
+    jsonl.main(arguments(folder, model, "killed", 2))
+    assert "going on in " in capsys.readouterr().out
+    assert content(folder / "killed") == content(folder / "out")
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_run_stopped_at_any_place_loses_and_repeats_nothing(long_domains, model, monkeypatch, seed):
+    folder, out, rng = long_domains, f"stopped-{seed}", random.Random(seed)
+    left = iter(())
+
+    def stopping(function):
+        def stops(*args, **kwargs):
+            if next(left, 1) == 0:
+                raise Stopped
+            return function(*args, **kwargs)
+
+        return stops
+
+    monkeypatch.setattr("data.writer.CHECKPOINT_S", 0)
+    monkeypatch.setattr("data.writer.PARCEL_CHARS", 1000 + 1000 * seed)
+    for name in ("_checkpoint", "_sync", "_report", "sha256", "json.dump", "os.replace", "_ShardWriter.add",
+                 "_ShardWriter.close", "Seen.add"):  # fmt: skip
+        owner, _, attribute = f"data.writer.{name}".rpartition(".")
+        monkeypatch.setattr(f"{owner}.{attribute}", stopping(pkgutil.resolve_name(f"{owner}.{attribute}")))
+    finished = False
+    for _ in range(40):
+        left = iter(range(rng.randint(0, 400), -1, -1))
+        try:
+            jsonl.main(arguments(folder, model, out, 1))
+            finished = True
+            break
+        except Stopped:
+            monkeypatch.setattr("data.writer.PARCEL_CHARS", rng.randint(500, 5000))
+    if not finished:
+        left = iter(())
+        jsonl.main(arguments(folder, model, out, 1))
+    assert content(folder / out) == content(folder / "out")
+
+
+def unfinished(folder, model, monkeypatch, out: str) -> Path:
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr("data.writer.CHECKPOINT_S", 0)
+        patch.setattr("data.writer.PARCEL_CHARS", 2000)
+        patch.setattr("data.writer._check_documents", lambda *_: (_ for _ in ()).throw(Stopped))
+        jsonl.main(arguments(folder, model, out, 1))
+    return folder / out
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("settings", "holds an unfinished data set of other settings"),
+        ("a cut shard", r"web_train_000000\.bin: .*truncated"),
+        ("a lost shard", r"web_train_000000\.bin: no such shard"),
+        ("lost digests", r"unfinished\.digests: shorter than the progress says"),
+        ("a damaged marker", "unfinished: damaged: give --force"),
+    ],
+)
+def test_an_unfinished_data_set_that_cannot_go_on_is_refused_and_made_again_by_force(
+    long_domains, model, monkeypatch, damage, message
+):
+    out = unfinished(long_domains, model, monkeypatch, f"refused {damage}")
+    more = []
+    if damage == "settings":
+        more = ["--max_tokens", "9"]
+    elif damage == "a cut shard":
+        os.truncate(out / "web_train_000000.bin", 1500)
+    elif damage == "a lost shard":
+        (out / "web_train_000000.bin").unlink()
+    elif damage == "lost digests":
+        (out / "unfinished.digests").write_bytes(b"")
+    else:
+        (out / "unfinished").write_text("{")
+    with pytest.raises(DataError, match=message):
+        jsonl.main([*arguments(long_domains, model, out.name, 1), *more])
+    jsonl.main([*arguments(long_domains, model, out.name, 1), "--force"])
+    assert content(out) == content(long_domains / "out")
+
+
+def test_two_runs_never_write_into_one_folder(long_domains, model, tmp_path):
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    (tmp_path / "long").symlink_to(long_domains)
+    with pytest.raises(DataError, match="another process is writing this data set"):
+        jsonl.main([f"web={long_domains}/web-0.jsonl", "--out", str(tmp_path), "--tokenizer", str(model)])
+    os.close(descriptor)
+
+
+def test_a_domain_is_full_after_the_document_that_reaches_its_share(long_domains, model):
+    outs = []
+    for out, processes in (("full-1", 1), ("full-2", 2)):
+        jsonl.main([*arguments(long_domains, model, out, processes), "--max_tokens", "2000"])
+        outs.append(content(long_domains / out))
+    assert outs[0] == outs[1]
+    for domain in ("web", "code"):
+        whole = stored_documents(long_domains / "out", domain, "train")
+        taken = stored_documents(long_domains / "full-1", domain, "train")
+        part = read_meta(long_domains / "full-1")["domains"][domain]["train"]
+        tokenizer = SentencePiece(model)
+        assert taken == whole[: len(taken)]
+        assert part["tokens"] >= 2000 > part["tokens"] - len(tokenizer.encode(taken[-1])) - 1
+
+
+def test_without_dedup_every_repeat_stays(long_domains, model):
+    jsonl.main([*arguments(long_domains, model, "repeats", 1), "--no-dedup"])
+    meta = read_meta(long_domains / "repeats")["domains"]
+    for domain, n in (("web", 459), ("code", 405)):
+        assert meta[domain]["train"]["documents"] + meta[domain]["val"]["documents"] == n
+        assert meta[domain]["duplicates"] == 0
+
+
+def test_the_filter_of_repeats_forgets_nothing_while_it_grows_and_after_a_stop(tmp_path):
+    rng = np.random.default_rng(0)
+    digests = [int(d) for d in rng.integers(0, 2**64, 5000, dtype=np.uint64)] + [0, 1024, 2048]
+    seen = Seen(tmp_path / "digests", 0)
+    assert all(seen.add(digest) for digest in digests)
+    assert not any(seen.add(digest) for digest in digests)
+    assert len(seen.table) * 8 <= 24 * len(digests)
+    seen.sync()
+    half = Seen(tmp_path / "digests", 3000)
+    assert [half.add(digest) for digest in digests] == [False] * 3000 + [True] * (len(digests) - 3000)
 
 
 # ---- data/embedded/prepare.py
