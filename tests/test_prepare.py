@@ -416,9 +416,10 @@ def arguments(folder, model, out: str, processes: int) -> list[str]:
 
 def run_until_killed(folder, model, out: str, place: str, n: int, processes: int = 1) -> None:
     command = [sys.executable, "-c", STOPPED, str(folder / out), place, str(n)]
-    root = Path(__file__).parents[1]
-    run = subprocess.run([*command, *arguments(folder, model, out, processes)], cwd=root, check=False, capture_output=True)
-    assert run.returncode == -signal.SIGKILL, run.stderr.decode()
+    with open(folder / "log", "w+b") as log:  # not a pipe: what the run leaves behind would keep it open
+        run = subprocess.run([*command, *arguments(folder, model, out, processes)], cwd=Path(__file__).parents[1],
+                             check=False, stdout=log, stderr=log)  # fmt: skip
+    assert run.returncode == -signal.SIGKILL, (folder / "log").read_text()
     for pid in (folder / out / "pids").read_text().split():
         end = time.monotonic() + 30
         while Path("/proc", pid, "cmdline").exists() and Path("/proc", pid, "cmdline").read_bytes():
