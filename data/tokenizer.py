@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import sentencepiece
 import tiktoken
 import tokenizers
@@ -93,8 +94,9 @@ class Tiktoken:
         self.vocab_size = self.model.n_vocab
         self.bos = self.eos = self.model.eot_token
 
-    def encode(self, text: str) -> list[int]:
-        return self.model.encode_ordinary(text)
+    def encode(self, text: str) -> np.ndarray:
+        """(tokens,) uint32. Raises ValueError when a word is too long for its regular expression (500,000 spaces)."""
+        return self.model.encode_to_numpy(text, disallowed_special=())  # encode_ordinary would panic then
 
     def decode(self, tokens: list[int]) -> str:
         return self.model.decode([token for token in tokens if token not in (self.bos, self.eos)])
@@ -114,8 +116,8 @@ class Ranks(Tiktoken):
         self.vocab_size = len(ranks) + self.family.n_special
         self.bos, self.eos = len(ranks) + self.family.bos, len(ranks) + self.family.eos
 
-    def encode(self, text: str) -> list[int]:
-        return self.model.encode_ordinary(unicodedata.normalize("NFC", text) if self.family.nfc else text)
+    def encode(self, text: str) -> np.ndarray:
+        return super().encode(unicodedata.normalize("NFC", text) if self.family.nfc else text)
 
 
 def read_ranks(path: str | Path) -> dict[bytes, int]:
@@ -204,7 +206,7 @@ def kind_of(path: str | Path) -> str:
 def load_tokenizer(spec: dict, folder: str | Path) -> Tokenizer:
     """The tokenizer that a meta.json, or its "tokenizer" entry, names. `folder` is the data set's.
 
-    It has encode(text) -> ids, decode(ids) -> text (BOS and EOS left out), vocab_size, bos, eos.
+    It has encode(text) -> ids (a list or an array), decode(ids) -> text (BOS and EOS left out), vocab_size, bos, eos.
     Raises DataError when it cannot be had or is not the one the tokens were made with.
     """
     meta, spec = spec, spec.get("tokenizer", spec)

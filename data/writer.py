@@ -357,10 +357,11 @@ def _encode(parcel: Parcel, wanted: set[str]) -> tuple[list[Row], np.ndarray]:
         except ValueError as error:
             rows.append(Row(number, problem=str(error)))
             continue
-        digest, raw = digest_of(text), len(text.encode())
-        tokens.append(np.array([tokenizer.bos, *ids], dtype))
+        here, digest = np.empty(len(ids) + 1, dtype), digest_of(text)
+        here[0], here[1:] = tokenizer.bos, ids
+        tokens.append(here)
         rows.append(Row(number, "", domain, split_of(digest, _worker["val_fraction"]),
-                        int.from_bytes(digest[8:16], "big"), raw, len(tokens[-1])))
+                        int.from_bytes(digest[8:16], "big"), len(text.encode()), len(here)))
     return rows, np.concatenate(tokens)
 
 

@@ -1,3 +1,4 @@
+import base64
 import bz2
 import fcntl
 import gzip
@@ -8,28 +9,48 @@ import json
 import os
 import pkgutil
 import random
+import runpy
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+import types
 import zipfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
+import regex
 import requests
 import tiktoken
+import tokenizers
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import reader
+from data.culturax import prepare as culturax
 from data.embedded import prepare as embedded
 from data.jsonl import prepare as jsonl
 from data.shards import DataError, open_shard, read_meta, verify
-from data.tokenizer import MODEL_FILE, SentencePiece, Tiktoken, load_tokenizer, train_tokenizer
-from data.writer import Seen, digest_of, split_of, training_share, write_domains
+from data.slimpajama import prepare as slimpajama
+from data.tokenizer import (
+    FAMILIES,
+    MODEL_FILE,
+    HuggingFace,
+    Ranks,
+    SentencePiece,
+    Tiktoken,
+    install_tokenizer,
+    kind_of,
+    load_tokenizer,
+    open_tokenizer,
+    train_tokenizer,
+)
+from data.writer import Parcel, Seen, _encode, digest_of, split_of, training_share, write_domains
 
 ODD_TEXT = '\tif x:\n\t\treturn  1234\r\n\n        y = "<s></s><unk><0x0A>"\0 \u00e9\u6f22\U0001f600 <|endoftext|>  '
 
@@ -134,6 +155,140 @@ def test_a_tiktoken_encoding_without_network_says_what_to_set(monkeypatch):
         Tiktoken("cl100k_base")
     with pytest.raises(DataError, match="expected one of"):
         Tiktoken("cl100k")
+
+
+def byte_level_bpe(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<|endoftext|>", "<s>"], initial_alphabet=alphabet,
+        show_progress=False))  # fmt: skip
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer_json(tmp_path_factory):
+    path = tmp_path_factory.mktemp("huggingface") / "tokenizer.json"
+    byte_level_bpe(some_documents(300, seed=0), 400).save(str(path))
+    return path
+
+
+RANKS = [bytes([i]) for i in range(256)] + [b"ma", b"sk", b"mask"]
+
+
+@pytest.fixture
+def rank_file(tmp_path, monkeypatch):
+    """Named as Meta names Llama 3's; the family is known by the number of ranks."""
+    path = tmp_path / "ranks" / "tokenizer.model"
+    path.parent.mkdir()
+    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(RANKS)))
+    monkeypatch.setitem(FAMILIES, len(RANKS), FAMILIES[128_000])
+    return path
+
+
+def test_a_file_of_ranks_merges_by_rank_and_its_special_tokens_follow_the_ranks(rank_file, tmp_path):
+    spec = install_tokenizer(rank_file, tmp_path)
+    assert spec == {"kind": "tiktoken", "file": "tokenizer.tiktoken",
+                    "sha256": hashlib.sha256(rank_file.read_bytes()).hexdigest()}  # fmt: skip
+    tokenizer = load_tokenizer(spec, tmp_path)
+    assert (tokenizer.vocab_size, tokenizer.bos, tokenizer.eos) == (259 + 256, 259, 260)
+    assert list(tokenizer.encode("masked")) == [258, ord("e"), ord("d")]
+    assert list(tokenizer.encode("<|begin_of_text|>")) == list(b"<|begin_of_text|>")
+    assert tokenizer.decode([259, *tokenizer.encode(ODD_TEXT), 260]) == ODD_TEXT
+    (tmp_path / "tokenizer.tiktoken").write_bytes(rank_file.read_bytes() + b"\n")
+    with pytest.raises(DataError):
+        load_tokenizer(spec, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("n_ranks", "text", "words"),
+    [
+        (128_000, "I'LL pay 12345 $$\n\n  now", ["I", "'LL", " pay", " ", "123", "45", " $$\n\n", " ", " now"]),
+        (151_643, "I'LL pay 12345 $$\n\n  now", ["I", "'LL", " pay", " ", *"12345", " $$\n\n", " ", " now"]),
+        (151_643, "\r\n\t x_y\u00e9", ["\r\n", "\t", " x", "_y\u00e9"]),
+    ],
+)
+def test_a_family_cuts_words_as_its_model_was_trained_with(n_ranks, text, words):
+    assert regex.findall(FAMILIES[n_ranks].pattern, text) == words
+
+
+def test_qwen_composes_unicode_first(rank_file, monkeypatch):
+    monkeypatch.setitem(FAMILIES, len(RANKS), FAMILIES[151_643])
+    tokenizer = Ranks(rank_file)
+    assert (tokenizer.vocab_size, tokenizer.bos, tokenizer.eos) == (259 + 3, 259, 259)
+    assert list(tokenizer.encode("e\u0301")) == list("\u00e9".encode())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda raw: raw + b"bWFzaw== x\n", r"tokenizer\.model:260: expected the base64"),
+        (lambda raw: raw + b"bWFza!== 259\n", r"tokenizer\.model:260: expected the base64"),
+        (lambda raw: raw.replace(b" 258\n", b" 259\n"), "has each from 0 on once"),
+        (lambda raw: raw.replace(b"AA== 0\n", b"bWFzaw1= 0\n"), "expected the base64|one for every single byte"),
+        (lambda raw: raw + b"eHl6 259\n", r"260 ranks are of no family .*Llama 3 \(128,000\), Qwen \(151,643\)"),
+    ],
+)
+def test_a_file_of_ranks_that_is_broken_or_of_no_family_is_refused(rank_file, change, message):
+    rank_file.write_bytes(change(rank_file.read_bytes()))
+    with pytest.raises(DataError, match=message):
+        open_tokenizer(rank_file)
+
+
+def test_the_kind_of_a_tokenizer_is_told_by_its_content(model, rank_file, tokenizer_json, tmp_path):
+    for path, kind in ((model, "sentencepiece"), (rank_file, "tiktoken"), (tokenizer_json, "huggingface")):
+        renamed = tmp_path / "a"
+        renamed.write_bytes(path.read_bytes())
+        assert kind_of(renamed) == kind
+        assert install_tokenizer(renamed, tmp_path)["kind"] == kind
+
+
+@settings(max_examples=100)
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+def test_any_text_comes_back_from_the_tokens_of_a_tokenizer_json(tokenizer_json, text):
+    tokenizer = HuggingFace(tokenizer_json)
+    assert tokenizer.decode([tokenizer.bos, *tokenizer.encode(text)]) == text
+
+
+def test_a_tokenizer_json_reads_special_tokens_as_text_and_adds_none(tokenizer_json):
+    tokenizer = HuggingFace(tokenizer_json)
+    assert (tokenizer.vocab_size, tokenizer.bos, tokenizer.eos) == (400, 0, 0)
+    tokens = tokenizer.encode(ODD_TEXT)
+    assert not {0, 1} & set(tokens)
+    assert tokenizer.decode(tokens) == ODD_TEXT
+
+
+def test_bos_and_eos_of_a_tokenizer_json_are_those_asked_for_or_those_of_its_config(tokenizer_json, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer_json.read_bytes())
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"bos_token": {"content": "<s>"}, "eos_token": "<|endoftext|>"}))
+    assert (HuggingFace(tmp_path / "tokenizer.json").bos, HuggingFace(tmp_path / "tokenizer.json").eos) == (1, 0)
+    (tmp_path / "out").mkdir()
+    spec = install_tokenizer(tmp_path / "tokenizer.json", tmp_path / "out", eos="<s>", bos="<|endoftext|>")
+    assert sorted(spec) == ["file", "kind", "sha256"]
+    tokenizer = load_tokenizer(spec, tmp_path / "out")
+    assert (tokenizer.bos, tokenizer.eos) == (0, 1)
+    with pytest.raises(DataError, match=r"eos is 0 in meta\.json, 1 by the tokenizer"):
+        load_tokenizer({"tokenizer": spec, "bos": 0, "eos": 0}, tmp_path / "out")
+    with pytest.raises(DataError, match="has no token '</nothing>'"):
+        open_tokenizer(tmp_path / "tokenizer.json", eos="</nothing>")
+    config.write_text("{")
+    with pytest.raises(DataError, match=r"tokenizer_config\.json: not valid JSON"):
+        HuggingFace(tmp_path / "tokenizer.json")
+
+
+def test_a_tokenizer_json_that_is_none_or_has_no_end_of_text_is_refused(tmp_path, model):
+    path = tmp_path / "tokenizer.json"
+    path.write_text('{"model": 3}')
+    with pytest.raises(DataError, match=r"tokenizer\.json: not a tokenizer\.json"):
+        open_tokenizer(path)
+    tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, [])).save(str(path))
+    with pytest.raises(DataError, match="no end-of-text token is known: give --eos"):
+        open_tokenizer(path)
+    with pytest.raises(DataError, match=r"--bos and --eos are for a tokenizer\.json"):
+        open_tokenizer(model, eos="</s>")
 
 
 # ---- data/jsonl/prepare.py
@@ -364,6 +519,160 @@ def test_the_split_follows_the_first_32_bits_of_the_hash():
     val = [t for t in texts if int(hashlib.sha256(t.encode()).hexdigest()[:8], 16) / 2**32 < 0.1]
     assert [t for t in texts if split_of(digest_of(t), 0.1) == "val"] == val
     assert 150 < len(val) < 250
+
+
+def test_a_folder_stands_for_its_files_in_sorted_order_without_hidden_ones(tmp_path):
+    for name in ("b/1.jsonl.zst", "a/2.parquet", "a/1.jsonl", "a/README.md", ".cache/0.jsonl", "a/x.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    names = [str(path.relative_to(tmp_path)) for path in reader.files_of(str(tmp_path))]
+    assert names == ["a/1.jsonl", "a/2.parquet", "b/1.jsonl.zst"]
+
+
+def test_parquet_gives_the_same_data_set_as_json_lines(tmp_path, tokenizer_json):
+    documents = [*some_documents(300, seed=13), ODD_TEXT]
+    (tmp_path / "a.jsonl").write_bytes(json_lines([*documents, " "]))
+    texts = pyarrow.table({"id": list(range(len(documents) + 1)), "text": [*documents, None]})
+    pyarrow.parquet.write_table(texts, tmp_path / "a.parquet", row_group_size=70)
+    metas = []
+    for name in ("a.jsonl", "a.parquet"):
+        out = tmp_path / f"out {name}"
+        jsonl.main([f"web={tmp_path}/{name}", "--out", str(out), "--tokenizer", str(tokenizer_json)])
+        metas.append(read_meta(out))
+        assert metas[-1]["bad_records"] == {str(tmp_path / name): 1}
+        train, val = (stored_documents(out, "web", split) for split in ("train", "val"))
+        assert [text for text in documents if text in train] == train and set(train + val) == set(documents)
+    assert metas[0]["domains"] == metas[1]["domains"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("cut", "damaged or cut off"),
+        ("column", "has no column 'text', but content"),
+        ("library", "pip install pyarrow"),
+    ],
+)
+def test_parquet_that_cannot_be_read_is_refused_by_name(tmp_path, monkeypatch, damage, message):
+    path = tmp_path / "a.parquet"
+    column = "content" if damage == "column" else "text"
+    pyarrow.parquet.write_table(pyarrow.table({column: some_documents(100, seed=1)}), path)
+    if damage == "cut":
+        os.truncate(path, path.stat().st_size // 2)
+    if damage == "library":
+        monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=rf"a\.parquet: .*{message}"):
+        list(reader.records(path))
+
+
+def slimpajama_lines(n: int, seed: int, names: list[str]) -> bytes:
+    """Documents of all these sets mixed; text and set can be told from each other."""
+    texts = some_documents(n, seed)
+    lines = [{"text": f"{names[i % len(names)]} {text}", "meta": {"redpajama_set_name": names[i % len(names)]}}
+             for i, text in enumerate(texts)]  # fmt: skip
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
+
+
+def test_slimpajama_goes_into_seven_domains_by_the_name_in_each_record(tmp_path, model, capsys):
+    names = list(slimpajama.DOMAINS)
+    for chunk in ("chunk1", "chunk2"):
+        (tmp_path / "train" / chunk).mkdir(parents=True)
+        for i in range(2):
+            raw = slimpajama_lines(140, i + 7 * len(chunk) + ord(chunk[-1]), names)
+            (tmp_path / "train" / chunk / f"example_{i}.jsonl.zst").write_bytes(zstandard.compress(raw))
+    bad = json.dumps({"text": "who am I", "meta": {"redpajama_set_name": "RedPajamaC5"}}) + '\n{"text": "nobody"}\n'
+    (tmp_path / "train" / "chunk2" / "last.jsonl").write_text(bad)
+    more = ["--tokenizer", str(model), "--val_fraction", "0.2", "--processes", "1"]
+    slimpajama.main([str(tmp_path / "train"), "--out", str(tmp_path / "all"), *more])
+    output = capsys.readouterr()
+    assert "ratios = (0.67, 0.045, 0.045, 0.02, 0.045, 0.025, 0.15)" in output.out
+    assert "last.jsonl:1: meta.redpajama_set_name 'RedPajamaC5': expected one of RedPajamaCommonCrawl" in output.err
+    meta = read_meta(tmp_path / "all")
+    assert tuple(meta["domains"]) == ("cc", "github", "book", "stackexchange", "wiki", "arxiv", "c4")
+    assert sum(meta["bad_records"].values()) == 2
+    for name, domain in slimpajama.DOMAINS.items():
+        texts = [t for split in ("train", "val") for t in stored_documents(tmp_path / "all", domain, split)]
+        assert len(texts) == 80 and all(text.startswith(f"{name} ") for text in texts)
+    slimpajama.main([str(tmp_path / "train"), "--out", str(tmp_path / "two"), "--domains", "wiki", "c4",
+                     "--tokenizer", "train", "--vocab_size", "400", "--val_fraction", "0.2"])  # fmt: skip
+    assert "ratios = (0.2308, 0.7692)" in capsys.readouterr().out
+    assert list(read_meta(tmp_path / "two")["domains"]) == ["wiki", "c4"]
+
+
+def test_culturax_takes_a_folder_for_each_language_and_prints_the_ratios_of_the_paper(tmp_path, model, capsys):
+    for i, language in enumerate(culturax.TOKENS_B):
+        (tmp_path / "copy" / language).mkdir(parents=True)
+        documents = pyarrow.table({"text": some_documents(60, seed=i), "url": ["a"] * 60})
+        pyarrow.parquet.write_table(documents, tmp_path / "copy" / language / "part-0.parquet")
+    more = ["--tokenizer", str(model), "--val-fraction", "0.2", "--processes", "1"]
+    culturax.main([str(tmp_path / "copy"), "--out", str(tmp_path / "out"), *more])
+    ratios = configurator_ratios()
+    assert f"ratios = {tuple(round(r, 4) for r in ratios)}" in capsys.readouterr().out
+    assert list(read_meta(tmp_path / "out")["domains"]) == ["en", "ru", "zh", "ja", "ar", "tr", "ko", "th"]
+    (tmp_path / "copy" / "th" / "part-0.parquet").unlink()
+    with pytest.raises(DataError, match="copy/th: no such file"):
+        culturax.main([str(tmp_path / "copy"), "--out", str(tmp_path / "missing"), *more])
+
+
+def configurator_ratios() -> tuple[float, ...]:
+    return runpy.run_path(str(Path(__file__).parents[1] / "config" / "prune_qwen2.py"))["ratios"]
+
+
+class FakeStream:
+    """What the library `datasets` gives for streaming: two files."""
+
+    num_shards = 2
+
+    def __init__(self, files: list[list[dict]], broken: bool = False):
+        self.files, self.broken = files, broken
+
+    def shard(self, num_shards: int, index: int):
+        assert num_shards == 2
+        yield from self.files[index]
+        if self.broken:
+            raise ConnectionError("reset by peer")
+
+
+def test_a_stream_gives_what_the_files_would_and_says_when_it_cannot(tmp_path, model, monkeypatch):
+    raw = [slimpajama_lines(140, seed, list(slimpajama.DOMAINS)) for seed in (1, 2)]
+    files = [[json.loads(line) for line in lines.splitlines()] for lines in raw]
+    for i, lines in enumerate(raw):
+        (tmp_path / f"{i}.jsonl").write_bytes(lines)
+    asked, stream = [], FakeStream(files)
+    library = types.SimpleNamespace(load_dataset=lambda *a, **b: asked.append((a, b)) or stream)
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    more = ["--tokenizer", str(model), "--val_fraction", "0.2", "--processes", "1"]
+    slimpajama.main(["--out", str(tmp_path / "stream"), "--stream", "--revision", "abc", *more])
+    slimpajama.main([str(tmp_path / "*.jsonl"), "--out", str(tmp_path / "files"), *more])
+    assert asked == [((slimpajama.HUB, None), {"split": "train", "streaming": True, "revision": "abc"})]
+    assert read_meta(tmp_path / "stream")["domains"] == read_meta(tmp_path / "files")["domains"]
+    stream.broken = True
+    with pytest.raises(DataError, match=r"file 1 of 2: the stream broke \(ConnectionError: reset by peer\): run again"):
+        slimpajama.main(["--out", str(tmp_path / "broken"), "--stream", *more])
+
+    def offline(*_, **__):
+        raise OSError("offline")
+
+    library.load_dataset = offline
+    with pytest.raises(DataError, match=r"CulturaX, en: cannot be streamed \(OSError: offline\): check the name"):
+        culturax.main(["--out", str(tmp_path / "offline"), "--stream", *more])
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match="--stream needs a package more: pip install datasets"):
+        culturax.main(["--out", str(tmp_path / "offline"), "--stream", *more])
+    with pytest.raises(DataError, match="give either the FOLDER of a local copy or --stream"):
+        culturax.main(["--out", str(tmp_path / "offline"), *more])
+
+
+def test_a_document_that_a_tokenizer_cannot_encode_is_a_bad_record_of_its_own(tmp_path, rank_file, monkeypatch):
+    documents = some_documents(40, seed=14)
+    (tmp_path / "a.jsonl").write_bytes(json_lines([*documents[:20], " " * 3_000_000 + "x", *documents[20:]]))
+    parcel = Parcel(0, 0, list(reader.records(tmp_path / "a.jsonl")), "web")
+    monkeypatch.setattr("data.writer._worker", {"tokenizer": open_tokenizer(rank_file), "parse": reader.text_of,
+                                                "val_fraction": 0.1})  # fmt: skip
+    rows, tokens = _encode(parcel, {"web"})
+    assert [row.number for row in rows if row.problem] == [21]
+    assert "Regex error while tokenizing" in rows[20].problem
+    assert sum(row.n_tokens for row in rows) == len(tokens)
 
 
 # ---- stopped and gone on
