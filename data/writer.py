@@ -308,7 +308,7 @@ def _encoded(parcels: Iterator[Parcel], pool: ProcessPoolExecutor, ahead: int, d
     """Every parcel with its documents and tokens, in order, read at most `ahead` in advance: memory stays bounded."""
     pending: deque[tuple[Parcel, Future]] = deque()
     for parcel in parcels:
-        pending.append((parcel, pool.submit(_encode, parcel, set(domains) - full)))
+        pending.append((parcel, pool.submit(encode_parcel, parcel, set(domains) - full)))
         if len(pending) > ahead:
             yield _wait(*pending.popleft())
     while pending:
@@ -325,14 +325,19 @@ def _wait(parcel: Parcel, future: Future) -> tuple[Parcel, list[Row], np.ndarray
 
 def _pool(processes: int, spec: dict, folder: str | Path, parse: Callable, val_fraction: float) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("spawn")  # the same on every system; fork and threads do not go together
-    return ProcessPoolExecutor(processes, context, _load, (spec, str(folder), parse, val_fraction))
+    return ProcessPoolExecutor(processes, context, _start_worker, (spec, str(folder), parse, val_fraction))
 
 
 _worker = {}
 
 
-def _load(spec: dict, folder: str, parse: Callable, val_fraction: float) -> None:
+def load_worker(spec: dict, folder: str | Path, parse: Callable, val_fraction: float) -> None:
+    """What encode_parcel needs, in its process."""
     _worker.update(tokenizer=load_tokenizer(spec, folder), parse=parse, val_fraction=val_fraction)
+
+
+def _start_worker(*what: object) -> None:
+    load_worker(*what)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -342,7 +347,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode(parcel: Parcel, wanted: set[str]) -> tuple[list[Row], np.ndarray]:
+def encode_parcel(parcel: Parcel, wanted: set[str]) -> tuple[list[Row], np.ndarray]:
     """The parcel's documents of the domains that are wanted, and their tokens one after the other."""
     tokenizer, parse = _worker["tokenizer"], _worker["parse"]
     dtype = token_dtype(tokenizer.vocab_size)

@@ -50,7 +50,7 @@ from data.tokenizer import (
     open_tokenizer,
     train_tokenizer,
 )
-from data.writer import Parcel, Seen, _encode, digest_of, split_of, training_share, write_domains
+from data.writer import Parcel, Seen, digest_of, encode_parcel, split_of, training_share, write_domains
 
 ODD_TEXT = '\tif x:\n\t\treturn  1234\r\n\n        y = "<s></s><unk><0x0A>"\0 \u00e9\u6f22\U0001f600 <|endoftext|>  '
 
@@ -669,7 +669,7 @@ def test_a_document_that_a_tokenizer_cannot_encode_is_a_bad_record_of_its_own(tm
     parcel = Parcel(0, 0, list(reader.records(tmp_path / "a.jsonl")), "web")
     monkeypatch.setattr("data.writer._worker", {"tokenizer": open_tokenizer(rank_file), "parse": reader.text_of,
                                                 "val_fraction": 0.1})  # fmt: skip
-    rows, tokens = _encode(parcel, {"web"})
+    rows, tokens = encode_parcel(parcel, {"web"})
     assert [row.number for row in rows if row.problem] == [21]
     assert "Regex error while tokenizing" in rows[20].problem
     assert sum(row.n_tokens for row in rows) == len(tokens)
