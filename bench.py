@@ -8,8 +8,11 @@ On a GPU also every kernel at the shapes of Llama-2-7B to 1.3B, beside plain PyT
 beside the ceilings: what the device reached in a large matrix product and a large copy just before.
 """
 
+import base64
 import inspect
 import json
+import os
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,6 +22,7 @@ from pathlib import Path
 from statistics import median, quantiles
 
 import numpy as np
+import tokenizers
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,7 +31,10 @@ from transformers import LlamaForCausalLM
 
 import demo
 from data.loader import DomainLoader
-from data.shards import open_shard, write_meta, write_shard
+from data.reader import text_of
+from data.shards import HEADER_BYTES, header, open_shard, write_meta, write_shard
+from data.tokenizer import FAMILIES, install_tokenizer, load_tokenizer, train_tokenizer
+from data.writer import Parcel, encode_parcel, load_worker
 from dro import Mix
 from kernels import dispatch
 from kernels.cases import Case, cases
@@ -241,17 +248,41 @@ def bench_mix(results: dict) -> None:
     report(results, name, value, f"{name}: {value['ms']:.0f} ms ({1e3 * low:.0f} to {1e3 * high:.0f}; under 100)")
 
 
+def write_domain(folder: str, domain: str, shards: list[np.ndarray | int]) -> dict:
+    """Shards of uint16 tokens, or as many zeros that take no disk; returns meta.json's entry of the domain."""
+    part = {"tokens": 0, "bytes": 0, "shards": []}
+    for i, tokens in enumerate(shards):
+        file = f"{domain}_{i}.bin"
+        n = tokens if isinstance(tokens, int) else len(tokens)
+        if isinstance(tokens, int):
+            Path(folder, file).write_bytes(header(n, 32_000))
+            os.truncate(Path(folder, file), HEADER_BYTES + 2 * n)
+        else:
+            write_shard(Path(folder, file), tokens, 32_000)
+        part["shards"].append({"file": file, "tokens": n})
+        part["tokens"] += n
+        part["bytes"] += 4 * n
+    return {"train": part, "val": part}
+
+
 def bench_loader(results: dict) -> None:
-    """Tokens of 7 domains at T = 4096, from the page cache, on one core; beside a bare copy of the same map."""
+    """Tokens of 7 domains at T = 4096, from the page cache, on one core; beside a bare copy of a memory map.
+
+    Then one domain of 100 B tokens in 1,000 shards beside one of 100 M in one, every round the same windows of each.
+    """
     length, n, domains = 4096, 8_000_000, tuple("abcdefg")
     with tempfile.TemporaryDirectory() as folder:
-        meta = {"tokenizer": {}, "vocab_size": 32_000, "bos": 1, "eos": 2, "domains": {}}
-        for domain in domains:
-            write_shard(f"{folder}/{domain}.bin", np.random.default_rng(0).integers(0, 32_000, n), 32_000)
-            part = {"tokens": n, "bytes": 4 * n, "shards": [{"file": f"{domain}.bin"}]}
-            meta["domains"][domain] = {"train": part, "val": part}
-        write_meta(folder, meta)
-        loader, map_ = DomainLoader(folder, domains, length, 17, "train"), open_shard(f"{folder}/a.bin")
+        tokens = np.random.default_rng(0).integers(0, 32_000, n)
+        entries = {domain: write_domain(folder, domain, [tokens]) for domain in domains}
+        entries |= {"large": write_domain(folder, "large", [100_000_000] * 1000)}
+        entries |= {"small": write_domain(folder, "small", [100_000_000])}
+        write_meta(folder, {"tokenizer": {}, "vocab_size": 32_000, "bos": 1, "eos": 2, "domains": entries})
+        loader, map_ = DomainLoader(folder, domains, length, 17, "train"), open_shard(f"{folder}/a_0.bin")
+        start_s, sizes = {}, {}
+        for name in ("small", "large"):
+            start = time.perf_counter()
+            sizes[name] = DomainLoader(folder, (name,), length, 17, "train")
+            start_s[name] = time.perf_counter() - start
         ratio_M, step = np.ones(7) / 7, iter(range(10**9))
 
         def load(batch_size: int) -> None:
@@ -264,11 +295,64 @@ def bench_loader(results: dict) -> None:
             for i in range(1024):
                 map_[i * length : (i + 1) * length].copy()
 
-        s = in_turns({"32": lambda: load(32), "256": lambda: load(256), "copy": copy}, 9)
-    value = {name: 1024 * length / median(seconds) / 1e6 for name, seconds in s.items()}
+        def again(loader: DomainLoader) -> None:
+            loader.load_state_dict({loader.domains[0]: [0, 0]})
+            for step in range(8):
+                loader.read(loader.next_batch(step, np.ones(1), 128))
+
+        s = in_turns({"32": lambda: load(32), "256": lambda: load(256), "copy": copy,
+                      "small": lambda: again(sizes["small"]), "large": lambda: again(sizes["large"])}, 15)  # fmt: skip
+    value = {name: 1024 * length / median(s[name]) / 1e6 for name in ("32", "256", "copy")}
     report(results, "loader, M tokens/s", value,
            f"loader at T = 4096: {value['32']:.0f} M tokens/s in batches of 32, {value['256']:.0f} in batches of 256 "
            f"(at least 200); a bare copy {value['copy']:.0f}")  # fmt: skip
+    r = ratio(s["large"], s["small"]) | {"start_s": start_s}
+    report(results, "loader: 100 B tokens in 1,000 shards / 100 M in one", r,
+           f"loader: step on 100 B tokens in 1,000 shards / on 100 M in one: {show(r)} (about 1); "
+           f"opened in {start_s['large']:.2f} s (under 1)")  # fmt: skip
+
+
+def write_ranks(bpe: tokenizers.Tokenizer, path: Path) -> None:
+    """The same tokens as a byte-level BPE's, as tiktoken ranks."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves (GPT-2)
+    others = [i for i in range(256) if i not in printable]
+    byte_of = {chr(i): i for i in printable} | {chr(256 + n): i for n, i in enumerate(others)}
+    ranks = sorted((rank, bytes(byte_of[c] for c in token)) for token, rank in bpe.get_vocab().items())
+    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in ranks))
+
+
+def bench_tokenize(results: dict, n_bytes: int = 1_000_000, rounds: int = 7) -> None:
+    """JSON lines of Python source to tokens by what one process of prepare.py runs, beside the library alone."""
+    texts, size = [], 0
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        texts.append(path.read_text(encoding="utf-8", errors="replace"))
+        if (size := size + len(texts[-1].encode())) >= n_bytes:
+            break
+    parcel = Parcel(0, 0, [json.dumps({"text": text}).encode() for text in texts], "python")
+    with tempfile.TemporaryDirectory() as folder:
+        bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+        bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+            vocab_size=4096, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+        write_ranks(bpe, Path(folder, "ranks"))
+        FAMILIES[bpe.get_vocab_size()] = FAMILIES[128_000]
+        bpe.add_special_tokens(["<|endoftext|>"])
+        bpe.save(f"{folder}/bpe.json")
+        specs = {"sentencepiece": train_tokenizer(texts, 4096, folder),
+                 "tiktoken": install_tokenizer(f"{folder}/ranks", folder),
+                 "huggingface": install_tokenizer(f"{folder}/bpe.json", folder)}  # fmt: skip
+        for kind, spec in specs.items():
+            model = load_tokenizer(spec, folder).model
+            alone = {"sentencepiece": lambda m=model: [m.encode(text) for text in texts],
+                     "tiktoken": lambda m=model: [m.encode_to_numpy(text, disallowed_special=()) for text in texts],
+                     "huggingface": lambda m=model: [m.encode(text, add_special_tokens=False).ids for text in texts],
+                     }[kind]  # fmt: skip
+            load_worker(spec, folder, text_of, 0.01)
+            s = in_turns({"alone": alone, "ours": lambda: encode_parcel(parcel, {"python"})}, rounds)
+            r = ratio(s["alone"], s["ours"]) | {"MB/s": {name: size / median(s[name]) / 1e6 for name in s}}
+            report(results, f"tokenizing, {kind}", r,
+                   f"tokenizing, {kind}: {r['MB/s']['ours']:.2f} MB/s a core, alone {r['MB/s']['alone']:.2f}: "
+                   f"{show(r)} (at least 0.80)")  # fmt: skip
 
 
 def bench_share(results: dict) -> None:
@@ -455,7 +539,7 @@ if __name__ == "__main__":
     where = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}; torch {torch.__version__}; {SOURCE}; {B} sequences of {T} tokens")
     results = {"where": where, "torch": torch.__version__}
-    benches = [bench_pruning_step, bench_against_transformers, bench_mix, bench_loader, bench_share]
+    benches = [bench_pruning_step, bench_against_transformers, bench_mix, bench_loader, bench_tokenize, bench_share]
     if DEVICE == "cuda":
         benches += [bench_ceilings, bench_kernels, bench_block]
     else:

@@ -1,4 +1,4 @@
-"""Sequences from memory-mapped token shards, domain by domain, in an order that depends on nothing but its key.
+"""Sequences from token shards, domain by domain, in an order that depends on nothing but its key.
 
 Each global batch takes from every domain as many sequences as the mix asks for (systematic sampling: the expected
 number is exact and the drawn one is less than one sequence away from it). Each domain is walked through in a keyed
@@ -9,6 +9,8 @@ The order is a function of (seed, step, the ratios so far): the same on any numb
 The whole state is two integers per domain: the epoch, and the windows of it that were given out.
 """
 
+import os
+import resource
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -18,35 +20,67 @@ from pathlib import Path
 
 import numpy as np
 
-from data.shards import DataError, open_shard, read_meta
+from data.shards import HEADER_BYTES, DataError, check_shard, read_meta
 
-SCANNED_TOKENS = 1 << 24  # token ids checked per domain before the run starts; the rest as they are read
+SCANNED_TOKENS = 1 << 24  # token ids checked per domain, from the start of its shards, before the run; others when read
+BLOCK_TOKENS = 1 << 20  # of them at a time
 LOOK_AHEAD = 1024  # places of the permutation computed at once: only a matter of speed
 FIXED_KEY, BATCH_KEY = 1, 3  # of evaluation, whatever the run's seed; of the batches
+
+
+class OpenFiles:
+    """File descriptors by path; the one not used for longest is closed when there are too many.
+
+    Read by pread, not by memory map: a map holds a descriptor open for each of thousands of shards, every page read
+    through it counts as the process's memory, and a file cut short under it is a crash instead of an error.
+    """
+
+    def __init__(self) -> None:
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.limit = soft // 8 if soft > 0 else 1024  # of the process's: train, validation and others share them
+        self.descriptors: dict[str, int] = {}  # in the order of their last use
+
+    def read(self, path: str, dtype: np.dtype, first: int, n_tokens: int) -> np.ndarray:
+        """Tokens first to first + n_tokens of a shard, (n_tokens,). Raises DataError when they are not there."""
+        descriptor = self.descriptors.pop(path, None)
+        if descriptor is None:
+            while len(self.descriptors) >= self.limit:
+                os.close(self.descriptors.pop(next(iter(self.descriptors))))
+            check_shard(path)
+            descriptor = os.open(path, os.O_RDONLY)
+        self.descriptors[path] = descriptor
+        raw = os.pread(descriptor, n_tokens * dtype.itemsize, HEADER_BYTES + first * dtype.itemsize)
+        if len(raw) < n_tokens * dtype.itemsize:
+            raise DataError(f"{path}: became shorter while it was in use: prepare the data set again")
+        return np.frombuffer(raw, dtype)
+
+    def __del__(self) -> None:
+        for descriptor in self.descriptors.values():
+            os.close(descriptor)
 
 
 class Windows:
     """The consecutive, non-overlapping windows of seq_len + 1 tokens of one domain and split."""
 
-    def __init__(self, folder: str | Path, meta: dict, domain: str, split: str, seq_len: int) -> None:
-        self.length, vocab_size = seq_len + 1, meta["vocab_size"]
+    def __init__(
+        self, folder: str | Path, meta: dict, domain: str, split: str, seq_len: int, files: OpenFiles
+    ) -> None:
+        self.length, self.files = seq_len + 1, files
         part = meta["domains"][domain][split]
         self.bytes_per_token = part["bytes"] / max(part["tokens"], 1)
-        self.paths = [Path(folder, shard["file"]) for shard in part["shards"]]
-        self.shards = [open_shard(path) for path in self.paths]
-        self.first = [0, *accumulate(len(shard) // self.length for shard in self.shards)]  # window of each shard
-        tokens = sum(len(shard) for shard in self.shards)
+        self.paths = [os.path.join(folder, shard["file"]) for shard in part["shards"]]
+        checked = [check_shard(path) for path in self.paths]
+        self.dtypes = [dtype for _, dtype in checked]
+        self.first = [0, *accumulate(n_tokens // self.length for n_tokens, _ in checked)]  # window of each shard
+        tokens = sum(n_tokens for n_tokens, _ in checked)
         if self.n_windows == 0:
             raise DataError(
                 f"{folder}: domain {domain!r}, split {split!r}: {tokens} tokens are too short for one window of "
                 f"{self.length} (seq_len {seq_len} + 1): choose a shorter seq_len or add text"
             )
-        unscanned = SCANNED_TOKENS
-        for path, shard in zip(self.paths, self.shards, strict=True):
-            largest = int(shard[:unscanned].max(initial=0))
-            if largest >= vocab_size:
-                raise DataError(f"{path}: token id {largest} is not in the vocabulary of {vocab_size}")
-            unscanned = max(0, unscanned - len(shard))
+        share = -(-SCANNED_TOKENS // len(self.paths))
+        for path, (n_tokens, dtype) in zip(self.paths, checked, strict=True):
+            scan(path, dtype, min(share, n_tokens), meta["vocab_size"], files)
 
     @property
     def n_windows(self) -> int:
@@ -55,8 +89,15 @@ class Windows:
     def read(self, window: int, out: np.ndarray) -> None:
         """Copy one window into out, (seq_len + 1,)."""
         s = bisect_right(self.first, window) - 1
-        start = (window - self.first[s]) * self.length
-        out[:] = self.shards[s][start : start + self.length]
+        out[:] = self.files.read(self.paths[s], self.dtypes[s], (window - self.first[s]) * self.length, self.length)
+
+
+def scan(path: str, dtype: np.dtype, n_tokens: int, vocab_size: int, files: OpenFiles) -> None:
+    """Look through the first n_tokens of a shard, a block at a time. Raises DataError for one that is no token."""
+    for start in range(0, n_tokens, BLOCK_TOKENS):
+        largest = int(files.read(path, dtype, start, min(BLOCK_TOKENS, n_tokens - start)).max())
+        if largest >= vocab_size:
+            raise DataError(f"{path}: token id {largest} is not in the vocabulary of {vocab_size}")
 
 
 def mix_bits(x: np.ndarray, key: np.uint64) -> np.ndarray:
@@ -116,7 +157,8 @@ class DomainLoader:
 
     domains: names in the order of the ratios; every later array of shape (M,) follows it.
     Raises DataError for a missing domain, a broken shard, a text too short, or a token outside the vocabulary: the
-    first SCANNED_TOKENS of each domain are looked through here, the rest by read() as it comes to them.
+    first SCANNED_TOKENS of each domain, in equal parts from its shards, are looked through here, the rest by read()
+    as it comes to them. Memory does not grow with the data: some hundred bytes a shard and LOOK_AHEAD windows a domain.
     """
 
     def __init__(self, folder: str | Path, domains: tuple[str, ...], seq_len: int, seed: int, split: str) -> None:
@@ -126,8 +168,9 @@ class DomainLoader:
                 raise DataError(f"{folder}: no domain {domain!r}; the data set has {', '.join(meta['domains'])}")
         self.domains, self.seq_len, self.seed = tuple(domains), seq_len, seed
         self.vocab_size = meta["vocab_size"]
-        self.windows = [Windows(folder, meta, domain, split, seq_len) for domain in domains]
-        self.dtype = np.result_type(*(shard.dtype for w in self.windows for shard in w.shards))
+        files = OpenFiles()
+        self.windows = [Windows(folder, meta, domain, split, seq_len, files) for domain in domains]
+        self.dtype = np.result_type(*{dtype for w in self.windows for dtype in w.dtypes})
         self.size_M = np.array([w.n_windows for w in self.windows])
         self.name_M = [zlib.crc32(domain.encode()) for domain in domains]
         self.epoch_M = np.zeros(len(domains), dtype=np.int64)

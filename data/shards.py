@@ -1,4 +1,4 @@
-"""Token shards: llm.c's file format, read by memory map, and the meta.json that describes a data set.
+"""Token shards: llm.c's file format, and the meta.json that describes a data set.
 
 A shard is 256 little-endian int32 (magic, version, number of tokens, zeros) and then the tokens:
 
@@ -23,6 +23,7 @@ packed one after the other as BOS + text.
 import hashlib
 import json
 import os
+import struct
 import sys
 from pathlib import Path
 
@@ -42,6 +43,12 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2") if vocab_size <= 65535 else np.dtype("<u4")
 
 
+def header(n_tokens: int, vocab_size: int) -> bytes:
+    dtype = token_dtype(vocab_size)
+    magic, version = next((m, v) for m, (v, d) in FORMATS.items() if d == dtype)
+    return np.array([magic, version, n_tokens] + [0] * (HEADER_INTS - 3), dtype="<i4").tobytes()
+
+
 def write_shard(path: str | Path, tokens_N: np.ndarray, vocab_size: int) -> None:
     """Write one shard beside its final name, then rename: a reader never sees half a file."""
     path, tokens_N = Path(path), np.asarray(tokens_N)
@@ -49,31 +56,27 @@ def write_shard(path: str | Path, tokens_N: np.ndarray, vocab_size: int) -> None
         raise DataError(f"{path}: token ids {tokens_N.min()} to {tokens_N.max()} do not fit vocabulary {vocab_size}")
     if tokens_N.size > np.iinfo(np.int32).max:
         raise DataError(f"{path}: {tokens_N.size} tokens are more than a header can count: write several shards")
-    dtype = token_dtype(vocab_size)
-    header = np.zeros(HEADER_INTS, dtype="<i4")
-    magic, version = next((m, v) for m, (v, d) in FORMATS.items() if d == dtype)
-    header[:3] = magic, version, tokens_N.size
     beside = path.with_name(path.name + ".tmp")
     with open(beside, "wb") as f:
-        f.write(header.tobytes())
-        f.write(np.ascontiguousarray(tokens_N, dtype=dtype).tobytes())
+        f.write(header(tokens_N.size, vocab_size))
+        f.write(np.ascontiguousarray(tokens_N, dtype=token_dtype(vocab_size)).tobytes())
         f.flush()
         os.fsync(f.fileno())
     os.replace(beside, path)
 
 
-def open_shard(path: str | Path) -> np.ndarray:
-    """The tokens of a shard as a read-only memory map, shape (tokens,), uint16 or uint32.
+def check_shard(path: str | Path) -> tuple[int, np.dtype]:
+    """The number of tokens that a shard holds, and their type, from its header and its size alone.
 
     Raises DataError when the file is missing, is no shard, or holds fewer or more tokens than its header says.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DataError(f"{path}: no such shard: prepare the data set again")
-    size = path.stat().st_size
+    with open(path, "rb", buffering=0) as f:
+        size, first = os.fstat(f.fileno()).st_size, f.read(12)
     if size < HEADER_BYTES:
         raise DataError(f"{path}: {size} bytes are less than a shard's header ({HEADER_BYTES}): prepare it again")
-    magic, version, n_tokens = (int(v) for v in np.fromfile(path, dtype="<i4", count=3))
+    magic, version, n_tokens = struct.unpack("<3i", first)
     if magic not in FORMATS:
         raise DataError(f"{path}: magic {magic} is not that of a token shard (expected one of {list(FORMATS)})")
     expected_version, dtype = FORMATS[magic]
@@ -85,6 +88,12 @@ def open_shard(path: str | Path) -> np.ndarray:
         raise DataError(
             f"{path}: {what}: the header promises {n_tokens} tokens ({expected_size} bytes), the file has {size} bytes"
         )
+    return n_tokens, dtype
+
+
+def open_shard(path: str | Path) -> np.ndarray:
+    """The tokens of a shard as a read-only memory map, shape (tokens,), uint16 or uint32. Raises DataError."""
+    n_tokens, dtype = check_shard(path)
     if n_tokens == 0:
         return np.empty(0, dtype=dtype)
     return np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(n_tokens,)).view(np.ndarray)
@@ -149,7 +158,7 @@ def verify(folder: str | Path) -> None:
     """Compare every shard with its checksum in meta.json; DataError names the first that differs."""
     for shard in shard_files(read_meta(folder)):
         path = Path(folder, shard["file"])
-        open_shard(path)
+        check_shard(path)
         if sha256(path) != shard.get("sha256"):
             raise DataError(f"{path}: checksum differs from meta.json: prepare the data set again")
 

@@ -1,24 +1,59 @@
-"""Tokenizers: sentencepiece models and tiktoken encodings behind one small interface, and the training of a new one.
+"""Tokenizers: sentencepiece, tiktoken and Hugging Face behind one small interface, and the training of a new one.
 
-meta.json names the tokenizer in one of two ways:
+meta.json names the tokenizer in one of four ways; files lie in the data set's folder:
 
-    {"kind": "sentencepiece", "file": "tokenizer.model", "sha256": "..."}   a file in the data set's folder
-    {"kind": "tiktoken", "name": "cl100k_base"}
+    {"kind": "sentencepiece", "file": "tokenizer.model", "sha256": "..."}
+    {"kind": "tiktoken", "file": "tokenizer.tiktoken", "sha256": "..."}      ranks, as Llama 3 and Qwen publish them
+    {"kind": "huggingface", "file": "tokenizer.json", "sha256": "..."}
+    {"kind": "tiktoken", "name": "cl100k_base"}                              tiktoken checks its own downloads
 
 Text is always text: "<s>" or "<|endoftext|>" inside a document never becomes a special token.
 """
 
+import base64
+import binascii
 import io
+import json
+import shutil
+import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import sentencepiece
 import tiktoken
+import tokenizers
 
 from data.shards import DataError, sha256
 
 MODEL_FILE = "tokenizer.model"
+FILES = {"sentencepiece": MODEL_FILE, "tiktoken": "tokenizer.tiktoken", "huggingface": "tokenizer.json"}
+CONFIG_FILE = "tokenizer_config.json"  # beside a tokenizer.json: says which of its tokens are BOS and EOS
 SENTENCE_CHARS = 4000  # training takes text in pieces of this length; longer ones only cost memory
+
+
+class Family(NamedTuple):
+    """What a file of ranks does not say; token ids count from the number of ranks."""
+
+    name: str
+    n_special: int
+    bos: int
+    eos: int
+    nfc: bool  # text is brought into Unicode's composed form first, so a round trip is exact up to that
+    pattern: str
+
+
+# How text is cut into words; they differ in the digits of a number (Llama 3: tokenizer.py of the model's repository,
+# Qwen: tokenization_qwen.py).
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+FAMILIES = {  # by the number of ranks
+    128_000: Family("Llama 3", 256, bos=0, eos=1, nfc=False, pattern=PATTERN.format(digits=r"\p{N}{1,3}")),
+    151_643: Family("Qwen", 3, bos=0, eos=0, nfc=True, pattern=PATTERN.format(digits=r"\p{N}")),
+}
 
 
 class SentencePiece:
@@ -59,34 +94,161 @@ class Tiktoken:
         self.vocab_size = self.model.n_vocab
         self.bos = self.eos = self.model.eot_token
 
-    def encode(self, text: str) -> list[int]:
-        return self.model.encode_ordinary(text)
+    def encode(self, text: str) -> np.ndarray:
+        """(tokens,) uint32. Raises ValueError when a word is too long for its regular expression (500,000 spaces)."""
+        return self.model.encode_to_numpy(text, disallowed_special=())  # encode_ordinary would panic then
 
     def decode(self, tokens: list[int]) -> str:
-        return self.model.decode([token for token in tokens if token != self.eos])
+        return self.model.decode([token for token in tokens if token not in (self.bos, self.eos)])
 
 
-def load_tokenizer(spec: dict, folder: str | Path) -> SentencePiece | Tiktoken:
+class Ranks(Tiktoken):
+    """A file of tiktoken ranks, a line "base64-of-the-bytes rank" each; the number of ranks tells the family."""
+
+    def __init__(self, path: str | Path):
+        ranks = read_ranks(path)
+        if len(ranks) not in FAMILIES:
+            known = ", ".join(f"{family.name} ({n:,})" for n, family in FAMILIES.items())
+            raise DataError(f"{path}: {len(ranks):,} ranks are of no family that is known: expected {known}")
+        self.family = FAMILIES[len(ranks)]
+        self.model = tiktoken.Encoding(self.family.name, pat_str=self.family.pattern, mergeable_ranks=ranks,
+                                       special_tokens={})
+        self.vocab_size = len(ranks) + self.family.n_special
+        self.bos, self.eos = len(ranks) + self.family.bos, len(ranks) + self.family.eos
+
+    def encode(self, text: str) -> np.ndarray:
+        return super().encode(unicodedata.normalize("NFC", text) if self.family.nfc else text)
+
+
+def read_ranks(path: str | Path) -> dict[bytes, int]:
+    """Raises DataError for a line of another form, a rank that is missing, and a byte without one."""
+    ranks = {}
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        token, _, rank = line.partition(b" ")
+        try:
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (binascii.Error, ValueError):
+            raise DataError(f"{path}:{number}: expected the base64 of a token's bytes, a space, its rank") from None
+    if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([i]) not in ranks for i in range(256)):
+        raise DataError(f"{path}: a file of ranks has each from 0 on once, and one for every single byte")
+    return ranks
+
+
+class HuggingFace:
+    """A tokenizer.json. BOS and EOS: of the tokenizer_config.json beside it, or else its end-of-text token."""
+
+    END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")
+
+    def __init__(self, path: str | Path, bos: str | None = None, eos: str | None = None):
+        if not Path(path).is_file():
+            raise DataError(f"{path}: no such tokenizer: expected a tokenizer.json")
+        try:
+            self.model = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise DataError(f"{path}: not a tokenizer.json ({error})") from None
+        self.model.encode_special_tokens = True  # "special" added tokens are read as text
+        self.model.no_truncation()
+        self.model.no_padding()
+        self.vocab_size = max(self.model.get_vocab().values()) + 1  # ids may leave gaps
+        config = read_config(Path(path).with_name(CONFIG_FILE))
+        self.eos = self._token(path, eos or config.get("eos_token"))
+        if self.eos is None:
+            self.eos = next((i for name in self.END_OF_TEXT if (i := self.model.token_to_id(name)) is not None), None)
+        if self.eos is None:
+            raise DataError(f"{path}: no end-of-text token is known: give --eos, or put {CONFIG_FILE} beside it")
+        found = self._token(path, bos or config.get("bos_token"))
+        self.bos = self.eos if found is None else found
+
+    def _token(self, path: str | Path, entry: str | dict | None) -> int | None:
+        name = entry.get("content") if isinstance(entry, dict) else entry
+        if name is not None and (not isinstance(name, str) or self.model.token_to_id(name) is None):
+            raise DataError(f"{path}: has no token {name!r}: name one of the vocabulary as BOS or EOS")
+        return None if name is None else self.model.token_to_id(name)
+
+    def encode(self, text: str) -> list[int]:
+        return self.model.encode(text, add_special_tokens=False).ids
+
+    def decode(self, tokens: list[int]) -> str:
+        tokens = [token for token in tokens if token not in (self.bos, self.eos)]
+        return self.model.decode(tokens, skip_special_tokens=False)
+
+
+def read_config(path: Path) -> dict:
+    """What a tokenizer_config.json holds; {} where there is none. Raises DataError."""
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise DataError(f"{path}: expected a JSON object")
+    return config
+
+
+Tokenizer = SentencePiece | Tiktoken | HuggingFace
+KINDS = {"sentencepiece": SentencePiece, "tiktoken": Ranks, "huggingface": HuggingFace}
+
+
+def kind_of(path: str | Path) -> str:
+    """By the content: Meta calls a file of ranks tokenizer.model, too."""
+    if not Path(path).is_file():
+        raise DataError(f"{path}: no such tokenizer: expected a sentencepiece .model, a file of tiktoken ranks or a "
+                        "tokenizer.json")
+    with open(path, "rb") as f:
+        start = f.readline(1 << 10)
+    token, _, rank = start.strip().partition(b" ")
+    if start.lstrip().startswith(b"{"):
+        return "huggingface"
+    return "tiktoken" if rank.isdigit() and token.isascii() else "sentencepiece"
+
+
+def load_tokenizer(spec: dict, folder: str | Path) -> Tokenizer:
     """The tokenizer that a meta.json, or its "tokenizer" entry, names. `folder` is the data set's.
 
-    It has encode(text) -> ids, decode(ids) -> text (BOS and EOS left out), vocab_size, bos, eos.
+    It has encode(text) -> ids (a list or an array), decode(ids) -> text (BOS and EOS left out), vocab_size, bos, eos.
     Raises DataError when it cannot be had or is not the one the tokens were made with.
     """
-    spec = spec.get("tokenizer", spec)
-    if spec.get("kind") == "tiktoken":
+    meta, spec = spec, spec.get("tokenizer", spec)
+    if spec.get("kind") == "tiktoken" and "name" in spec:
         return Tiktoken(spec["name"])
-    if spec.get("kind") != "sentencepiece":
-        raise DataError(f"{folder}: tokenizer kind {spec.get('kind')!r}: expected 'sentencepiece' or 'tiktoken'")
+    if spec.get("kind") not in KINDS:
+        raise DataError(f"{folder}: tokenizer kind {spec.get('kind')!r}: expected one of {', '.join(KINDS)}")
     path = Path(folder, spec["file"])
-    tokenizer = SentencePiece(path)
+    tokenizer = KINDS[spec["kind"]](path)
     if sha256(path) != spec["sha256"]:
         raise DataError(f"{path}: checksum differs from meta.json: prepare the data set again")
+    for name in ("bos", "eos"):
+        if meta.get(name, getattr(tokenizer, name)) != getattr(tokenizer, name):
+            raise DataError(f"{folder}: {name} is {meta[name]} in meta.json, {getattr(tokenizer, name)} by the "
+                            "tokenizer: prepare the data set again")
     return tokenizer
 
 
-def model_spec(folder: str | Path) -> dict:
-    """meta.json's entry for the sentencepiece model in `folder`."""
-    return {"kind": "sentencepiece", "file": MODEL_FILE, "sha256": sha256(Path(folder, MODEL_FILE))}
+def open_tokenizer(path: str | Path, bos: str | None = None, eos: str | None = None) -> Tokenizer:
+    """The tokenizer in a file of any kind; bos, eos: names of tokens of a tokenizer.json, before any file beside it."""
+    if (kind := kind_of(path)) == "huggingface":
+        return HuggingFace(path, bos, eos)
+    if bos or eos:
+        raise DataError(f"{path}: --bos and --eos are for a tokenizer.json: this file has its own")
+    return KINDS[kind](path)
+
+
+def install_tokenizer(path: str | Path, folder: str | Path, bos: str | None = None, eos: str | None = None) -> dict:
+    """Copy a tokenizer's file into a data set's folder; returns meta.json's entry. Raises DataError."""
+    tokenizer, kind = open_tokenizer(path, bos, eos), kind_of(path)
+    target = Path(folder, FILES[kind])
+    if not target.exists() or not target.samefile(path):
+        shutil.copyfile(path, target)
+    if kind == "huggingface":
+        names = {name: tokenizer.model.id_to_token(getattr(tokenizer, name)) for name in ("bos", "eos")}
+        config = {f"{name}_token": token for name, token in names.items()}
+        Path(folder, CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    return _spec(kind, folder)
+
+
+def _spec(kind: str, folder: str | Path) -> dict:
+    return {"kind": kind, "file": FILES[kind], "sha256": sha256(Path(folder, FILES[kind]))}
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -> dict:
@@ -107,7 +269,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -
         raise DataError(f"no tokenizer of {vocab_size} pieces can be trained on these texts: {reason} "
                         "Give more text or another vocabulary size (at least about 400)") from None
     Path(folder, MODEL_FILE).write_bytes(model.getvalue())
-    return model_spec(folder)
+    return _spec("sentencepiece", folder)
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:

@@ -1,25 +1,56 @@
+import base64
 import bz2
+import fcntl
 import gzip
 import hashlib
 import io
 import itertools
 import json
+import os
+import pkgutil
 import random
+import runpy
+import signal
+import subprocess
+import sys
 import tarfile
+import time
+import types
 import zipfile
+from pathlib import Path
 
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
+import regex
 import requests
 import tiktoken
+import tokenizers
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data import reader
+from data.culturax import prepare as culturax
 from data.embedded import prepare as embedded
 from data.jsonl import prepare as jsonl
 from data.shards import DataError, open_shard, read_meta, verify
-from data.tokenizer import MODEL_FILE, SentencePiece, Tiktoken, load_tokenizer, train_tokenizer
-from data.writer import digest_of, split_of, training_share, write_domains
+from data.slimpajama import prepare as slimpajama
+from data.tokenizer import (
+    FAMILIES,
+    MODEL_FILE,
+    HuggingFace,
+    Ranks,
+    SentencePiece,
+    Tiktoken,
+    install_tokenizer,
+    kind_of,
+    load_tokenizer,
+    open_tokenizer,
+    train_tokenizer,
+)
+from data.writer import Parcel, Seen, digest_of, encode_parcel, split_of, training_share, write_domains
 
 ODD_TEXT = '\tif x:\n\t\treturn  1234\r\n\n        y = "<s></s><unk><0x0A>"\0 \u00e9\u6f22\U0001f600 <|endoftext|>  '
 
@@ -126,6 +157,140 @@ def test_a_tiktoken_encoding_without_network_says_what_to_set(monkeypatch):
         Tiktoken("cl100k")
 
 
+def byte_level_bpe(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<|endoftext|>", "<s>"], initial_alphabet=alphabet,
+        show_progress=False))  # fmt: skip
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer_json(tmp_path_factory):
+    path = tmp_path_factory.mktemp("huggingface") / "tokenizer.json"
+    byte_level_bpe(some_documents(300, seed=0), 400).save(str(path))
+    return path
+
+
+RANKS = [bytes([i]) for i in range(256)] + [b"ma", b"sk", b"mask"]
+
+
+@pytest.fixture
+def rank_file(tmp_path, monkeypatch):
+    """Named as Meta names Llama 3's; the family is known by the number of ranks."""
+    path = tmp_path / "ranks" / "tokenizer.model"
+    path.parent.mkdir()
+    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(RANKS)))
+    monkeypatch.setitem(FAMILIES, len(RANKS), FAMILIES[128_000])
+    return path
+
+
+def test_a_file_of_ranks_merges_by_rank_and_its_special_tokens_follow_the_ranks(rank_file, tmp_path):
+    spec = install_tokenizer(rank_file, tmp_path)
+    assert spec == {"kind": "tiktoken", "file": "tokenizer.tiktoken",
+                    "sha256": hashlib.sha256(rank_file.read_bytes()).hexdigest()}  # fmt: skip
+    tokenizer = load_tokenizer(spec, tmp_path)
+    assert (tokenizer.vocab_size, tokenizer.bos, tokenizer.eos) == (259 + 256, 259, 260)
+    assert list(tokenizer.encode("masked")) == [258, ord("e"), ord("d")]
+    assert list(tokenizer.encode("<|begin_of_text|>")) == list(b"<|begin_of_text|>")
+    assert tokenizer.decode([259, *tokenizer.encode(ODD_TEXT), 260]) == ODD_TEXT
+    (tmp_path / "tokenizer.tiktoken").write_bytes(rank_file.read_bytes() + b"\n")
+    with pytest.raises(DataError):
+        load_tokenizer(spec, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("n_ranks", "text", "words"),
+    [
+        (128_000, "I'LL pay 12345 $$\n\n  now", ["I", "'LL", " pay", " ", "123", "45", " $$\n\n", " ", " now"]),
+        (151_643, "I'LL pay 12345 $$\n\n  now", ["I", "'LL", " pay", " ", *"12345", " $$\n\n", " ", " now"]),
+        (151_643, "\r\n\t x_y\u00e9", ["\r\n", "\t", " x", "_y\u00e9"]),
+    ],
+)
+def test_a_family_cuts_words_as_its_model_was_trained_with(n_ranks, text, words):
+    assert regex.findall(FAMILIES[n_ranks].pattern, text) == words
+
+
+def test_qwen_composes_unicode_first(rank_file, monkeypatch):
+    monkeypatch.setitem(FAMILIES, len(RANKS), FAMILIES[151_643])
+    tokenizer = Ranks(rank_file)
+    assert (tokenizer.vocab_size, tokenizer.bos, tokenizer.eos) == (259 + 3, 259, 259)
+    assert list(tokenizer.encode("e\u0301")) == list("\u00e9".encode())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda raw: raw + b"bWFzaw== x\n", r"tokenizer\.model:260: expected the base64"),
+        (lambda raw: raw + b"bWFza!== 259\n", r"tokenizer\.model:260: expected the base64"),
+        (lambda raw: raw.replace(b" 258\n", b" 259\n"), "has each from 0 on once"),
+        (lambda raw: raw.replace(b"AA== 0\n", b"bWFzaw1= 0\n"), "expected the base64|one for every single byte"),
+        (lambda raw: raw + b"eHl6 259\n", r"260 ranks are of no family .*Llama 3 \(128,000\), Qwen \(151,643\)"),
+    ],
+)
+def test_a_file_of_ranks_that_is_broken_or_of_no_family_is_refused(rank_file, change, message):
+    rank_file.write_bytes(change(rank_file.read_bytes()))
+    with pytest.raises(DataError, match=message):
+        open_tokenizer(rank_file)
+
+
+def test_the_kind_of_a_tokenizer_is_told_by_its_content(model, rank_file, tokenizer_json, tmp_path):
+    for path, kind in ((model, "sentencepiece"), (rank_file, "tiktoken"), (tokenizer_json, "huggingface")):
+        renamed = tmp_path / "a"
+        renamed.write_bytes(path.read_bytes())
+        assert kind_of(renamed) == kind
+        assert install_tokenizer(renamed, tmp_path)["kind"] == kind
+
+
+@settings(max_examples=100)
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+def test_any_text_comes_back_from_the_tokens_of_a_tokenizer_json(tokenizer_json, text):
+    tokenizer = HuggingFace(tokenizer_json)
+    assert tokenizer.decode([tokenizer.bos, *tokenizer.encode(text)]) == text
+
+
+def test_a_tokenizer_json_reads_special_tokens_as_text_and_adds_none(tokenizer_json):
+    tokenizer = HuggingFace(tokenizer_json)
+    assert (tokenizer.vocab_size, tokenizer.bos, tokenizer.eos) == (400, 0, 0)
+    tokens = tokenizer.encode(ODD_TEXT)
+    assert not {0, 1} & set(tokens)
+    assert tokenizer.decode(tokens) == ODD_TEXT
+
+
+def test_bos_and_eos_of_a_tokenizer_json_are_those_asked_for_or_those_of_its_config(tokenizer_json, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer_json.read_bytes())
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"bos_token": {"content": "<s>"}, "eos_token": "<|endoftext|>"}))
+    assert (HuggingFace(tmp_path / "tokenizer.json").bos, HuggingFace(tmp_path / "tokenizer.json").eos) == (1, 0)
+    (tmp_path / "out").mkdir()
+    spec = install_tokenizer(tmp_path / "tokenizer.json", tmp_path / "out", eos="<s>", bos="<|endoftext|>")
+    assert sorted(spec) == ["file", "kind", "sha256"]
+    tokenizer = load_tokenizer(spec, tmp_path / "out")
+    assert (tokenizer.bos, tokenizer.eos) == (0, 1)
+    with pytest.raises(DataError, match=r"eos is 0 in meta\.json, 1 by the tokenizer"):
+        load_tokenizer({"tokenizer": spec, "bos": 0, "eos": 0}, tmp_path / "out")
+    with pytest.raises(DataError, match="has no token '</nothing>'"):
+        open_tokenizer(tmp_path / "tokenizer.json", eos="</nothing>")
+    config.write_text("{")
+    with pytest.raises(DataError, match=r"tokenizer_config\.json: not valid JSON"):
+        HuggingFace(tmp_path / "tokenizer.json")
+
+
+def test_a_tokenizer_json_that_is_none_or_has_no_end_of_text_is_refused(tmp_path, model):
+    path = tmp_path / "tokenizer.json"
+    path.write_text('{"model": 3}')
+    with pytest.raises(DataError, match=r"tokenizer\.json: not a tokenizer\.json"):
+        open_tokenizer(path)
+    tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, [])).save(str(path))
+    with pytest.raises(DataError, match="no end-of-text token is known: give --eos"):
+        open_tokenizer(path)
+    with pytest.raises(DataError, match=r"--bos and --eos are for a tokenizer\.json"):
+        open_tokenizer(model, eos="</s>")
+
+
 # ---- data/jsonl/prepare.py
 
 
@@ -184,8 +349,8 @@ def test_jsonl_files_become_a_data_set_with_every_good_document_once(two_domains
             assert entry["bytes"] == sum(len(text.encode()) for text in wanted)
             assert entry["tokens"] == sum(shard["tokens"] for shard in entry["shards"])
     assert (meta["domains"]["web"]["duplicates"], meta["domains"]["code"]["duplicates"]) == (5, 1)
-    assert meta["bad_lines"][str(folder / "web-0.jsonl")] == n_bad
-    assert sum(meta["bad_lines"].values()) == n_bad
+    assert meta["bad_records"][str(folder / "web-0.jsonl")] == n_bad
+    assert sum(meta["bad_records"].values()) == n_bad
     output = capsys.readouterr()
     for number, reason in [
         (101, "invalid JSON"),
@@ -199,7 +364,7 @@ def test_jsonl_files_become_a_data_set_with_every_good_document_once(two_domains
         (109, "invalid JSON"),
     ]:
         assert f"{folder}/web-0.jsonl:{number}: {reason}" in output.err
-    assert "9 bad lines left out, 6 repeated documents left out" in output.out
+    assert "9 bad records left out, 6 repeated documents left out" in output.out
 
 
 def test_the_number_of_processes_changes_no_byte(two_domains, model, monkeypatch):
@@ -257,29 +422,38 @@ def test_a_damaged_compressed_file_is_an_error_that_names_it(tmp_path, model, na
     half = len(packed) // 2
     (tmp_path / name).write_bytes(packed[:half] + (b"" if damage == "cut off" else b"\xaa" * half))
     with pytest.raises(DataError, match=f"{name}: damaged or cut off"):
-        list(jsonl.documents("web", [tmp_path / name]))
+        list(reader.records(tmp_path / name))
 
 
 def test_lines_longer_than_a_block_are_whole(tmp_path, monkeypatch):
     documents = some_documents(20, seed=5)
-    monkeypatch.setattr(jsonl, "BLOCK_BYTES", 7)
+    monkeypatch.setattr(reader, "BLOCK_BYTES", 7)
     for name, packed in (
         ("a", json_lines(documents)),
         ("a.gz", gzip.compress(json_lines(documents))),
         ("a.zst", zstandard.compress(json_lines(documents))),
     ):
         (tmp_path / name).write_bytes(packed)
-        assert list(jsonl.documents("web", [tmp_path / name])) == documents
+        assert [reader.text_of(record)[1] for record in reader.records(tmp_path / name)] == documents
 
 
-def test_only_the_first_bad_lines_of_a_file_are_printed_but_all_counted(tmp_path, capsys):
-    (tmp_path / "a.jsonl").write_bytes(b"nonsense\n" * 50)
-    bad_lines = {}
-    assert list(jsonl.documents("web", [tmp_path / "a.jsonl"], bad_lines)) == []
-    assert bad_lines == {str(tmp_path / "a.jsonl"): 50}
+def test_only_the_first_bad_records_of_a_file_are_printed_but_all_counted(tmp_path, model, capsys):
+    (tmp_path / "a.jsonl").write_bytes(b"nonsense\n" * 50 + json_lines(some_documents(30, seed=3)))
+    jsonl.main([f"web={tmp_path}/a.jsonl", "--out", str(tmp_path / "out"), "--tokenizer", str(model)])
+    assert read_meta(tmp_path / "out")["bad_records"] == {str(tmp_path / "a.jsonl"): 50}
     errors = capsys.readouterr().err
     assert errors.count("a.jsonl:") == 21
-    assert "30 more bad lines" in errors
+    assert "more bad records, counted in meta.json" in errors
+
+
+def test_a_line_without_an_end_is_cut_and_counted_as_bad(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(reader, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(reader, "MAX_RECORD_BYTES", 5000)
+    (tmp_path / "a.jsonl").write_bytes(json_lines(["first", "x" * 9000, "last"]))
+    records = list(reader.records(tmp_path / "a.jsonl"))
+    assert [len(record) for record in records] == [len(json_lines(['first'])) - 1, 5001, len(json_lines(['last'])) - 1]
+    with pytest.raises(ValueError, match="a line of over 5,000 bytes"):
+        reader.text_of(records[1])
 
 
 def test_a_domain_without_a_usable_document_is_an_error(tmp_path, model):
@@ -292,12 +466,16 @@ def test_a_domain_without_a_usable_document_is_an_error(tmp_path, model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["web=missing.jsonl"], "web=missing.jsonl: no such file"),
+        (["web=missing.jsonl"], "missing.jsonl: no such file"),
         (["web"], "web: expected domain=path"),
         (["../web=a.jsonl"], "expected domain=path"),
         (["web=a.jsonl", "--tokenizer", "missing.model"], "missing.model: no such tokenizer"),
-        (["web=a.jsonl", "--val-fraction", "1"], "--val-fraction 1.0: expected"),
+        (["web=a.jsonl", "--val-fraction", "1"], "--val_fraction 1.0: expected"),
         (["web=a.jsonl", "--processes", "0"], "--processes 0: expected"),
+        (["web=a.jsonl", "--shard_tokens", "0"], "--shard_tokens 0: expected"),
+        (["web=a.jsonl", "--shard_tokens", str(2**31)], "a shard's header counts to 2147483647"),
+        (["web=a.jsonl", "--max_tokens", "0"], "--max_tokens 0: expected"),
+        (["web=empty*"], "no such file: give a folder"),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_is_written(tmp_path, monkeypatch, arguments, message):
@@ -341,6 +519,356 @@ def test_the_split_follows_the_first_32_bits_of_the_hash():
     val = [t for t in texts if int(hashlib.sha256(t.encode()).hexdigest()[:8], 16) / 2**32 < 0.1]
     assert [t for t in texts if split_of(digest_of(t), 0.1) == "val"] == val
     assert 150 < len(val) < 250
+
+
+def test_a_folder_stands_for_its_files_in_sorted_order_without_hidden_ones(tmp_path):
+    for name in ("b/1.jsonl.zst", "a/2.parquet", "a/1.jsonl", "a/README.md", ".cache/0.jsonl", "a/x.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    names = [str(path.relative_to(tmp_path)) for path in reader.files_of(str(tmp_path))]
+    assert names == ["a/1.jsonl", "a/2.parquet", "b/1.jsonl.zst"]
+
+
+def test_parquet_gives_the_same_data_set_as_json_lines(tmp_path, tokenizer_json):
+    documents = [*some_documents(300, seed=13), ODD_TEXT]
+    (tmp_path / "a.jsonl").write_bytes(json_lines([*documents, " "]))
+    texts = pyarrow.table({"id": list(range(len(documents) + 1)), "text": [*documents, None]})
+    pyarrow.parquet.write_table(texts, tmp_path / "a.parquet", row_group_size=70)
+    metas = []
+    for name in ("a.jsonl", "a.parquet"):
+        out = tmp_path / f"out {name}"
+        jsonl.main([f"web={tmp_path}/{name}", "--out", str(out), "--tokenizer", str(tokenizer_json)])
+        metas.append(read_meta(out))
+        assert metas[-1]["bad_records"] == {str(tmp_path / name): 1}
+        train, val = (stored_documents(out, "web", split) for split in ("train", "val"))
+        assert [text for text in documents if text in train] == train and set(train + val) == set(documents)
+    assert metas[0]["domains"] == metas[1]["domains"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("cut", "damaged or cut off"),
+        ("column", "has no column 'text', but content"),
+        ("library", "pip install pyarrow"),
+    ],
+)
+def test_parquet_that_cannot_be_read_is_refused_by_name(tmp_path, monkeypatch, damage, message):
+    path = tmp_path / "a.parquet"
+    column = "content" if damage == "column" else "text"
+    pyarrow.parquet.write_table(pyarrow.table({column: some_documents(100, seed=1)}), path)
+    if damage == "cut":
+        os.truncate(path, path.stat().st_size // 2)
+    if damage == "library":
+        monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=rf"a\.parquet: .*{message}"):
+        list(reader.records(path))
+
+
+def slimpajama_lines(n: int, seed: int, names: list[str]) -> bytes:
+    """Documents of all these sets mixed; text and set can be told from each other."""
+    texts = some_documents(n, seed)
+    lines = [{"text": f"{names[i % len(names)]} {text}", "meta": {"redpajama_set_name": names[i % len(names)]}}
+             for i, text in enumerate(texts)]  # fmt: skip
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
+
+
+def test_slimpajama_goes_into_seven_domains_by_the_name_in_each_record(tmp_path, model, capsys):
+    names = list(slimpajama.DOMAINS)
+    for chunk in ("chunk1", "chunk2"):
+        (tmp_path / "train" / chunk).mkdir(parents=True)
+        for i in range(2):
+            raw = slimpajama_lines(140, i + 7 * len(chunk) + ord(chunk[-1]), names)
+            (tmp_path / "train" / chunk / f"example_{i}.jsonl.zst").write_bytes(zstandard.compress(raw))
+    bad = json.dumps({"text": "who am I", "meta": {"redpajama_set_name": "RedPajamaC5"}}) + '\n{"text": "nobody"}\n'
+    (tmp_path / "train" / "chunk2" / "last.jsonl").write_text(bad)
+    more = ["--tokenizer", str(model), "--val_fraction", "0.2", "--processes", "1"]
+    slimpajama.main([str(tmp_path / "train"), "--out", str(tmp_path / "all"), *more])
+    output = capsys.readouterr()
+    assert "ratios = (0.67, 0.045, 0.045, 0.02, 0.045, 0.025, 0.15)" in output.out
+    assert "last.jsonl:1: meta.redpajama_set_name 'RedPajamaC5': expected one of RedPajamaCommonCrawl" in output.err
+    meta = read_meta(tmp_path / "all")
+    assert tuple(meta["domains"]) == ("cc", "github", "book", "stackexchange", "wiki", "arxiv", "c4")
+    assert sum(meta["bad_records"].values()) == 2
+    for name, domain in slimpajama.DOMAINS.items():
+        texts = [t for split in ("train", "val") for t in stored_documents(tmp_path / "all", domain, split)]
+        assert len(texts) == 80 and all(text.startswith(f"{name} ") for text in texts)
+    slimpajama.main([str(tmp_path / "train"), "--out", str(tmp_path / "two"), "--domains", "wiki", "c4",
+                     "--tokenizer", "train", "--vocab_size", "400", "--val_fraction", "0.2"])  # fmt: skip
+    assert "ratios = (0.2308, 0.7692)" in capsys.readouterr().out
+    assert list(read_meta(tmp_path / "two")["domains"]) == ["wiki", "c4"]
+
+
+def test_culturax_takes_a_folder_for_each_language_and_prints_the_ratios_of_the_paper(tmp_path, model, capsys):
+    for i, language in enumerate(culturax.TOKENS_B):
+        (tmp_path / "copy" / language).mkdir(parents=True)
+        documents = pyarrow.table({"text": some_documents(60, seed=i), "url": ["a"] * 60})
+        pyarrow.parquet.write_table(documents, tmp_path / "copy" / language / "part-0.parquet")
+    more = ["--tokenizer", str(model), "--val-fraction", "0.2", "--processes", "1"]
+    culturax.main([str(tmp_path / "copy"), "--out", str(tmp_path / "out"), *more])
+    ratios = configurator_ratios()
+    assert f"ratios = {tuple(round(r, 4) for r in ratios)}" in capsys.readouterr().out
+    assert list(read_meta(tmp_path / "out")["domains"]) == ["en", "ru", "zh", "ja", "ar", "tr", "ko", "th"]
+    (tmp_path / "copy" / "th" / "part-0.parquet").unlink()
+    with pytest.raises(DataError, match="copy/th: no such file"):
+        culturax.main([str(tmp_path / "copy"), "--out", str(tmp_path / "missing"), *more])
+
+
+def configurator_ratios() -> tuple[float, ...]:
+    return runpy.run_path(str(Path(__file__).parents[1] / "config" / "prune_qwen2.py"))["ratios"]
+
+
+class FakeStream:
+    """What the library `datasets` gives for streaming: two files."""
+
+    num_shards = 2
+
+    def __init__(self, files: list[list[dict]], broken: bool = False):
+        self.files, self.broken = files, broken
+
+    def shard(self, num_shards: int, index: int):
+        assert num_shards == 2
+        yield from self.files[index]
+        if self.broken:
+            raise ConnectionError("reset by peer")
+
+
+def test_a_stream_gives_what_the_files_would_and_says_when_it_cannot(tmp_path, model, monkeypatch):
+    raw = [slimpajama_lines(140, seed, list(slimpajama.DOMAINS)) for seed in (1, 2)]
+    files = [[json.loads(line) for line in lines.splitlines()] for lines in raw]
+    for i, lines in enumerate(raw):
+        (tmp_path / f"{i}.jsonl").write_bytes(lines)
+    asked, stream = [], FakeStream(files)
+    library = types.SimpleNamespace(load_dataset=lambda *a, **b: asked.append((a, b)) or stream)
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    more = ["--tokenizer", str(model), "--val_fraction", "0.2", "--processes", "1"]
+    slimpajama.main(["--out", str(tmp_path / "stream"), "--stream", "--revision", "abc", *more])
+    slimpajama.main([str(tmp_path / "*.jsonl"), "--out", str(tmp_path / "files"), *more])
+    assert asked == [((slimpajama.HUB, None), {"split": "train", "streaming": True, "revision": "abc"})]
+    assert read_meta(tmp_path / "stream")["domains"] == read_meta(tmp_path / "files")["domains"]
+    stream.broken = True
+    with pytest.raises(DataError, match=r"file 1 of 2: the stream broke \(ConnectionError: reset by peer\): run again"):
+        slimpajama.main(["--out", str(tmp_path / "broken"), "--stream", *more])
+
+    def offline(*_, **__):
+        raise OSError("offline")
+
+    library.load_dataset = offline
+    with pytest.raises(DataError, match=r"CulturaX, en: cannot be streamed \(OSError: offline\): check the name"):
+        culturax.main(["--out", str(tmp_path / "offline"), "--stream", *more])
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match="--stream needs a package more: pip install datasets"):
+        culturax.main(["--out", str(tmp_path / "offline"), "--stream", *more])
+    with pytest.raises(DataError, match="give either the FOLDER of a local copy or --stream"):
+        culturax.main(["--out", str(tmp_path / "offline"), *more])
+
+
+def test_a_document_that_a_tokenizer_cannot_encode_is_a_bad_record_of_its_own(tmp_path, rank_file, monkeypatch):
+    documents = some_documents(40, seed=14)
+    (tmp_path / "a.jsonl").write_bytes(json_lines([*documents[:20], " " * 3_000_000 + "x", *documents[20:]]))
+    parcel = Parcel(0, 0, list(reader.records(tmp_path / "a.jsonl")), "web")
+    monkeypatch.setattr("data.writer._worker", {"tokenizer": open_tokenizer(rank_file), "parse": reader.text_of,
+                                                "val_fraction": 0.1})  # fmt: skip
+    rows, tokens = encode_parcel(parcel, {"web"})
+    assert [row.number for row in rows if row.problem] == [21]
+    assert "Regex error while tokenizing" in rows[20].problem
+    assert sum(row.n_tokens for row in rows) == len(tokens)
+
+
+# ---- stopped and gone on
+
+
+STOPPED = """
+import multiprocessing, os, pathlib, signal, sys
+import data.writer
+from data.jsonl import prepare
+
+out, place, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
+data.writer.CHECKPOINT_S, data.writer.PARCEL_CHARS = 0, 2000
+owner, _, name = place.rpartition(".")
+owner = getattr(data.writer, owner) if owner else data.writer
+whole, calls = getattr(owner, name), iter(range(10**9))
+
+def killed(*args):
+    if next(calls) == n:
+        pids = [str(child.pid) for child in multiprocessing.active_children()]
+        pathlib.Path(out, "pids").write_text(" ".join(pids))
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(*args)
+
+setattr(owner, name, killed)
+prepare.main(sys.argv[4:])
+"""
+SPLIT = ["--shard_tokens", "1500"]
+
+
+@pytest.fixture(scope="module")
+def long_domains(tmp_path_factory, model):
+    """Two domains with repeats and bad records in files of two kinds, and what preparing them in one go gives."""
+    folder = tmp_path_factory.mktemp("long")
+    web, code = some_documents(400, seed=11), some_documents(300, seed=12)
+    (folder / "web-0.jsonl").write_bytes(json_lines(web[:250]) + b"nonsense\n" + json_lines(web[:9]))
+    (folder / "web-1.jsonl.gz").write_bytes(gzip.compress(json_lines(web[200:]) + b"{}\n"))
+    (folder / "code.jsonl.zst").write_bytes(zstandard.compress(json_lines(code[:200] + web[:5] + code[100:])))
+    prepare(folder, model, *SPLIT)
+    meta = read_meta(folder / "out")
+    assert sum(meta["bad_records"].values()) == 2
+    assert [meta["domains"][domain]["duplicates"] for domain in ("web", "code")] == [59, 105]
+    assert all(len(meta["domains"][domain]["train"]["shards"]) > 3 for domain in ("web", "code"))
+    return folder
+
+
+def arguments(folder, model, out: str, processes: int) -> list[str]:
+    return [f"web={folder}/web-*", f"code={folder}/code.jsonl.zst", "--out", str(folder / out), "--tokenizer",
+            str(model), "--val-fraction", "0.2", "--processes", str(processes), *SPLIT]  # fmt: skip
+
+
+def run_until_killed(folder, model, out: str, place: str, n: int, processes: int = 1) -> None:
+    command = [sys.executable, "-c", STOPPED, str(folder / out), place, str(n)]
+    with open(folder / "log", "w+b") as log:  # not a pipe: what the run leaves behind would keep it open
+        run = subprocess.run([*command, *arguments(folder, model, out, processes)], cwd=Path(__file__).parents[1],
+                             check=False, stdout=log, stderr=log)  # fmt: skip
+    assert run.returncode == -signal.SIGKILL, (folder / "log").read_text()
+    for pid in (folder / out / "pids").read_text().split():
+        end = time.monotonic() + 30
+        while Path("/proc", pid, "cmdline").exists() and Path("/proc", pid, "cmdline").read_bytes():
+            assert time.monotonic() < end, "a process of the pool lives on"
+            time.sleep(0.02)
+    (folder / out / "pids").unlink()
+
+
+def test_a_run_that_was_killed_again_and_again_gives_the_bytes_of_one_that_was_not(long_domains, model, capsys):
+    folder = long_domains
+    places = [("_checkpoint", 5), ("_ShardWriter.add", 13), ("os.replace", 9), ("_ShardWriter.close", 2),
+              ("write_meta", 0)]  # fmt: skip
+    for i, (place, n) in enumerate(places):
+        run_until_killed(folder, model, "killed", place, n, processes=1 + i % 2)
+        assert not (folder / "killed" / "meta.json").exists()
+    jsonl.main(arguments(folder, model, "killed", 2))
+    assert "going on in " in capsys.readouterr().out
+    assert content(folder / "killed") == content(folder / "out")
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_run_stopped_at_any_place_loses_and_repeats_nothing(long_domains, model, monkeypatch, seed):
+    folder, out, rng = long_domains, f"stopped-{seed}", random.Random(seed)
+    left = iter(())
+
+    def stopping(function):
+        def stops(*args, **kwargs):
+            if next(left, 1) == 0:
+                raise Stopped
+            return function(*args, **kwargs)
+
+        return stops
+
+    monkeypatch.setattr("data.writer.CHECKPOINT_S", 0)
+    monkeypatch.setattr("data.writer.PARCEL_CHARS", 1000 + 1000 * seed)
+    for name in ("_checkpoint", "_sync", "_report", "sha256", "json.dump", "os.replace", "_ShardWriter.add",
+                 "_ShardWriter.close", "Seen.add"):  # fmt: skip
+        owner, _, attribute = f"data.writer.{name}".rpartition(".")
+        monkeypatch.setattr(f"{owner}.{attribute}", stopping(pkgutil.resolve_name(f"{owner}.{attribute}")))
+    finished = False
+    for _ in range(40):
+        left = iter(range(rng.randint(0, 400), -1, -1))
+        try:
+            jsonl.main(arguments(folder, model, out, 1))
+            finished = True
+            break
+        except Stopped:
+            monkeypatch.setattr("data.writer.PARCEL_CHARS", rng.randint(500, 5000))
+    if not finished:
+        left = iter(())
+        jsonl.main(arguments(folder, model, out, 1))
+    assert content(folder / out) == content(folder / "out")
+
+
+def unfinished(folder, model, monkeypatch, out: str) -> Path:
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr("data.writer.CHECKPOINT_S", 0)
+        patch.setattr("data.writer.PARCEL_CHARS", 2000)
+        patch.setattr("data.writer._check_documents", lambda *_: (_ for _ in ()).throw(Stopped))
+        jsonl.main(arguments(folder, model, out, 1))
+    return folder / out
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("settings", "holds an unfinished data set of other settings"),
+        ("a cut shard", r"web_train_000000\.bin: .*truncated"),
+        ("a lost shard", r"web_train_000000\.bin: no such shard"),
+        ("lost digests", r"unfinished\.digests: shorter than the progress says"),
+        ("a damaged marker", "unfinished: damaged: give --force"),
+    ],
+)
+def test_an_unfinished_data_set_that_cannot_go_on_is_refused_and_made_again_by_force(
+    long_domains, model, monkeypatch, damage, message
+):
+    out = unfinished(long_domains, model, monkeypatch, f"refused {damage}")
+    more = []
+    if damage == "settings":
+        more = ["--max_tokens", "9"]
+    elif damage == "a cut shard":
+        os.truncate(out / "web_train_000000.bin", 1500)
+    elif damage == "a lost shard":
+        (out / "web_train_000000.bin").unlink()
+    elif damage == "lost digests":
+        (out / "unfinished.digests").write_bytes(b"")
+    else:
+        (out / "unfinished").write_text("{")
+    with pytest.raises(DataError, match=message):
+        jsonl.main([*arguments(long_domains, model, out.name, 1), *more])
+    jsonl.main([*arguments(long_domains, model, out.name, 1), "--force"])
+    assert content(out) == content(long_domains / "out")
+
+
+def test_two_runs_never_write_into_one_folder(long_domains, model, tmp_path):
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    (tmp_path / "long").symlink_to(long_domains)
+    with pytest.raises(DataError, match="another process is writing this data set"):
+        jsonl.main([f"web={long_domains}/web-0.jsonl", "--out", str(tmp_path), "--tokenizer", str(model)])
+    os.close(descriptor)
+
+
+def test_a_domain_is_full_after_the_document_that_reaches_its_share(long_domains, model):
+    outs = []
+    for out, processes in (("full-1", 1), ("full-2", 2)):
+        jsonl.main([*arguments(long_domains, model, out, processes), "--max_tokens", "2000"])
+        outs.append(content(long_domains / out))
+    assert outs[0] == outs[1]
+    for domain in ("web", "code"):
+        whole = stored_documents(long_domains / "out", domain, "train")
+        taken = stored_documents(long_domains / "full-1", domain, "train")
+        part = read_meta(long_domains / "full-1")["domains"][domain]["train"]
+        tokenizer = SentencePiece(model)
+        assert taken == whole[: len(taken)]
+        assert part["tokens"] >= 2000 > part["tokens"] - len(tokenizer.encode(taken[-1])) - 1
+
+
+def test_without_dedup_every_repeat_stays(long_domains, model):
+    jsonl.main([*arguments(long_domains, model, "repeats", 1), "--no-dedup"])
+    meta = read_meta(long_domains / "repeats")["domains"]
+    for domain, n in (("web", 459), ("code", 405)):
+        assert meta[domain]["train"]["documents"] + meta[domain]["val"]["documents"] == n
+        assert meta[domain]["duplicates"] == 0
+
+
+def test_the_filter_of_repeats_forgets_nothing_while_it_grows_and_after_a_stop(tmp_path):
+    rng = np.random.default_rng(0)
+    digests = [int(d) for d in rng.integers(0, 2**64, 5000, dtype=np.uint64)] + [0, 1024, 2048]
+    seen = Seen(tmp_path / "digests", 0)
+    assert all(seen.add(digest) for digest in digests)
+    assert not any(seen.add(digest) for digest in digests)
+    assert len(seen.table) * 8 <= 24 * len(digests)
+    seen.sync()
+    half = Seen(tmp_path / "digests", 3000)
+    assert [half.add(digest) for digest in digests] == [False] * 3000 + [True] * (len(digests) - 3000)
 
 
 # ---- data/embedded/prepare.py
