@@ -1,9 +1,10 @@
 """Tokenizers: sentencepiece models and tiktoken encodings behind one small interface, and the training of a new one.
 
-meta.json names the tokenizer in one of two ways:
+meta.json names the tokenizer in one of three ways:
 
     {"kind": "sentencepiece", "file": "tokenizer.model", "sha256": "..."}   a file in the data set's folder
     {"kind": "tiktoken", "name": "cl100k_base"}
+    {"kind": "huggingface", "file": "tokenizer.json", "sha256": "..."}      a file in the data set's folder
 
 Text is always text: "<s>" or "<|endoftext|>" inside a document never becomes a special token.
 """
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import sentencepiece
 import tiktoken
+import tokenizers
 
 from data.shards import DataError, sha256
 
@@ -66,7 +68,33 @@ class Tiktoken:
         return self.model.decode([token for token in tokens if token != self.eos])
 
 
-def load_tokenizer(spec: dict, folder: str | Path) -> SentencePiece | Tiktoken:
+class HuggingFace:
+    """A tokenizer.json. What starts and ends a document is its end-of-text token."""
+
+    END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")
+
+    def __init__(self, path: str | Path):
+        if not Path(path).is_file():
+            raise DataError(f"{path}: no such tokenizer: expected a tokenizer.json")
+        try:
+            self.model = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise DataError(f"{path}: not a tokenizer.json ({error})") from None
+        self.model.encode_special_tokens = True  # text is always text
+        self.vocab_size = self.model.get_vocab_size()
+        found = [self.model.token_to_id(name) for name in self.END_OF_TEXT]
+        self.bos = self.eos = next((token for token in found if token is not None), -1)
+        if self.eos < 0:
+            raise DataError(f"{path}: has no end-of-text token: one of {', '.join(self.END_OF_TEXT)} is needed")
+
+    def encode(self, text: str) -> list[int]:
+        return self.model.encode(text, add_special_tokens=False).ids
+
+    def decode(self, tokens: list[int]) -> str:
+        return self.model.decode([token for token in tokens if token != self.eos], skip_special_tokens=False)
+
+
+def load_tokenizer(spec: dict, folder: str | Path) -> SentencePiece | Tiktoken | HuggingFace:
     """The tokenizer that a meta.json, or its "tokenizer" entry, names. `folder` is the data set's.
 
     It has encode(text) -> ids, decode(ids) -> text (BOS and EOS left out), vocab_size, bos, eos.
@@ -75,10 +103,11 @@ def load_tokenizer(spec: dict, folder: str | Path) -> SentencePiece | Tiktoken:
     spec = spec.get("tokenizer", spec)
     if spec.get("kind") == "tiktoken":
         return Tiktoken(spec["name"])
-    if spec.get("kind") != "sentencepiece":
-        raise DataError(f"{folder}: tokenizer kind {spec.get('kind')!r}: expected 'sentencepiece' or 'tiktoken'")
+    kinds = {"sentencepiece": SentencePiece, "huggingface": HuggingFace}
+    if spec.get("kind") not in kinds:
+        raise DataError(f"{folder}: tokenizer kind {spec.get('kind')!r}: expected one of {', '.join(kinds)}, tiktoken")
     path = Path(folder, spec["file"])
-    tokenizer = SentencePiece(path)
+    tokenizer = kinds[spec["kind"]](path)
     if sha256(path) != spec["sha256"]:
         raise DataError(f"{path}: checksum differs from meta.json: prepare the data set again")
     return tokenizer
