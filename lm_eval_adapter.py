@@ -71,9 +71,10 @@ class Answers:
         if settings.get("do_sample"):
             raise ValueError("do_sample = True: only greedy decoding is offered")
         n_new, until = settings.get("max_gen_toks", MAX_NEW_TOKENS), settings.get("until") or []
+        room = min(n_new, self.context_size // 2)  # for the answer; what does not fit beside it the prompt loses
         until = [until] if isinstance(until, str) else until
         prompt = [self.tokenizer.bos] * self.bos + self.tokenizer.encode(context)
-        tokens = prompt[-max(1, self.context_size - n_new) :] or [self.tokenizer.bos]
+        tokens = prompt[-(self.context_size - room) :] or [self.tokenizer.bos]
         text, n_prompt = "", len(tokens)
         while len(tokens) < min(n_prompt + n_new, self.context_size):
             window = torch.tensor([tokens], device=self.model.norm.weight.device)
