@@ -1,34 +1,33 @@
 """Llama from scratch, and any subnetwork of it.
 
 One forward pass serves training, evaluation and export. Every layer takes `Units`: which rows and columns of its
-weight are alive and by how much they are scaled. All alive, it is Llama 2 / 3 or Qwen2; with the units of one mask
-sample it *is* the smaller Llama of that sample, at the smaller Llama's cost (the idea of prune.py).
+weight are alive and by how much they are scaled. All alive, it is Llama 2 / 3, Qwen2, Qwen3 or Mistral; with the units
+of one mask sample it *is* the smaller model of that sample, at the smaller model's cost (the idea of prune.py).
 
 Shapes: B batch, T sequence, D hidden, H query heads, G key/value heads, K head dim, I intermediate, V vocabulary,
 L layers. Lower-case d, h, g, i: what is alive of them. Module names are those of Hugging Face, so that a state dict
 is a checkpoint any tool loads.
 """
 
-import json
 import math
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import weights
 from kernels.dispatch import ops
 from kernels.pack import pack_torch, pack_vector
+from weights import CheckpointError
 
-
-class CheckpointError(ValueError):
-    """A checkpoint folder that cannot be used; the message names the file or tensor and what was expected."""
+ROPE_SCALING = {  # rope_type: its numbers
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+}
 
 
 @dataclass(frozen=True)
@@ -42,11 +41,16 @@ class LlamaConfig:
     head_dim: int  # explicit: pruning heads or channels does not change it
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
-    qkv_bias: bool = False
+    qkv_bias: bool = False  # Qwen2
     tied_embeddings: bool = False
-    max_position_embeddings: int = 2048  # this and the two below are only carried along, for the tools that load us
+    max_position_embeddings: int = 2048  # this and the ids are only carried along, for the tools that load us
     bos_token_id: int | None = None
     eos_token_id: int | list | None = None
+    pad_token_id: int | None = None
+    qk_norm: bool = False  # Qwen3: RMSNorm of every head's queries and keys before RoPE
+    rope_scaling: dict | None = None  # rope_type and its numbers, as in ROPE_SCALING
+    sliding_window: int | None = None  # Mistral: tokens that its attention sees; see check_length
+    mistral: bool = False  # in nothing else than a Llama, but for the tools that load us
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -59,6 +63,36 @@ class LlamaConfig:
         for name in ("rope_theta", "norm_eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be positive")
+        if self.qk_norm and self.qkv_bias:
+            raise ValueError("qk_norm and qkv_bias together: no family of models has both")
+        if self.rope_scaling is not None:
+            self._check_rope_scaling()
+
+    def _check_rope_scaling(self) -> None:
+        kind = self.rope_scaling.get("rope_type")
+        if kind not in ROPE_SCALING:
+            raise ValueError(f"RoPE scaling of type {kind!r} is not supported; {' and '.join(ROPE_SCALING)} are")
+        for name in sorted(ROPE_SCALING[kind] | self.rope_scaling.keys() - {"rope_type"}):
+            value = self.rope_scaling.get(name)
+            if name not in ROPE_SCALING[kind]:
+                raise ValueError(f"RoPE scaling {kind}: {name} = {value!r} is not supported")
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"RoPE scaling {kind}: {name} = {value!r}: must be a positive number")
+        if kind == "llama3" and self.rope_scaling["low_freq_factor"] >= self.rope_scaling["high_freq_factor"]:
+            raise ValueError("RoPE scaling llama3: low_freq_factor must be below high_freq_factor")
+
+    @property
+    def model_type(self) -> str:
+        return "qwen3" if self.qk_norm else "qwen2" if self.qkv_bias else "mistral" if self.mistral else "llama"
+
+    def check_length(self, length: int) -> None:
+        """Raises CheckpointError for sequences (tokens) on which this model's attention is not the full one here."""
+        if self.sliding_window and length > self.sliding_window:
+            raise CheckpointError(
+                f"sequences of {length} tokens: in this model a token sees the last {self.sliding_window} only "
+                f"(sliding_window in config.json), here all before it, which is the same up to {self.sliding_window} "
+                "tokens: use shorter sequences"
+            )
 
 
 @dataclass(frozen=True)
@@ -86,6 +120,8 @@ class BlockUnits:
     input_layernorm: Units = ALL
     q_proj: Units = ALL
     k_proj: Units = ALL
+    q_norm: Units = ALL
+    k_norm: Units = ALL
     v_proj: Units = ALL
     o_proj: Units = ALL
     post_attention_layernorm: Units = ALL
@@ -154,11 +190,31 @@ class RMSNorm(nn.Module):
         return ops.rms_norm(x, delta, self.weight, u.rows, u.row_scale, u.fill, self.eps)
 
 
-def rope_tables(seq_len: int, head_dim: int, theta: float, device=None) -> tuple[Tensor, Tensor]:
-    """cos and sin of position times frequency, each (T, K/2), float32 (Su et al. 2021, arXiv 2104.09864)."""
-    frequency = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
-    angle = torch.outer(torch.arange(seq_len, dtype=torch.float32, device=device), frequency)
+def rope_tables(c: LlamaConfig, start: int, length: int, device=None) -> tuple[Tensor, Tensor]:
+    """cos and sin of position times frequency, each (T, K/2), float32, for positions start to start + length - 1.
+
+    Su et al. 2021 (arXiv 2104.09864). Scaling to longer contexts divides frequencies by a factor: "linear" all of them
+    (Chen et al. 2023, arXiv 2306.15595), "llama3" those that turn less than low_freq_factor times in the original
+    context, with a ramp up to high_freq_factor (Llama 3.1, arXiv 2407.21783).
+    """
+    frequency = 1.0 / c.rope_theta ** (torch.arange(0, c.head_dim, 2, dtype=torch.float32, device=device) / c.head_dim)
+    if s := c.rope_scaling:
+        kept = 0.0  # share of the frequency that is not scaled
+        if s["rope_type"] == "llama3":
+            turns = s["original_max_position_embeddings"] / (2 * math.pi / frequency)
+            kept = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
+            kept = kept.clamp(0.0, 1.0)
+        frequency = (1 - kept) * frequency / s["factor"] + kept * frequency
+    angle = torch.outer(torch.arange(start, start + length, dtype=torch.float32, device=device), frequency)
     return angle.cos(), angle.sin()
+
+
+class Cache:
+    """Keys and values of the tokens so far, for generation: a forward pass with it computes only the new tokens."""
+
+    def __init__(self, n_layers: int) -> None:
+        self.length = 0  # tokens
+        self.layers = [[] for _ in range(n_layers)]  # of each [k, v], (B, G, length, K)
 
 
 class Attention(nn.Module):
@@ -169,14 +225,25 @@ class Attention(nn.Module):
         self.k_proj = Linear(c.hidden_size, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
         self.v_proj = Linear(c.hidden_size, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
         self.o_proj = Linear(c.n_heads * c.head_dim, c.hidden_size, bias=False)
+        if c.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.norm_eps), RMSNorm(c.head_dim, c.norm_eps)
+        self.qk_norm = c.qk_norm
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], u: BlockUnits) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], u: BlockUnits, past: list | None) -> Tensor:
         q, k, v = (
             layer(x, units).unflatten(-1, (-1, self.head_dim))  # (B, T, h or g, K)
             for layer, units in ((self.q_proj, u.q_proj), (self.k_proj, u.k_proj), (self.v_proj, u.v_proj))
         )
+        if self.qk_norm:
+            q, k = self.q_norm(q, None, u.q_norm)[0].to(v.dtype), self.k_norm(k, None, u.k_norm)[0].to(v.dtype)
         q, k, v = (y.transpose(1, 2) for y in (*ops.rope(q, k, *rope), v))  # (B, h or g, T, K)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.head_dim**-0.5, enable_gqa=self.grouped)
+        seen = None
+        if past is not None:
+            past[:] = k, v = [torch.cat(pair, dim=2) for pair in zip(past, (k, v), strict=True)] if past else (k, v)
+            seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - q.shape[2])
+        y = F.scaled_dot_product_attention(
+            q, k, v, seen, is_causal=seen is None, scale=self.head_dim**-0.5, enable_gqa=self.grouped
+        )
         return self.o_proj(y.transpose(1, 2).flatten(2), u.o_proj)  # (B, T, d)
 
 
@@ -202,14 +269,14 @@ class Block(nn.Module):
         self.always_takes_part = False  # give zeros, not nothing, to the gradients of what is dead: sharding needs it
 
     def forward(
-        self, x: Tensor, delta: Tensor | None, rope: tuple[Tensor, Tensor], u: BlockUnits
+        self, x: Tensor, delta: Tensor | None, rope: tuple[Tensor, Tensor], u: BlockUnits, past: list | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """The residual stream x and what is still to be added to it: the next norm adds it in its own pass."""
         if self.always_takes_part and not (u.attention and u.mlp):
             x = _TakePart.apply(x, *self.parameters())
         if u.attention:
             h, x = self.input_layernorm(x, delta, u.input_layernorm)
-            delta = self.self_attn(h, rope, u)
+            delta = self.self_attn(h, rope, u, past)
         if u.mlp:
             h, x = self.post_attention_layernorm(x, delta, u.post_attention_layernorm)
             delta = self.mlp(h, u)
@@ -244,20 +311,30 @@ class Llama(nn.Module):
             else:
                 put(p, torch.full(p.shape, 0.0 if name.endswith("bias") else 1.0))
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, subnetwork: Subnetwork | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        subnetwork: Subnetwork | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
         """Logits (B, T, V), or with targets the cross-entropy per token in nats (B, T), float32.
 
         tokens, targets: (B, T) int64. subnetwork: what is alive of the model (prune.subnetwork), None for all.
+        cache: tokens follow those it holds and are added to it; logits are then those of the last token, (B, 1, V).
         """
-        s = subnetwork or self.everything
-        rope = rope_tables(tokens.shape[1], self.config.head_dim, self.config.rope_theta, tokens.device)
+        s, start = subnetwork or self.everything, cache.length if cache else 0
+        self.config.check_length(start + tokens.shape[1])
+        rope = rope_tables(self.config, start, tokens.shape[1], tokens.device)
         x, delta = self.embed_tokens(tokens, s.embed_tokens), None  # (B, T, d)
-        for block, units in zip(self.layers, s.blocks, strict=True):
+        for i, (block, units) in enumerate(zip(self.layers, s.blocks, strict=True)):
             if self.checkpoint_activations:
                 x, delta = checkpoint(block, x, delta, rope, units, use_reentrant=False)
             else:
-                x, delta = block(x, delta, rope, units)
+                x, delta = block(x, delta, rope, units, cache and cache.layers[i])
         h, _ = self.norm(x, delta, s.norm)
+        if cache:
+            cache.length, h = start + tokens.shape[1], h[:, -1:]
         if targets is None:
             return self.lm_head(h, s.lm_head)  # (B, T, V)
         return ops.linear_cross_entropy(h, self.lm_head.effective(s.lm_head)[0], targets)
@@ -266,17 +343,9 @@ class Llama(nn.Module):
         total = sum(p.numel() for p in self.parameters())
         return total if embeddings else total - sum(p.numel() for p in {self.embed_tokens.weight, self.lm_head.weight})
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write a folder that transformers' AutoModelForCausalLM loads: config.json and model.safetensors."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            name if name.startswith("lm_head") else f"model.{name}": p.detach().cpu().contiguous()
-            for name, p in self.named_parameters()
-        }
-        save_file(tensors, folder / "model.safetensors.tmp", metadata={"format": "pt"})
-        os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps(to_hugging_face(self.config), indent=2) + "\n")
+        weights.write(folder, to_hugging_face(self.config, dtype), self.named_parameters(), dtype)
 
 
 HF_NAMES = {  # ours: Hugging Face's
@@ -293,94 +362,100 @@ HF_NAMES = {  # ours: Hugging Face's
     "max_position_embeddings": "max_position_embeddings",
     "bos_token_id": "bos_token_id",
     "eos_token_id": "eos_token_id",
+    "pad_token_id": "pad_token_id",
 }
+FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+            "mistral": "MistralForCausalLM"}  # fmt: skip
 
 
-def to_hugging_face(config: LlamaConfig) -> dict:
-    arch = ("Qwen2ForCausalLM", "qwen2") if config.qkv_bias else ("LlamaForCausalLM", "llama")
+def to_hugging_face(config: LlamaConfig, dtype: torch.dtype = torch.float32) -> dict:
+    """config.json, in words that transformers 4 and 5 both read."""
     ours = asdict(config)
     return {
-        "architectures": [arch[0]],
-        "model_type": arch[1],
+        "architectures": [FAMILIES[config.model_type]],
+        "model_type": config.model_type,
         "hidden_act": "silu",
-        "torch_dtype": "float32",
+        "torch_dtype": str(dtype).removeprefix("torch."),
         **{theirs: ours[name] for name, theirs in HF_NAMES.items()},
+        **({"rope_scaling": config.rope_scaling} if config.rope_scaling else {}),
+        **({"sliding_window": config.sliding_window} if config.mistral else {}),
     }
 
 
 def read_config(folder: str | Path) -> LlamaConfig:
-    """config.json of a Hugging Face Llama or Qwen2 folder. Raises CheckpointError for what model.py cannot run."""
-    path = Path(folder, "config.json")
-    if not path.is_file():
-        raise CheckpointError(f"{path}: not found: a model is a folder in Hugging Face format")
+    """The config of a Llama, Qwen2, Qwen3 or Mistral in Hugging Face's format, or of a Llama in Meta's.
+
+    Raises CheckpointError for what model.py cannot run.
+    """
+    path, theirs = weights.read_config(Path(folder))
     try:
-        theirs = json.loads(path.read_text())
         arch = theirs["architectures"][0]
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+    except (KeyError, IndexError, TypeError) as error:
         raise CheckpointError(f"{path}: not a model's config ({type(error).__name__}: {error})") from None
-    if arch not in ("LlamaForCausalLM", "Qwen2ForCausalLM"):
-        raise CheckpointError(f"{path}: architecture {arch} is not supported; Llama and Qwen2 are")
+    if arch not in FAMILIES.values():
+        raise CheckpointError(f"{path}: architecture {arch} is not supported; {', '.join(FAMILIES.values())} are")
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise CheckpointError(f"{path}: rope_scaling is {rope!r}, expected an object")
-    if theirs.get("hidden_act", "silu") != "silu":
-        raise CheckpointError(f"{path}: hidden_act {theirs['hidden_act']!r} is not supported; silu is")
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise CheckpointError(f"{path}: RoPE scaling {rope} is not supported")
-    if arch == "LlamaForCausalLM" and (theirs.get("attention_bias") or theirs.get("mlp_bias")):
-        raise CheckpointError(f"{path}: biases in the output or FFN projections are not supported")
-    if theirs.get("use_sliding_window"):
-        raise CheckpointError(f"{path}: sliding-window attention is not supported")
+    rope = {"rope_type": rope.get("type", "default"), **rope}
+    llama, qwen2, qwen3, mistral = (arch == FAMILIES[family] for family in FAMILIES)
+    for holds, reason in (
+        (theirs.get("hidden_act", "silu") != "silu", f"hidden_act {theirs.get('hidden_act')!r}; silu is"),
+        (theirs.get("attention_bias") and not qwen2, "biases in the output projection (attention_bias)"),
+        (theirs.get("mlp_bias"), "biases in the FFN projections (mlp_bias)"),
+        (theirs.get("use_sliding_window"), "layers that see only the last tokens (use_sliding_window)"),
+        (set(theirs.get("layer_types") or ()) - {"full_attention"}, "layer_types other than full_attention"),
+        (theirs.get("quantization_config"), "quantized weights (quantization_config)"),
+        ((theirs | rope).get("partial_rotary_factor", 1.0) != 1.0, "RoPE on a part of a head (partial_rotary_factor)"),
+    ):
+        if holds:
+            raise CheckpointError(f"{path}: not supported: {reason}")
     values = {name: theirs[key] for name, key in HF_NAMES.items() if theirs.get(key) is not None}
-    values.setdefault("rope_theta", rope.get("rope_theta", 10_000.0))
-    values.setdefault("n_kv_heads", values.get("n_heads"))
-    if "head_dim" not in values and values.get("n_heads"):
+    values["rope_theta"] = rope.get("rope_theta", theirs.get("rope_theta", 10_000.0))
+    values.setdefault("norm_eps", 1e-6)  # what transformers takes where config.json is silent, here and below
+    if llama:
+        values.setdefault("n_kv_heads", values.get("n_heads"))
+    if "head_dim" not in values and values.get("n_heads") and not qwen3:
         values["head_dim"] = int(values.get("hidden_size", 0)) // int(values["n_heads"])
+    scaling = {k: v for k, v in rope.items() if k not in ("type", "rope_theta", "partial_rotary_factor")}
     try:
-        return LlamaConfig(qkv_bias=arch == "Qwen2ForCausalLM", **values)
+        return LlamaConfig(
+            **values,
+            qkv_bias=qwen2,
+            qk_norm=qwen3,
+            rope_scaling=None if scaling["rope_type"] == "default" else scaling,
+            sliding_window=theirs.get("sliding_window", 4096) if mistral else None,
+            mistral=mistral,
+        )
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from None
 
 
-def load(folder: str | Path, device: str = "cpu") -> Llama:
-    """The model in a Hugging Face folder (one or several safetensors files), float32, copied tensor by tensor.
+def tensors_of(folder: str | Path, config: LlamaConfig) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every parameter in a folder, one by one, in the order of Llama(config).named_parameters().
 
-    Raises CheckpointError naming the missing, unexpected or mis-shaped tensor.
+    On the CPU, in the dtype of the file. Raises CheckpointError, before the first one, naming the missing, unexpected
+    or mis-shaped tensor.
     """
     with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in Llama(config).named_parameters()}
+    ignored = {f"layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(config.n_layers)}
+    ignored |= {"lm_head.weight"} if config.tied_embeddings else set()
+    return weights.tensors(Path(folder), shapes, ignored)
+
+
+def load(folder: str | Path, device: str = "cpu") -> Llama:
+    """The model in a folder (formats: read_config), float32. Raises CheckpointError."""
+    with torch.device("meta"):
         model = Llama(read_config(folder))
-    model.to_empty(device=device)
-    model.tie()
+    model.to_empty(device=device).tie()
     fill(model, folder)
     return model
 
 
 @torch.no_grad()
 def fill(model: Llama, folder: str | Path, put: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
-    """Hand every parameter of the model its tensor in the folder, one at a time: put(parameter, tensor)."""
-    folder = Path(folder)
+    """Hand every parameter its tensor in the folder, one at a time: put(parameter, tensor). Raises CheckpointError."""
     parameters = dict(model.named_parameters())
-    missing = set(parameters)
-    not_ours = {f"layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(model.config.n_layers)}
-    not_ours |= {"lm_head.weight"} if model.config.tied_embeddings else set()
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder}: no *.safetensors file")
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as f:
-                for key in f.keys():  # noqa: SIM118 (not a dict)
-                    name = key.removeprefix("model.")
-                    if name in not_ours:
-                        continue
-                    if name not in parameters:
-                        raise CheckpointError(f"{path}: unexpected tensor {key}")
-                    shape, expected = tuple(f.get_slice(key).get_shape()), tuple(parameters[name].shape)
-                    if shape != expected:
-                        raise CheckpointError(f"{path}: {key} has shape {shape}, config.json makes it {expected}")
-                    put(parameters[name], f.get_tensor(key))
-                    missing.discard(name)
-        except SafetensorError as error:
-            raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
-    if missing:
-        raise CheckpointError(f"{folder}: {len(missing)} tensors are missing, {min(missing)} among them")
+    for name, tensor in tensors_of(folder, model.config):
+        put(parameters[name], tensor)
