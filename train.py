@@ -389,7 +389,9 @@ def main(cfg: Config) -> dict:
     # ---- model, masks, mix
     say(f"{cfg.stage}: building the model" + (f" from {cfg.init_from}" if cfg.init_from else ""))
     carried = {"bos_token_id": meta["bos"], "eos_token_id": meta["eos"], "max_position_embeddings": cfg.seq_len}
-    model = build_model(cfg, shape_of(cfg, meta["vocab_size"], **carried), device, sharded)
+    config = shape_of(cfg, meta["vocab_size"], **carried)
+    config.check_length(cfg.seq_len)
+    model = build_model(cfg, config, device, sharded)
     if train.vocab_size > model.config.vocab_size:
         raise DataError(f"{cfg.data}: vocabulary of {train.vocab_size}, the model's has {model.config.vocab_size}")
     model.checkpoint_activations = cfg.checkpoint_activations
