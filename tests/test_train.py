@@ -19,6 +19,8 @@ import model as llama
 import plot
 import train
 from data.shards import DataError, write_meta, write_shard
+from kernels import dispatch, masked_swiglu, pack
+from kernels.masked_linear import masked_linear, packed_linear
 from prune import TargetError, target_config
 from train import Config, ConfigError, RunError
 
@@ -273,6 +275,35 @@ def test_recomputing_activations_changes_nothing(data, source, pruned, tmp_path)
     train.main(prune_tiny(data, tmp_path / "r", source, checkpoint_activations=True))
     whole, recomputed = weights(pruned[0]), weights(tmp_path / "r")
     assert all(torch.equal(whole[name], recomputed[name]) for name in whole)
+
+
+@pytest.fixture
+def torch_kernels_afterwards():
+    yield
+    dispatch.use("torch", "cpu")
+
+
+@pytest.mark.usefixtures("torch_kernels_afterwards")
+@pytest.mark.parametrize("linear", [packed_linear, masked_linear])
+def test_triton_kernels_prune_like_torch(linear, data, tmp_path, monkeypatch):
+    """20 steps as small as they get: Triton's interpreter takes half a second for each."""
+    monkeypatch.setattr(dispatch, "packed_linear", linear)  # what dispatch.use takes until something is measured
+    monkeypatch.setattr(pack, "BLOCK_R", VOCAB)  # one program a weight
+    monkeypatch.setattr(masked_swiglu, "TOKENS_A_PROGRAM", masked_swiglu.TOKENS)
+    model = llama.Llama(llama.LlamaConfig(VOCAB, 16, 24, 1, 2, 2, 4))
+    model.init_weights(0)
+    model.save(tmp_path / "model")
+    shape = dict(n_layers=1, hidden_size=8, intermediate_size=12, n_heads=1)
+    small = dict(seq_len=2, batch_size=1, micro_batch_size=1, max_steps=20, eval_interval=20, eval_sequences=1)
+    for kernels in ("torch", "triton"):
+        cfg = prune_tiny(data, tmp_path / kernels, tmp_path / "model", kernels=kernels, mask_lr=1.0, **shape, **small)
+        train.main(cfg)
+    assert dispatch.fastest == {dispatch.ELSE: linear}
+    for a, b in zip(metrics(tmp_path / "torch", "train"), metrics(tmp_path / "triton", "train"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        for name in ("lambda1", "lambda2", "sparsity"):
+            assert a[name] == pytest.approx(b[name], rel=1e-4)
+    assert min(b["sparsity"].values()) > 0.3  # much was gathered
 
 
 @pytest.mark.parametrize(
