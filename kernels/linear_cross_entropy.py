@@ -162,6 +162,8 @@ def linear_cross_entropy(
     checked: the caller knows that every target is below V. fused: the softmax by kernels, else in plain PyTorch.
     Raises KernelError where shapes, dtypes or targets do not fit.
     """
+    one_each = targets.shape == h.shape[:-1]
+    require(one_each, "linear_cross_entropy", "targets must be int64, one a token", targets=targets, h=h)
     dtype = compute_dtype(h)
     flat = h.flatten(0, -2).to(dtype)
     loss, _ = _linear_cross_entropy(flat, weight.to(dtype), targets.flatten(), fused, checked)

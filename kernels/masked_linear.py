@@ -214,4 +214,7 @@ def packed_linear(
     checked: bool = False,
 ) -> Tensor:
     """masked_linear by pack and a dense product: the same arguments, result and errors."""
+    op, n, m = "packed_linear", size(rows, weight.shape[0]), size(cols, weight.shape[-1])
+    require(x.shape[-1] == m, op, f"x must have {m} channels, the living columns of weight", x=x, weight=weight)
+    require(bias is None or bias.shape == (n,), op, f"bias must have {n} values", bias=bias, weight=weight)
     return F.linear(x, pack(weight, rows, cols, row_scale, col_scale, checked), bias)

@@ -136,5 +136,6 @@ _masked_swiglu.register_autograd(_backward, setup_context=_setup)
 
 def masked_swiglu(gate: Tensor, up: Tensor, z: Tensor | None = None) -> Tensor:
     """gate, up (..., I) of one dtype, z (I,) or None for all 1 -> (..., I). Raises KernelError."""
+    require(gate.shape == up.shape, "masked_swiglu", "gate and up must have one shape", gate=gate, up=up)
     h = _masked_swiglu(gate.flatten(0, -2), up.flatten(0, -2), z)
     return h.view(gate.shape)

@@ -201,7 +201,9 @@ def _total(sums: Tensor | None, index: Tensor | None, scale: Tensor | None, weig
 
 @unpack.register_fake
 def _(grad, weight, rows, cols, row_scale, col_scale):
-    return torch.empty_like(weight), weight.new_empty(size(row_scale, 0)), weight.new_empty(size(col_scale, 0))
+    none = weight.new_empty(0)
+    drow, dcol = (none.clone() if scale is None else torch.empty_like(scale) for scale in (row_scale, col_scale))
+    return torch.empty_like(weight), drow, dcol
 
 
 def _setup(ctx, inputs, output):

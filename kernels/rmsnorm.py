@@ -202,6 +202,8 @@ def rms_norm(
     None: nothing to add, all channels, scale 1. fill: living channels / d. checked: the caller knows that rows lie
     within the weight. Raises KernelError where shapes, dtypes or indices do not fit.
     """
+    same = delta is None or delta.shape == x.shape
+    require(same, "rms_norm", "delta must have the shape of x", delta=delta, x=x)
     flat = x.flatten(0, -2)
     added = None if delta is None else delta.flatten(0, -2)
     count = fill * x.shape[-1]

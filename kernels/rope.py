@@ -61,7 +61,8 @@ def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tenso
     op = "rope"
     require_kernel_input(op, q=q, k=k, cos=cos, sin=sin)
     fits = q.dim() == 4 and k.dim() == 4 and (*q.shape[:2], q.shape[3]) == (*k.shape[:2], k.shape[3])
-    require(fits and q.shape[3] % 2 == 0, op, "q and k must be (B, T, heads, K), alike but for the heads", q=q, k=k)
+    require(fits, op, "q and k must be (B, T, heads, K), alike but for the heads", q=q, k=k)
+    require(q.shape[3] % 2 == 0, op, "K must be even: channels turn in pairs", q=q, k=k)
     (B, T, h, K), g = q.shape, k.shape[2]
     tables = cos.dtype == sin.dtype == torch.float32 and cos.shape == sin.shape == (T, K // 2)
     require(tables, op, f"cos and sin must be ({T}, {K // 2}) float32", cos=cos, sin=sin, q=q)

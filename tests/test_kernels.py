@@ -743,7 +743,7 @@ BAD = [
     bad("masked_swiglu", {"gate": x(63, 21).T}, "gate must be contiguous", "(21, 63)"),
     bad("masked_swiglu", {"z": x(62)}, "z must have 63", "(62,)", "(21, 63)"),
     bad("masked_swiglu", {"up": x(21, 63).long()}, "up must be float32", "(21, 63)", "int64"),
-    bad("rms_norm", {"x": x(10, 62)}, "x must have 63 channels", "(10, 62)", "(100,)"),
+    bad("rms_norm", {"x": x(10, 62), "delta": x(10, 62)}, "x must have 63 channels", "(10, 62)", "(100,)"),
     bad("rms_norm", {"x": x(63, 10).T}, "x must be contiguous", "(10, 63)"),
     bad("rms_norm", {"x": x(10, 63).double()}, "x must be float32", "float64"),
     bad("rms_norm", {"delta": x(9, 63)}, "delta must have the shape of x", "(9, 63)", "(10, 63)"),
