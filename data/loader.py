@@ -40,8 +40,8 @@ class OpenFiles:
         self.limit = soft // 8 if soft > 0 else 1024  # of the process's: train, validation and others share them
         self.descriptors: dict[str, int] = {}  # in the order of their last use
 
-    def read(self, path: str, dtype: np.dtype, first: int, n_tokens: int) -> np.ndarray:
-        """Tokens first to first + n_tokens of a shard, (n_tokens,). Raises DataError when they are not there."""
+    def read(self, path: str, first: int, out_N: np.ndarray) -> None:
+        """Fill out_N, (tokens,) of the shard's own type, with its tokens from number `first` on. Raises DataError."""
         descriptor = self.descriptors.pop(path, None)
         if descriptor is None:
             while len(self.descriptors) >= self.limit:
@@ -49,10 +49,8 @@ class OpenFiles:
             check_shard(path)
             descriptor = os.open(path, os.O_RDONLY)
         self.descriptors[path] = descriptor
-        raw = os.pread(descriptor, n_tokens * dtype.itemsize, HEADER_BYTES + first * dtype.itemsize)
-        if len(raw) < n_tokens * dtype.itemsize:
+        if os.preadv(descriptor, [out_N], HEADER_BYTES + first * out_N.itemsize) < out_N.nbytes:
             raise DataError(f"{path}: became shorter while it was in use: prepare the data set again")
-        return np.frombuffer(raw, dtype)
 
     def __del__(self) -> None:
         for descriptor in self.descriptors.values():
@@ -89,14 +87,20 @@ class Windows:
     def read(self, window: int, out: np.ndarray) -> None:
         """Copy one window into out, (seq_len + 1,)."""
         s = bisect_right(self.first, window) - 1
-        out[:] = self.files.read(self.paths[s], self.dtypes[s], (window - self.first[s]) * self.length, self.length)
+        dtype = self.dtypes[s]
+        here = out if out.dtype == dtype else np.empty(self.length, dtype)  # copied where shards of both types are read
+        self.files.read(self.paths[s], (window - self.first[s]) * self.length, here)
+        if here is not out:
+            out[:] = here
 
 
 def scan(path: str, dtype: np.dtype, n_tokens: int, vocab_size: int, files: OpenFiles) -> None:
     """Look through the first n_tokens of a shard, a block at a time. Raises DataError for one that is no token."""
+    block = np.empty(min(BLOCK_TOKENS, n_tokens), dtype)
     for start in range(0, n_tokens, BLOCK_TOKENS):
-        largest = int(files.read(path, dtype, start, min(BLOCK_TOKENS, n_tokens - start)).max())
-        if largest >= vocab_size:
+        here = block[: n_tokens - start]
+        files.read(path, start, here)
+        if (largest := int(here.max())) >= vocab_size:
             raise DataError(f"{path}: token id {largest} is not in the vocabulary of {vocab_size}")
 
 

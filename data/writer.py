@@ -172,6 +172,13 @@ class Row(NamedTuple):
     n_tokens: int = 0
 
 
+class Parcel(NamedTuple):
+    source: int
+    first: int  # records of the source before this parcel
+    records: list
+    domain: str | None
+
+
 def write(folder: str | Path, spec: dict, domains: Sequence[str], sources: Sequence[Source],
           parse: Callable[[object], tuple[str | None, str]], *, val_fraction: float, processes: int,
           shard_tokens: int = SHARD_TOKENS, max_tokens: int | None = None, dedup: bool = True) -> tuple[dict, dict]:
@@ -201,28 +208,7 @@ def write(folder: str | Path, spec: dict, domains: Sequence[str], sources: Seque
         checkpoint_s = time.monotonic()
         parcels = _parcels(sources, progress["source"], progress["record"], full, len(domains))
         for parcel, rows, tokens in _encoded(parcels, pool, 4 * processes, domains, full):
-            name, start, taken = sources[parcel.source].name, 0, {}
-            for row in rows:
-                if len(full) == len(domains) or parcel.domain in full:
-                    break
-                if row.problem:
-                    _report(bad_records, name, row)
-                    continue
-                here, start = tokens[start : start + row.n_tokens], start + row.n_tokens
-                if row.domain in full:
-                    continue
-                entry = entries[row.domain]
-                if seen and not seen.add(row.digest):
-                    entry["duplicates"] += 1
-                    continue
-                part = entry[row.split]
-                part["documents"] += 1
-                part["bytes"] += row.n_bytes
-                part["tokens"] += row.n_tokens
-                progress["documents"] += 1
-                taken.setdefault((row.domain, row.split), []).append(here)
-                if _is_full(entry, max_tokens):
-                    full.add(row.domain)
+            taken = _take(parcel, rows, tokens, sources[parcel.source].name, progress, seen, full, max_tokens)
             for key, pieces in taken.items():
                 writers[key].add(np.concatenate(pieces))
             progress["source"], progress["record"] = parcel.source, parcel.first + len(parcel.records)
@@ -234,6 +220,34 @@ def write(folder: str | Path, spec: dict, domains: Sequence[str], sources: Seque
     for domain, entry in entries.items():
         _check_documents(domain, entry)
     return entries, bad_records
+
+
+def _take(parcel: Parcel, rows: list[Row], tokens: np.ndarray, name: str, progress: dict, seen: "Seen | None",
+          full: set[str], max_tokens: int | None) -> dict[tuple[str, str], list[np.ndarray]]:
+    """The tokens of the documents that belong into the data set, by domain and split; counts them in `progress`."""
+    entries, start, taken = progress["domains"], 0, {}
+    for row in rows:
+        if len(full) == len(entries) or parcel.domain in full:
+            break
+        if row.problem:
+            _report(progress["bad_records"], name, row)
+            continue
+        here, start = tokens[start : start + row.n_tokens], start + row.n_tokens
+        if row.domain in full:
+            continue
+        entry = entries[row.domain]
+        if seen and not seen.add(row.digest):
+            entry["duplicates"] += 1
+            continue
+        part = entry[row.split]
+        part["documents"] += 1
+        part["bytes"] += row.n_bytes
+        part["tokens"] += row.n_tokens
+        progress["documents"] += 1
+        taken.setdefault((row.domain, row.split), []).append(here)
+        if _is_full(entry, max_tokens):
+            full.add(row.domain)
+    return taken
 
 
 def _is_full(entry: dict, max_tokens: int | None) -> bool:
@@ -275,13 +289,6 @@ def _locked(folder: str | Path) -> Iterator[None]:
 
 
 # ---- records to tokens, in other processes
-
-
-class Parcel(NamedTuple):
-    source: int
-    first: int  # records of the source before this parcel
-    records: list
-    domain: str | None
 
 
 def _parcels(sources: Sequence[Source], at: int, record: int, full: set[str], n_domains: int) -> Iterator[Parcel]:

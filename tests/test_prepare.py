@@ -1,5 +1,6 @@
 import base64
 import bz2
+import contextlib
 import fcntl
 import gzip
 import hashlib
@@ -17,6 +18,7 @@ import tarfile
 import time
 import types
 import zipfile
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +52,7 @@ from data.tokenizer import (
     open_tokenizer,
     train_tokenizer,
 )
-from data.writer import Parcel, Seen, digest_of, encode_parcel, split_of, training_share, write_domains
+from data.writer import Parcel, Seen, digest_of, encode_parcel, load_worker, split_of, training_share, write_domains
 
 ODD_TEXT = '\tif x:\n\t\treturn  1234\r\n\n        y = "<s></s><unk><0x0A>"\0 \u00e9\u6f22\U0001f600 <|endoftext|>  '
 
@@ -753,7 +755,25 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("seed", range(2))
+class InThisProcess:
+    """In place of the pool of processes, where a test is not about them."""
+
+    def __init__(self, _, *what):
+        load_worker(*what)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *args) -> Future:
+        future = Future()
+        future.set_result(function(*args))
+        return future
+
+
+@pytest.mark.parametrize("seed", range(4))
 def test_a_run_stopped_at_any_place_loses_and_repeats_nothing(long_domains, model, monkeypatch, seed):
     folder, out, rng = long_domains, f"stopped-{seed}", random.Random(seed)
     left = iter(())
@@ -766,24 +786,22 @@ def test_a_run_stopped_at_any_place_loses_and_repeats_nothing(long_domains, mode
 
         return stops
 
+    monkeypatch.setattr("data.writer._pool", InThisProcess)
     monkeypatch.setattr("data.writer.CHECKPOINT_S", 0)
     monkeypatch.setattr("data.writer.PARCEL_CHARS", 1000 + 1000 * seed)
     for name in ("_checkpoint", "_sync", "_report", "sha256", "json.dump", "os.replace", "_ShardWriter.add",
                  "_ShardWriter.close", "Seen.add"):  # fmt: skip
         owner, _, attribute = f"data.writer.{name}".rpartition(".")
         monkeypatch.setattr(f"{owner}.{attribute}", stopping(pkgutil.resolve_name(f"{owner}.{attribute}")))
-    finished = False
-    for _ in range(40):
-        left = iter(range(rng.randint(0, 400), -1, -1))
-        try:
+    stops, steps = 0, 100
+    while not (folder / out / "meta.json").exists():
+        left = iter(range(rng.randint(0, steps), -1, -1))
+        steps += 40  # otherwise a stop that is always early would never let it finish
+        with contextlib.suppress(Stopped):
             jsonl.main(arguments(folder, model, out, 1))
-            finished = True
-            break
-        except Stopped:
-            monkeypatch.setattr("data.writer.PARCEL_CHARS", rng.randint(500, 5000))
-    if not finished:
-        left = iter(())
-        jsonl.main(arguments(folder, model, out, 1))
+        stops += 1
+        monkeypatch.setattr("data.writer.PARCEL_CHARS", rng.randint(500, 5000))
+    assert stops > 5
     assert content(folder / out) == content(folder / "out")
 
 
@@ -809,6 +827,7 @@ def unfinished(folder, model, monkeypatch, out: str) -> Path:
 def test_an_unfinished_data_set_that_cannot_go_on_is_refused_and_made_again_by_force(
     long_domains, model, monkeypatch, damage, message
 ):
+    monkeypatch.setattr("data.writer._pool", InThisProcess)
     out = unfinished(long_domains, model, monkeypatch, f"refused {damage}")
     more = []
     if damage == "settings":

@@ -83,8 +83,20 @@ def test_a_token_in_the_last_of_many_shards_is_checked_at_the_start(folder, monk
 def test_a_shard_cut_short_while_in_use_is_an_error_that_names_it(tmp_path):
     path = str(tmp_path / "a.bin")
     write_shard(path, np.arange(100), 200)
-    files = OpenFiles()
-    np.testing.assert_array_equal(files.read(path, np.dtype("<u2"), 90, 10), np.arange(90, 100))
+    files, tokens = OpenFiles(), np.empty(10, "<u2")
+    files.read(path, 90, tokens)
+    np.testing.assert_array_equal(tokens, np.arange(90, 100))
     os.truncate(path, HEADER_BYTES + 100)
     with pytest.raises(DataError, match=r"a\.bin: became shorter while it was in use"):
-        files.read(path, np.dtype("<u2"), 90, 10)
+        files.read(path, 90, tokens)
+
+
+def test_domains_in_two_and_in_four_bytes_a_token_are_read_together(tmp_path):
+    write_shard(tmp_path / "a.bin", np.arange(100), 200)
+    write_shard(tmp_path / "b.bin", np.arange(70_000, 70_100), 80_000)
+    parts = {d: {"tokens": 100, "bytes": 300, "shards": [{"file": f"{d}.bin"}]} for d in "ab"}
+    domains = {d: {"train": part, "val": part} for d, part in parts.items()}
+    write_meta(tmp_path, {"tokenizer": {}, "vocab_size": 80_000, "bos": 1, "eos": 2, "domains": domains})
+    loader = DomainLoader(tmp_path, ("a", "b"), 9, 17, "train")
+    rows = loader.read(loader.next_batch(0, np.array([0.5, 0.5]), 20))
+    assert sorted(rows.flatten().tolist()) == [*range(100), *range(70_000, 70_100)]
