@@ -58,7 +58,7 @@ class Answers:
         tokens = [self.tokenizer.bos, *tokens_of(self.tokenizer, text)]
         ends = [min(start + self.context_size, len(tokens) - 1)
                 for start in range(0, len(tokens) - 1, self.context_size)]  # fmt: skip
-        starts = [0, *ends[:-1]]
+        starts = [0, *ends][: len(ends)]
         return [(tokens[max(0, end - self.context_size) : end + 1], end - start)
                 for start, end in zip(starts, ends, strict=True)]  # fmt: skip
 

@@ -244,7 +244,7 @@ def test_the_adapter_gives_the_scores_of_the_tasks(model):
     assert [a[0] for a in answers] == pytest.approx([reference(model, *pair)[0] for pair in pairs], abs=1e-4)
 
 
-@pytest.mark.parametrize("length", [1, 23, 24, 25, 48, 70])
+@pytest.mark.parametrize("length", [0, 1, 23, 24, 25, 48, 70])
 def test_a_whole_text_is_scored_every_token_once_with_a_full_last_window(model, length):
     text = "abcdefgxyz"[:7] * 10
     text = text[:length]
