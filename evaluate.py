@@ -79,7 +79,6 @@ class Config:
     data: str = "data/embedded"  # folder of a prepared data set
     tasks: tuple[str, ...] = ()  # of tasks.TASKS, zero-shot; () = loss on the data set
     limit: int = 0  # documents a task; 0 = all
-    bos: bool = True  # tasks: begin with the token that begins a document, as in training
     domains: tuple[str, ...] = ()  # () = all of the data set
     seq_len: int = 256  # tokens of context
     sequences: int = 64  # windows per domain
@@ -116,7 +115,7 @@ def evaluate_tasks(folder: str, cfg: Config) -> None:
     archive, results = tasks.request_archive(), {}
     for task in cfg.tasks:
         documents = tasks.read_documents(archive, task, cfg.limit)
-        results[task] = tasks.run_task(model, tokenizer, documents, cfg.bos, cfg.batch_size * cfg.seq_len)
+        results[task] = tasks.run_task(model, tokenizer, documents, cfg.batch_size * cfg.seq_len)
     print(f"{folder}, zero-shot, standard errors in brackets\n{tasks.task_table(results)}")
 
 

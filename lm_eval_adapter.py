@@ -16,7 +16,7 @@ import configurator
 import model as llama
 from data.shards import DataError
 from evaluate import check_device, load_any
-from tasks import encode_pair, score, text_tokenizer
+from tasks import adds_bos, encode_pair, score, text_tokenizer, tokens_of
 
 REQUIREMENT = "lm_eval==0.4.13"
 MAX_NEW_TOKENS = 256  # the harness's own default
@@ -26,7 +26,6 @@ MAX_NEW_TOKENS = 256  # the harness's own default
 class Config:
     tasks: tuple[str, ...] = ()  # the harness's names
     data: str = "data/embedded"  # data set whose tokenizer is meant, if the model's folder has none
-    bos: bool = True  # begin with the token that begins a document, as in training
     limit: int = 0  # documents a task; 0 = all
     num_fewshot: int = 0  # examples before each question
     tokens_per_pass: int = 2048  # of all the rows of a forward pass
@@ -36,9 +35,10 @@ class Config:
 class Answers:
     """What the harness asks for. A request has its strings in `args`."""
 
-    def __init__(self, model: llama.Llama, tokenizer, bos: bool = True, tokens_per_pass: int = 2048) -> None:
+    def __init__(self, model: llama.Llama, tokenizer, tokens_per_pass: int = 2048) -> None:
         super().__init__()
-        self.model, self.tokenizer, self.bos, self.tokens_per_pass = model, tokenizer, bos, tokens_per_pass
+        self.model, self.tokenizer, self.tokens_per_pass = model, tokenizer, tokens_per_pass
+        self.bos = adds_bos(tokenizer)
         self.context_size = model.config.max_position_embeddings
 
     def loglikelihood(self, requests: list, **_: object) -> list[tuple[float, bool]]:
@@ -55,10 +55,10 @@ class Answers:
                 for request in requests]  # fmt: skip
 
     def _windows(self, text: str) -> list[tuple[list[int], int]]:
-        tokens = [self.tokenizer.bos, *self.tokenizer.encode(text)]
+        tokens = [self.tokenizer.bos, *tokens_of(self.tokenizer, text)]
         ends = [min(start + self.context_size, len(tokens) - 1)
                 for start in range(0, len(tokens) - 1, self.context_size)]  # fmt: skip
-        starts = [0, *ends[:-1]]
+        starts = [0, *ends][: len(ends)]
         return [(tokens[max(0, end - self.context_size) : end + 1], end - start)
                 for start, end in zip(starts, ends, strict=True)]  # fmt: skip
 
@@ -73,7 +73,7 @@ class Answers:
         n_new, until = settings.get("max_gen_toks", MAX_NEW_TOKENS), settings.get("until") or []
         room = min(n_new, self.context_size // 2)  # for the answer; what does not fit beside it the prompt loses
         until = [until] if isinstance(until, str) else until
-        prompt = [self.tokenizer.bos] * self.bos + self.tokenizer.encode(context)
+        prompt = [self.tokenizer.bos] * self.bos + tokens_of(self.tokenizer, context)
         tokens = prompt[-(self.context_size - room) :] or [self.tokenizer.bos]
         text, n_prompt = "", len(tokens)
         while len(tokens) < min(n_prompt + n_new, self.context_size):
@@ -87,19 +87,19 @@ class Answers:
         return text
 
 
-def harness_model(model: llama.Llama, tokenizer, bos: bool = True, tokens_per_pass: int = 2048):
+def harness_model(model: llama.Llama, tokenizer, tokens_per_pass: int = 2048):
     """Answers as a model of the harness. Raises DataError where the harness is not installed."""
     try:
         from lm_eval.api.model import LM  # noqa: PLC0415 - optional
     except ImportError:
         raise DataError(f"the harness is not installed: pip install {REQUIREMENT}") from None
-    return type("OurModel", (Answers, LM), {})(model, tokenizer, bos, tokens_per_pass)
+    return type("OurModel", (Answers, LM), {})(model, tokenizer, tokens_per_pass)
 
 
 def main(folder: str, cfg: Config) -> None:
     check_device(cfg.device)
     tokenizer = text_tokenizer(folder, cfg.data)
-    ours = harness_model(load_any(folder, cfg.device), tokenizer, cfg.bos, cfg.tokens_per_pass)
+    ours = harness_model(load_any(folder, cfg.device), tokenizer, cfg.tokens_per_pass)
     from lm_eval import simple_evaluate  # noqa: PLC0415 - optional
     from lm_eval.utils import make_table  # noqa: PLC0415
 

@@ -100,6 +100,18 @@ def text_tokenizer(model_folder: str, data: str):
     return load_tokenizer(read_meta(data), data)
 
 
+def adds_bos(tokenizer) -> bool:
+    """Whether a text begins with the token that begins a document: yes, as in training, unless a tokenizer.json says
+    otherwise by its own processing (Llama 3 adds one, GPT-2, Qwen and SmolLM2 do not): the harness's rule."""
+    if not isinstance(tokenizer, HuggingFace):
+        return True
+    return len(tokenizer.model.encode("a", add_special_tokens=True)) > len(tokenizer.encode("a"))
+
+
+def tokens_of(tokenizer, text: str) -> list[int]:
+    return np.asarray(tokenizer.encode(text), dtype=np.int64).tolist()
+
+
 def encode_pair(tokenizer, context: str, continuation: str, bos: bool) -> tuple[list[int], int]:
     """Tokens of both, and how many of them, at the end, are the continuation's: at least one.
 
@@ -109,7 +121,7 @@ def encode_pair(tokenizer, context: str, continuation: str, bos: bool) -> tuple[
     """
     stripped = context.rstrip()
     continuation = context[len(stripped) :] + continuation
-    n_context, whole = len(tokenizer.encode(stripped)), tokenizer.encode(stripped + continuation)
+    n_context, whole = len(tokenizer.encode(stripped)), tokens_of(tokenizer, stripped + continuation)
     prefix = [tokenizer.bos] if bos or not n_context else []
     return prefix + whole, max(1, len(whole) - n_context)
 
@@ -196,7 +208,8 @@ def check_tasks(tasks: tuple[str, ...]) -> None:
             raise DataError(f"task {task!r}: no such task: expected some of {', '.join(TASKS)}")
 
 
-def run_task(model: Llama, tokenizer, documents: list[Document], bos: bool, tokens_per_pass: int) -> Result:
+def run_task(model: Llama, tokenizer, documents: list[Document], tokens_per_pass: int) -> Result:
+    bos = adds_bos(tokenizer)
     pairs = [
         encode_pair(tokenizer, context, continuation, bos)
         for doc in documents

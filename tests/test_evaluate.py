@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 
 import evaluate
@@ -146,6 +147,21 @@ def test_context_and_continuation_are_encoded_as_one_text(context, continuation,
     assert encode_pair(Letters(), context, continuation, bos=True) == ([Letters.bos, *tokens[not context :]], n)
 
 
+@pytest.mark.parametrize("adds", [True, False])
+def test_a_tokenizer_json_decides_itself_whether_a_text_begins_with_bos(tmp_path, adds):
+    model = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1, "<|endoftext|>": 2}, []))
+    model.add_special_tokens(["<|endoftext|>"])
+    if adds:
+        model.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 2)]
+        )
+    model.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = tasks.text_tokenizer(str(tmp_path), "nowhere")
+    assert tasks.adds_bos(tokenizer) == adds
+    assert tasks.adds_bos(Letters())
+    assert encode_pair(tokenizer, "a", "b", adds) == ([2, 0, 1] if adds else [0, 1], 1)
+
+
 # ---- documents and results
 
 
@@ -228,7 +244,7 @@ def test_the_adapter_gives_the_scores_of_the_tasks(model):
     assert [a[0] for a in answers] == pytest.approx([reference(model, *pair)[0] for pair in pairs], abs=1e-4)
 
 
-@pytest.mark.parametrize("length", [1, 23, 24, 25, 48, 70])
+@pytest.mark.parametrize("length", [0, 1, 23, 24, 25, 48, 70])
 def test_a_whole_text_is_scored_every_token_once_with_a_full_last_window(model, length):
     text = "abcdefgxyz"[:7] * 10
     text = text[:length]
@@ -272,7 +288,7 @@ def test_without_the_harness_one_line_says_what_to_install(model, monkeypatch):
 
 def test_the_harness_takes_our_model_and_joins_texts_as_we_do(model, tmp_path):
     lm_eval = pytest.importorskip("lm_eval")
-    ours = harness_model(model, Letters(), bos=False)
+    ours = harness_model(model, Letters())
     docs = [{"q": "at", "choices": ["he", "t he", "x"], "gold": i % 3} for i in range(8)]
     (tmp_path / "docs.json").write_text("\n".join(map(json.dumps, docs)))
     task = {"task": "ours", "dataset_path": "json", "dataset_kwargs": {"data_files": str(tmp_path / "docs.json")},
@@ -280,7 +296,7 @@ def test_the_harness_takes_our_model_and_joins_texts_as_we_do(model, tmp_path):
             "doc_to_target": "gold", "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]}  # fmt: skip
     theirs = lm_eval.simple_evaluate(model=ours, tasks=[task], bootstrap_iters=0)["results"]["ours"]
     documents = [Document((d["q"],) * 3, tuple(" " + c for c in d["choices"]), d["gold"]) for d in docs]
-    result = tasks.run_task(model, Letters(), documents, bos=False, tokens_per_pass=100)
+    result = tasks.run_task(model, Letters(), documents, tokens_per_pass=100)
     assert theirs["acc,none"] == pytest.approx(result.acc)
     assert theirs["acc_norm,none"] == pytest.approx(result.acc_norm)
 

@@ -217,7 +217,7 @@ def test_the_data_set_is_whole_and_a_second_call_does_nothing(tmp_path, offline,
     verify(tmp_path / "data")
     meta = read_meta(tmp_path / "data")
     assert set(meta["domains"]) == set(prepare.ABOUT)
-    assert meta["vocab_size"] == len(vocabulary())
+    assert (meta["vocab_size"], meta["bos"], meta["eos"]) == (len(vocabulary()), 0, 0)
     assert "instruct model, de-quantised from 4 bits" in capsys.readouterr().out
     assert not (tmp_path / "model" / "model.gguf").exists()
     before = (tmp_path / "model" / "model.safetensors").stat().st_mtime_ns

@@ -44,6 +44,7 @@ BLOCK_NAMES = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "at
                "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
                "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
 CONTROL = 3  # GGUF's type of a token that is never text
+DOCUMENT_START = "<|endoftext|>"  # of the base model's training; the instruct model's BOS begins a turn of a dialogue
 
 
 class Gguf:
@@ -186,6 +187,8 @@ def write_data(folder: Path, tokenizer_file: Path, force: bool) -> None:
         print(f"{folder}: complete, domains {', '.join(read_meta(folder)['domains'])}; nothing to do")
         return
     shutil.copyfile(tokenizer_file, folder / "tokenizer.json")
+    names = {"bos_token": DOCUMENT_START, "eos_token": DOCUMENT_START}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names) + "\n")
     spec = {"kind": "huggingface", "file": "tokenizer.json", "sha256": sha256(folder / "tokenizer.json")}
     documents = collect()
     if missing := [domain for domain in ABOUT if domain not in documents]:
