@@ -67,6 +67,14 @@ def cases(
             "rmsnorm.backward": (N * d * (size + 4 + 4 + 4 + size), 12 * N * d),  # dy, dh, h in; dx, ddelta out
         })  # fmt: skip
 
+    def head_norm(where: str) -> Case:  # of Qwen3's queries and keys
+        def inputs() -> tuple:
+            heads = random(batch, length, pruned.n_heads, c.head_dim)
+            return heads, None, random(c.head_dim, dtype=torch.float32), None, None, 1.0, c.norm_eps
+
+        work = {"rmsnorm.forward": (2 * N * q * size, 8 * N * q), "rmsnorm.backward": (3 * N * q * size, 12 * N * q)}
+        return Case("rms_norm", where, rms_norm, rms_norm_torch, inputs, work)
+
     def swiglu(where: str) -> Case:
         def inputs() -> tuple:
             gate, up = random(batch, length, channels), random(batch, length, channels)
@@ -124,4 +132,5 @@ def cases(
         linears += linear("gate_proj", c.intermediate_size, c.hidden_size, channels, d)
         linears += linear("down_proj", c.hidden_size, c.intermediate_size, d, channels, s_out=True)
         linears += linear("lm_head", c.vocab_size, c.hidden_size, c.vocab_size, d)[:1]
-    return [norm("norm"), rotary("attention"), swiglu("mlp"), loss("lm_head"), *linears]
+    heads = [head_norm("q_norm")] if c.qk_norm else []
+    return [norm("norm"), *heads, rotary("attention"), swiglu("mlp"), loss("lm_head"), *linears]

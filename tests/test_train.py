@@ -234,6 +234,15 @@ def test_many_ranks_take_the_same_steps_as_one(ranks, parallel, data, source, al
     assert max(alive) > 0.2  # blocks were skipped indeed
 
 
+@pytest.mark.parametrize(
+    ("changes", "tolerance"), [(dict(checkpoint_activations=True), 1e-5), (dict(dtype="bfloat16"), 2e-2)]
+)
+def test_sharded_ranks_recompute_activations_and_compute_in_bfloat16(changes, tolerance, data, source, alone, tmp_path):
+    torchrun(prune_tiny(data, tmp_path / "r", source, parallel="fsdp", **(RANKS | changes)), 2)
+    for a, b in zip(metrics(alone, "train"), metrics(tmp_path / "r", "train"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=tolerance)
+
+
 DIES_AT_25 = """
 import os, sys
 sys.path.insert(0, {root!r})
