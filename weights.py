@@ -10,6 +10,7 @@ that keeps a part of each tensor needs no more than its part. Nothing here knows
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -171,6 +172,8 @@ def write(
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for name in names:  # the library makes its files unreadable for other users
+        shutil.copymode(folder / "config.json", folder / name)
 
 
 # ---- Meta

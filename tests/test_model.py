@@ -225,6 +225,12 @@ def test_the_oldest_word_for_the_type_of_scaling_is_understood(tmp_path):
     assert m.read_config(tmp_path).rope_scaling == LINEAR
 
 
+def test_a_written_model_can_be_read_by_whoever_can_read_its_config(tmp_path):
+    m.Llama(m.LlamaConfig(61, 32, 40, 1, 4, 2, 8)).save(tmp_path)
+    modes = {name: (tmp_path / name).stat().st_mode for name in ("config.json", "model.safetensors")}
+    assert modes["config.json"] == modes["model.safetensors"]
+
+
 def test_large_models_are_written_in_shards_that_transformers_and_we_read(tmp_path):
     reference = reference_model("qwen3")
     reference.save_pretrained(tmp_path / "theirs", max_shard_size="50KB")
