@@ -27,7 +27,7 @@ lint: .venv/dev
 	$(PY) -m ruff check .
 
 clean:
-	rm -rf .venv out data/embedded/*.bin data/embedded/meta.json data/embedded/tokenizer.model data/embedded/download
+	rm -rf .venv out data/embedded/*.bin data/embedded/meta.json data/embedded/tokenizer.model data/*/download data/smollm2/model data/smollm2/data
 
 .venv/run: requirements.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else f"Python 3.10 to 3.13 is needed and $(PYTHON) is {v[0]}.{v[1]}: call make PYTHON=python3.12")'
