@@ -365,7 +365,7 @@ def main(cfg: Config) -> dict:
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     sharded = world_size > 1 and cfg.parallel != "ddp"
-    fused = dispatch.use(cfg.kernels, device)
+    with_kernels = dispatch.use(cfg.kernels, device)
     writers = dist.new_group(backend="gloo") if sharded else None  # of sharded checkpoints, in the background
     chief = rank == 0
     say = tqdm.write if chief else (lambda _: None)
@@ -415,7 +415,7 @@ def main(cfg: Config) -> dict:
     shapes = {"source": asdict(model.config), "target": asdict(masks.target) if masks else None}
     multiple = PAD[device.split(":")[0]]
 
-    if fused and device.startswith("cuda"):
+    if with_kernels and device.startswith("cuda"):  # where most of them have not run before
         shape = (model.config, masks and masks.target, cfg.micro_batch_size, cfg.seq_len)
         for line in dispatch.self_check(*shape, getattr(torch, cfg.dtype), device):
             say(line)
@@ -614,6 +614,8 @@ def main(cfg: Config) -> dict:
         say(f"model written to {out_dir / 'model'}")
     if world_size > 1:
         dist.barrier()
+        del network  # DDP holds the group, and would free it last, with the interpreter locked
+        time.sleep(0.2)  # gloo's threads need the interpreter to free the barrier; the group waits for them, locking it
         dist.destroy_process_group()
     return evaluated
 

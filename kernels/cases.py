@@ -56,15 +56,15 @@ def cases(
     def scale(n: int) -> Tensor:
         return torch.rand(n, generator=generator, device=device).requires_grad_()
 
-    def norm(where: str) -> Case:
+    def norm(where: str, first: bool = False) -> Case:
         def inputs() -> tuple:
-            x, delta = random(batch, length, d, dtype=torch.float32), random(batch, length, d)
+            x, delta = random(batch, length, d, dtype=torch.float32), None if first else random(batch, length, d)
             weight, rows = random(c.hidden_size, dtype=torch.float32), alive(c.hidden_size, d, device)
             return x, delta, weight, rows, scale(d) if target else None, pruned.hidden_size / d, c.norm_eps
 
         return Case("rms_norm", where, rms_norm, rms_norm_torch, inputs, {
-            "rmsnorm.forward": (N * d * (4 + size + 4 + size), 8 * N * d),  # x, delta in; h, y out
-            "rmsnorm.backward": (N * d * (size + 4 + 4 + 4 + size), 12 * N * d),  # dy, dh, h in; dx, ddelta out
+            "rmsnorm.forward": (N * d * (4 + size + (not first) * (4 + size)), 8 * N * d),  # x, delta in; y, h out
+            "rmsnorm.backward": (N * d * (size + 4 + 4 + 4 + (not first) * size), 12 * N * d),  # dy, dh, h; dx, ddelta
         })  # fmt: skip
 
     def head_norm(where: str) -> Case:  # of Qwen3's queries and keys
@@ -104,10 +104,12 @@ def cases(
             "linear_cross_entropy.gradient": (2 * chunk * size, 4 * chunk),
         })  # fmt: skip
 
-    def linear(where: str, R: int, C: int, n: int, m: int, s_out: bool = False, bias: bool = False) -> list[Case]:
+    def linear(
+        where: str, R: int, C: int, n: int, m: int, s_out: bool = False, bias: bool = False, s_in: bool = False
+    ) -> list[Case]:
         def packed() -> tuple:
             weight, units = random(R, C, dtype=torch.float32), (alive(R, n, device), alive(C, m, device))
-            return weight, *units, scale(n) if s_out else None, None
+            return weight, *units, scale(n) if s_out else None, scale(m) if s_in else None
 
         def inputs() -> tuple:
             weight, *units = packed()
@@ -115,7 +117,7 @@ def cases(
 
         read = C if m < C else m  # memory moves in lots of 8 float32: a gathered line is read whole
         packing = {"pack.pack": (4 * n * read + n * m * size, n * m),
-                   "pack.unpack": (4 * R * C + n * m * size + 4 * n * read * s_out, 4 * n * m)}  # fmt: skip
+                   "pack.unpack": (4 * R * C + n * m * size + 4 * n * read * (s_out or s_in), 4 * n * m)}  # fmt: skip
         product = (N * (n + m) * size + 4 * n * read, 2 * N * n * m)
         fused = {"masked_linear.forward": product, "masked_linear.dx": product, "pack.unpack": packing["pack.unpack"]}
         return [
@@ -131,6 +133,7 @@ def cases(
         linears += linear("o_proj", c.hidden_size, c.n_heads * c.head_dim, d, q, s_out=True)
         linears += linear("gate_proj", c.intermediate_size, c.hidden_size, channels, d)
         linears += linear("down_proj", c.hidden_size, c.intermediate_size, d, channels, s_out=True)
-        linears += linear("lm_head", c.vocab_size, c.hidden_size, c.vocab_size, d)[:1]
-    heads = [head_norm("q_norm")] if c.qk_norm else []
-    return [norm("norm"), *heads, rotary("attention"), swiglu("mlp"), loss("lm_head"), *linears]
+    tied = bool(target) and c.tied_embeddings
+    linears += linear("lm_head", c.vocab_size, c.hidden_size, c.vocab_size, d, s_in=tied)[:1]
+    norms = [norm("norm"), norm("first norm", first=True), *([head_norm("q_norm")] if c.qk_norm else [])]
+    return [*norms, rotary("attention"), swiglu("mlp"), loss("lm_head"), *linears]

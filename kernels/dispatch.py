@@ -109,13 +109,15 @@ def outcome(way: Callable, inputs: tuple, dtype: torch.dtype, upcast: bool = Fal
 
 def fault(case: Case, dtype: torch.dtype) -> str | None:
     """What is wrong with a kernel: it does not run, or where it differs most from PyTorch and by how much."""
+    inputs = case.inputs()
     try:
-        inputs = case.inputs()
         ours = outcome(case.fused, inputs, dtype)
     except Exception as error:  # whatever a compiler or driver raises: the run goes on without this kernel
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
     theirs = outcome(case.torch, inputs, dtype, upcast=True)
     for name, expected in theirs.items():
+        if ours[name].shape != expected.shape:
+            return f"{name} has shape {list(ours[name].shape)}, expected {list(expected.shape)}"
         error, norm = (ours[name] - expected).norm().item(), expected.norm().item()
         if not error <= TOLERANCE[dtype] * norm:  # a NaN is a difference too
             gap = (ours[name] - expected).abs().nan_to_num(torch.inf)

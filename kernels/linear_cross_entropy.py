@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.shared import compute_dtype, launch, require, require_kernel_input
+from kernels.shared import compute_dtype, launch, require, require_kernel_input, tokens_of
 
 CHUNKS = 16  # of the vocabulary
 BLOCK, WARPS = 2048, 8  # logits a step of a program, which walks one token; not tuned on a GPU, from `make kernels`
@@ -165,7 +165,7 @@ def linear_cross_entropy(
     one_each = targets.shape == h.shape[:-1]
     require(one_each, "linear_cross_entropy", "targets must be int64, one a token", targets=targets, h=h)
     dtype = compute_dtype(h)
-    flat = h.flatten(0, -2).to(dtype)
+    flat = tokens_of("linear_cross_entropy", h).to(dtype)
     loss, _ = _linear_cross_entropy(flat, weight.to(dtype), targets.flatten(), fused, checked)
     return loss.view(targets.shape)
 

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.pack import check_units, gathered, pack, pack_torch, scale_of, unpack
-from kernels.shared import INTERPRETED, compute_dtype, launch, require, require_kernel_input, size
+from kernels.shared import INTERPRETED, compute_dtype, launch, require, require_kernel_input, size, tokens_of
 
 # Not tuned on a GPU; from the table of `make kernels`.
 TOKENS, UNITS, STEP = 256, 64, 32  # of a tile: tokens, units of the output, units summed over at a time
@@ -199,7 +199,7 @@ def masked_linear(
     None: no bias, all rows, all columns, scale 1. Indices ascend. checked: the caller knows that they do, within the
     weight. Raises KernelError where shapes, dtypes or indices do not fit.
     """
-    flat = x.flatten(0, -2).to(compute_dtype(x))
+    flat = tokens_of("masked_linear", x).to(compute_dtype(x))
     return _masked_linear(flat, weight, bias, rows, cols, row_scale, col_scale, checked).unflatten(0, x.shape[:-1])
 
 
@@ -217,4 +217,6 @@ def packed_linear(
     op, n, m = "packed_linear", size(rows, weight.shape[0]), size(cols, weight.shape[-1])
     require(x.shape[-1] == m, op, f"x must have {m} channels, the living columns of weight", x=x, weight=weight)
     require(bias is None or bias.shape == (n,), op, f"bias must have {n} values", bias=bias, weight=weight)
-    return F.linear(x, pack(weight, rows, cols, row_scale, col_scale, checked), bias)
+    dtype = compute_dtype(x)
+    small = pack(weight, rows, cols, row_scale, col_scale, checked, dtype)
+    return F.linear(x.to(dtype), small, None if bias is None else bias.to(dtype))

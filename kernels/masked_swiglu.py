@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.shared import launch, require, require_kernel_input
+from kernels.shared import launch, require, require_kernel_input, tokens_of
 
 # Not tuned on a GPU; from the table of `make kernels`.
 TOKENS, CHANNELS, WARPS = 4, 256, 4  # of a tile
@@ -137,5 +137,5 @@ _masked_swiglu.register_autograd(_backward, setup_context=_setup)
 def masked_swiglu(gate: Tensor, up: Tensor, z: Tensor | None = None) -> Tensor:
     """gate, up (..., I) of one dtype, z (I,) or None for all 1 -> (..., I). Raises KernelError."""
     require(gate.shape == up.shape, "masked_swiglu", "gate and up must have one shape", gate=gate, up=up)
-    h = _masked_swiglu(gate.flatten(0, -2), up.flatten(0, -2), z)
+    h = _masked_swiglu(tokens_of("masked_swiglu", gate), up.flatten(0, -2), z)
     return h.view(gate.shape)

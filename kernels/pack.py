@@ -227,10 +227,11 @@ def pack(
     row_scale: Tensor | None = None,
     col_scale: Tensor | None = None,
     checked: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """weight (R, C), rows (n,) and cols (m,) int64, scales (n,) and (m,) -> (n, m) in the compute dtype.
+    """weight (R, C), rows (n,) and cols (m,) int64, scales (n,) and (m,) -> (n, m) in dtype.
 
-    None: all rows, all columns, scale 1. Indices ascend. checked: the caller knows that they do, within the weight.
-    Raises KernelError where shapes, dtypes or indices do not fit.
+    None: all rows, all columns, scale 1, the compute dtype. Indices ascend; checked: the caller knows that they do,
+    within the weight. Raises KernelError where shapes, dtypes or indices do not fit.
     """
-    return _pack(weight, rows, cols, row_scale, col_scale, compute_dtype(weight), checked)
+    return _pack(weight, rows, cols, row_scale, col_scale, dtype or compute_dtype(weight), checked)

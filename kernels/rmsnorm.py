@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.pack import gathered, pack_vector, scale_of
-from kernels.shared import compute_dtype, launch, require, require_index, require_kernel_input, size
+from kernels.shared import compute_dtype, launch, require, require_index, require_kernel_input, size, tokens_of
 
 TOKENS_A_PROGRAM = 16  # backward; not tuned on a GPU
 
@@ -204,7 +204,7 @@ def rms_norm(
     """
     same = delta is None or delta.shape == x.shape
     require(same, "rms_norm", "delta must have the shape of x", delta=delta, x=x)
-    flat = x.flatten(0, -2)
+    flat = tokens_of("rms_norm", x)
     added = None if delta is None else delta.flatten(0, -2)
     count = fill * x.shape[-1]
     y, h, _ = _rms_norm(flat, added, weight, rows, scale, count, eps, compute_dtype(x), checked)

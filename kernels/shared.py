@@ -50,6 +50,12 @@ def require_index(op: str, name: str, index: Tensor | None, size: int, checked: 
         require(inside, op, f"{name} holds {low} .. {high}, it must lie in 0 .. {size - 1}", **{name: index}, **of)
 
 
+def tokens_of(op: str, x: Tensor) -> Tensor:
+    """(..., channels) -> (N, channels)."""
+    require(x.dim() >= 2, op, "expected (..., channels), at least one token axis", x=x)
+    return x.flatten(0, -2)
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What matrix products compute in: autocast's dtype where it is on, else that of x."""
     device = x.device.type

@@ -340,6 +340,12 @@ def test_outputs_and_gradients_of_several_tiles_are_those_of_the_formula_in_ever
     assert_exact(op, inputs_of(op, RICH[op], mode), MODES[mode][0])
 
 
+def test_both_linears_compute_in_the_dtype_of_x_where_there_is_no_autocast():
+    x, weight, bias = torch.ones(3, 9).bfloat16(), torch.ones(4, 9), torch.ones(4)
+    for way in (masked_linear, packed_linear):
+        assert torch.equal(way(x, weight, bias), torch.full((3, 4), 10.0).bfloat16())
+
+
 def test_more_tiles_than_a_band_of_them_holds_are_all_computed(monkeypatch):
     for constant, value in {"TOKENS": 64, "UNITS": 32, "STEP": 32}.items():  # 16 tiles of tokens; a band is 8
         monkeypatch.setattr(FILES["masked_linear"], constant, value)
@@ -747,6 +753,10 @@ BAD = [
     bad("masked_swiglu", {"gate": x(3, 7, 63), "up": x(7, 3, 63)}, "one shape", "(3, 7, 63)", "(7, 3, 63)"),
     bad("masked_swiglu", {"gate": x(21, 63).half()}, "one shape and dtype", "float16", "float32"),
     bad("masked_swiglu", {"gate": x(63, 21).T}, "gate must be contiguous", "(21, 63)"),
+    bad("masked_linear", {"x": x(129)}, "at least one token axis", "(129,)"),
+    bad("masked_swiglu", {"gate": x(63), "up": x(63)}, "at least one token axis", "(63,)"),
+    bad("rms_norm", {"x": x(63), "delta": None}, "at least one token axis", "(63,)"),
+    bad("loss", {"h": x(20), "targets": torch.tensor(1)}, "at least one token axis", "(20,)"),
     bad("masked_swiglu", {"z": x(62)}, "z must have 63", "(62,)", "(21, 63)"),
     bad("masked_swiglu", {"up": x(21, 63).long()}, "up must be float32", "(21, 63)", "int64"),
     bad("rms_norm", {"x": x(10, 62), "delta": x(10, 62)}, "x must have 63 channels", "(10, 62)", "(100,)"),
