@@ -19,7 +19,7 @@ import configurator
 import model as llama
 from configurator import ConfigError
 from data.shards import DataError, read_meta
-from data.tokenizer import SentencePiece, load_tokenizer
+from data.tokenizer import load_tokenizer, open_tokenizer
 from evaluate import check_device, load_any
 
 INCOMPLETE = "\ufffd"  # what decoders put in the place of bytes that are not a character yet
@@ -64,7 +64,7 @@ def tokenizer_of(path: Path, data: str):
     if (folder / "tokenizer.json").is_file():
         return TokenizerJson(folder / "tokenizer.json"), []
     if (folder / "tokenizer.model").is_file():
-        tokenizer = SentencePiece(folder / "tokenizer.model")
+        tokenizer = open_tokenizer(folder / "tokenizer.model")
         return tokenizer, [tokenizer.bos]
     raise DataError(f"{folder}: no tokenizer.json or tokenizer.model: name the data set it was trained on with --data=")
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from data.embedded.prepare import Archive, Download
 from data.shards import DataError, read_meta
-from data.tokenizer import HuggingFace, SentencePiece, load_tokenizer
+from data.tokenizer import HuggingFace, load_tokenizer, open_tokenizer
 from model import Llama
 
 FOLDER = Path(__file__).resolve().parent / "data" / "benchmarks" / "download"
@@ -94,9 +94,9 @@ def document(rows: list[dict]) -> Document:
 
 def text_tokenizer(model_folder: str, data: str):
     """The tokenizer in a model's folder, or else that of the data set in `data`. Raises DataError."""
-    for name, kind in (("tokenizer.json", HuggingFace), ("tokenizer.model", SentencePiece)):
+    for name in ("tokenizer.json", "tokenizer.model"):
         if Path(model_folder, name).is_file():
-            return kind(Path(model_folder, name))
+            return open_tokenizer(Path(model_folder, name))
     return load_tokenizer(read_meta(data), data)
 
 

@@ -70,17 +70,19 @@ def use(kernels: str, device: str) -> bool:
             f"kernels = 'triton' on {device}: Triton needs a GPU (TRITON_INTERPRET=1 runs it on a CPU, for tests)"
         )
     fused = kernels == "triton" or (kernels == "auto" and on_gpu)
-    vars(ops).update(TRITON if fused else TORCH)
+    _set(TRITON if fused else TORCH)
+    return fused
+
+
+def _set(implementations: dict[str, Callable]) -> None:
+    vars(ops).update(implementations)
     fastest.clear()
     fastest[ELSE] = packed_linear
-    return fused
 
 
 def plan(kernels: str) -> None:
     """Set the ops of a run on a GPU, to be traced with fake tensors on any machine. kernels: auto | torch | triton."""
-    vars(ops).update(TORCH if kernels == "torch" else TRITON)
-    fastest.clear()
-    fastest[ELSE] = packed_linear
+    _set(TORCH if kernels == "torch" else TRITON)
 
 
 def outcome(way: Callable, inputs: tuple, dtype: torch.dtype, upcast: bool = False) -> dict[str, Tensor]:
