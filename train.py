@@ -593,7 +593,6 @@ def run(cfg: Config, signals: StopSignals, held: ExitStack) -> dict:
                 f"step {step}: loss {loss:.4f}, {speed}"
                 + (f", sparsity {masks.overall_sparsity():.3f}" if masks else "")
             )
-        tell_of_saves()
         if step % cfg.save_interval == 0 or step == cfg.max_steps or stop:
             signals.doing = f"saving step {step}"
             tell_of_saves(wait=True)
@@ -604,9 +603,10 @@ def run(cfg: Config, signals: StopSignals, held: ExitStack) -> dict:
                     "mix": mix.state_dict(), "loader": train.state_dict(),
                 }  # fmt: skip
                 checkpoints.save(step, state, checkpoint.tensors(learned, optimizers))
+        problem = tell_of_saves(wait=bool(stop))
         if stop and step < cfg.max_steps:
             bar.close()
-            if problem := tell_of_saves(wait=True):
+            if problem:
                 raise RunError(f"asked to stop at step {step}, and could not save it: {problem}")
             raise Stopped(f"stopped at step {step} of {cfg.max_steps}, which is saved")
 

@@ -93,9 +93,13 @@ def last_checkpoint(out):
     return checkpoint.checkpoints(Path(out))[-1]
 
 
+def tensors_in(folder):
+    """Of a checkpoint: everything that is learned, and its moments."""
+    return {name: t for f in folder.glob("*.safetensors") for name, t in load_file(f).items()}
+
+
 def weights(out):
-    """Everything that is learned, and its moments."""
-    return {name: t for f in last_checkpoint(out).glob("*.safetensors") for name, t in load_file(f).items()}
+    return tensors_in(last_checkpoint(out))
 
 
 def test_pretraining_learns(source):
@@ -198,6 +202,7 @@ def torchrun(cfg, ranks, script="train.py", succeeds=True):
     done = subprocess.run([*command, str(script), *arguments], cwd=ROOT, capture_output=True, text=True, timeout=400,
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)  # fmt: skip
     assert (done.returncode == 0) == succeeds, done.stderr[-3000:]
+    return done.stderr
 
 
 def assert_same_run(one, other):
