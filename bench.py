@@ -30,6 +30,7 @@ from transformers import LlamaConfig as HFLlamaConfig
 from transformers import LlamaForCausalLM
 
 import demo
+import train
 from data.loader import DomainLoader
 from data.reader import text_of
 from data.shards import HEADER_BYTES, header, open_shard, write_meta, write_shard
@@ -41,6 +42,7 @@ from kernels.cases import Case, cases
 from kernels.linear_cross_entropy import CHUNKS, linear_cross_entropy
 from kernels.machine_code import LLAMA_1B, LLAMA_7B
 from kernels.masked_linear import masked_linear, packed_linear
+from metrics import read_metrics
 from model import BlockUnits, Llama, LlamaConfig, Subnetwork, Units
 from prune import LOG_ALPHA_RANGE, PAD, Masks, backward_to_masks, extract, probability_dead, subnetwork, target_config
 
@@ -366,6 +368,24 @@ def bench_share(results: dict) -> None:
            f"share of evaluation and mix in the demo's pruning: {share:.1%} (under 10 %)")  # fmt: skip
 
 
+def bench_long_run(results: dict, steps: int = 20_000) -> None:
+    """Resident memory of a run of many tiny steps, with evaluations, fits and checkpoints, early and at its end."""
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        domains = {d: write_domain(folder, d, [rng.integers(0, 64, 50_000, np.uint16)]) for d in ("a", "b")}
+        write_meta(folder, {"tokenizer": {}, "vocab_size": 64, "bos": 1, "eos": 2, "domains": domains})
+        train.main(train.Config(
+            data=folder, out_dir=f"{folder}/run", n_layers=1, hidden_size=16, intermediate_size=32, n_heads=2,
+            n_kv_heads=1, head_dim=8, seq_len=16, batch_size=2, micro_batch_size=2, max_steps=steps, eval_interval=100,
+            eval_sequences=2, log_interval=steps // 10, save_interval=500, device=DEVICE,
+        ))  # fmt: skip
+        evaluations = [r for r in read_metrics(Path(folder, "run/metrics.jsonl")) if r["kind"] == "eval"]
+    early, last = (1e-6 * evaluations[i]["memory_bytes"] for i in (len(evaluations) // 10, -1))
+    value = {"steps": steps, "MB after a tenth": early, "MB at the end": last}
+    line = f"memory of a run of {steps:,} steps: {early:.0f} MB after a tenth of them, {last:.0f} MB at the end"
+    report(results, "memory of a long run", value, line)
+
+
 def show(r: dict) -> str:
     return (
         f"{r['ratio']:.2f} ({r['quartiles'][0]:.2f} to {r['quartiles'][1]:.2f}; {r['a_ms']:.0f} and {r['b_ms']:.0f} ms)"
@@ -539,7 +559,8 @@ if __name__ == "__main__":
     where = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}; torch {torch.__version__}; {SOURCE}; {B} sequences of {T} tokens")
     results = {"where": where, "torch": torch.__version__}
-    benches = [bench_pruning_step, bench_against_transformers, bench_mix, bench_loader, bench_tokenize, bench_share]
+    benches = [bench_pruning_step, bench_against_transformers, bench_mix, bench_loader, bench_tokenize, bench_share,
+               bench_long_run]  # fmt: skip
     if DEVICE == "cuda":
         benches += [bench_ceilings, bench_kernels, bench_block]
     else:

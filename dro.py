@@ -235,8 +235,8 @@ class Mix:
         p_M, p0_M = self.reference_ratio_M, self.initial_ratio_M
         low_M, high_M = np.maximum(p0_M / CLAMP, p0_M.min()), np.minimum(p0_M * CLAMP, p0_M.max())
         for m, (p, low, high) in enumerate(zip(p_M, low_M, high_M, strict=True)):
-            bound = next((b for b in (low, high) if abs(p - b) < 0.02 * b), None)
-            self.at_bound[m] = 0 if bound is None else self.at_bound[m] + 1
+            inside = 1.02 * low < p < 0.98 * high  # the last normalisation moves them a little
+            self.at_bound[m] = 0 if inside else self.at_bound[m] + 1
             if self.at_bound[m] == AT_BOUND_FOR:
                 why = "the initial ratios are equal" if low == high else f"of a range {low:.3f} to {high:.3f}"
                 warnings.warn(

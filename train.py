@@ -296,6 +296,13 @@ def refuse_other_runs(out_dir: Path, cfg: Config) -> None:
         )
 
 
+def memory_bytes(device: str) -> int:
+    """At most, of the GPU; now, of the process where there is none."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def size_of(model: llama.Llama) -> str:
     return f"{model.n_parameters():,} parameters, {model.n_parameters(embeddings=False):,} of them not embeddings"
 
@@ -502,7 +509,7 @@ def run(cfg: Config, signals: StopSignals, held: ExitStack) -> dict:
             evaluated = log.record({
                 "kind": "eval", "step": step, "val_loss": loss_M, "ratio": mix.ratio_M,
                 "reference_ratio": mix.reference_ratio_M, "reference_loss": mix.reference_loss_M, "tokens": tokens_M,
-                **mask_record(), "eval_s": eval_s, "mix_s": mix_s,
+                **mask_record(), "eval_s": eval_s, "mix_s": mix_s, "memory_bytes": memory_bytes(device),
             })  # fmt: skip
             each = " ".join(f"{d} {x:.3f} ({q:.2f})" for d, x, q in zip(domains, loss_M, mix.ratio_M, strict=True))
             log.say(f"step {step}: validation loss (next ratio): {each}; mean {loss_M.mean():.4f}")

@@ -61,8 +61,13 @@ def start(arguments: list[str], function: str = "", nth: int = 0) -> subprocess.
                             stderr=subprocess.PIPE, text=True)  # fmt: skip
 
 
+def reproducible(record: dict) -> dict:
+    """What does not depend on the machine."""
+    return {k: v for k, v in record.items() if not k.endswith("_s") and k != "memory_bytes"}
+
+
 def differences(one: Path, other: Path) -> list[str]:
-    """Between two runs, in what they leave and log; time apart."""
+    """Between two runs, in what they leave and log."""
     found = []
     for a in (one / "model").iterdir():
         b = other / a.relative_to(one)
@@ -75,8 +80,8 @@ def differences(one: Path, other: Path) -> list[str]:
             found.append(f"{name} differs between {ends[0]} and {ends[1]}")
     for kind in ("train", "eval", "extracted"):
         records = [[r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == kind] for run in (one, other)]
-        timeless = [[{k: v for k, v in r.items() if not k.endswith("_s")} for r in rs] for rs in records]
-        if json.dumps(timeless[0]) != json.dumps(timeless[1]):
+        logged = [[reproducible(r) for r in rs] for rs in records]
+        if json.dumps(logged[0]) != json.dumps(logged[1]):
             found.append(f"the {kind} records of {one} ({len(records[0])}) and {other} ({len(records[1])}) differ")
     return found
 

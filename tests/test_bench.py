@@ -105,6 +105,14 @@ def test_the_dense_masked_model_computes_what_the_subnetwork_does_without_a_laye
     torch.testing.assert_close(found[0], found[1])
 
 
+def test_a_long_run_tells_its_memory_early_and_at_the_end():
+    results = {}
+    bench.bench_long_run(results, steps=1000)
+    (r,) = results.values()
+    assert r["steps"] == 1000
+    assert 0.9 < r["MB at the end"] / r["MB after a tenth"] < 1.1
+
+
 def test_a_pruned_block_is_timed_by_the_kernels_forward_and_backward(monkeypatch):
     forms, results = [], {}
     for name in ("masked_dense", "subnetwork"):
