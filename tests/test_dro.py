@@ -246,7 +246,7 @@ def warned(m, losses, evaluations=30):
 def test_a_reference_ratio_that_stays_at_its_bound_is_warned_about_once():
     losses = lambda t: np.array([2.0, 9.0, 1.0])  # noqa: E731
     texts = warned(mix(reference_loss_M=np.ones(3), dynamic_reference=False), losses)
-    assert [(i, text[:8]) for i, text in texts] == [(15, "domain c"), (26, "domain b")]
+    assert [(i, text[:8]) for i, text in texts] == [(15, "domain c"), (27, "domain b")]
     for bound, (_, text) in zip(("0.200", "0.51"), texts, strict=True):
         assert f"its reference ratio has been at {bound}" in text and "for 10 evaluations (of a range 0.200 to " in text
     equal = Mix(("a", "b"), np.array([0.5, 0.5]), "dro", dynamic_reference=False, reference_loss_M=np.ones(2))
