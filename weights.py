@@ -21,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+import data.shards
+
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9  # of a safetensors file at most, as tools expect
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors names them
@@ -41,14 +43,7 @@ class Stored:
     read: Callable[[], Tensor]
 
 
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error})") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
+read_json = partial(data.shards.read_json, what_to_do="copy it again from the model", error_class=CheckpointError)
 
 
 def read_config(folder: Path) -> tuple[Path, dict]:

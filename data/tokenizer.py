@@ -25,7 +25,7 @@ import sentencepiece
 import tiktoken
 import tokenizers
 
-from data.shards import DataError, sha256
+from data.shards import DataError, read_json, sha256, short
 
 MODEL_FILE = "tokenizer.model"
 FILES = {"sentencepiece": MODEL_FILE, "tiktoken": "tokenizer.tiktoken", "huggingface": "tokenizer.json"}
@@ -177,13 +177,7 @@ def read_config(path: Path) -> dict:
     """What a tokenizer_config.json holds; {} where there is none. Raises DataError."""
     if not path.is_file():
         return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise DataError(f"{path}: expected a JSON object")
-    return config
+    return read_json(path, "copy it again from the model")
 
 
 Tokenizer = SentencePiece | Tiktoken | HuggingFace
@@ -212,8 +206,11 @@ def load_tokenizer(spec: dict, folder: str | Path) -> Tokenizer:
     meta, spec = spec, spec.get("tokenizer", spec)
     if spec.get("kind") == "tiktoken" and "name" in spec:
         return Tiktoken(spec["name"])
-    if spec.get("kind") not in KINDS:
-        raise DataError(f"{folder}: tokenizer kind {spec.get('kind')!r}: expected one of {', '.join(KINDS)}")
+    if spec.get("kind") not in tuple(KINDS):
+        raise DataError(f"{folder}: tokenizer kind {short(spec.get('kind'))}: expected one of {', '.join(KINDS)}")
+    named = all(isinstance(spec.get(name), str) for name in ("file", "sha256"))
+    if not named or Path(spec["file"]).name != spec["file"]:
+        raise DataError(f"{folder}: tokenizer: expected a file of this folder and its sha256, found {short(spec)}")
     path = Path(folder, spec["file"])
     tokenizer = KINDS[spec["kind"]](path)
     if sha256(path) != spec["sha256"]:
