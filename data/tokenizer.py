@@ -64,7 +64,7 @@ class SentencePiece:
             raise DataError(f"{path}: no such tokenizer: expected a sentencepiece .model file")
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError):
+        except (OSError, RuntimeError, ValueError):
             raise DataError(f"{path}: not a sentencepiece model: give the .model file (not .vocab or .json)") from None
         self.vocab_size = self.model.vocab_size()
         self.bos, self.eos = self.model.bos_id(), self.model.eos_id()
@@ -208,12 +208,11 @@ def load_tokenizer(spec: dict, folder: str | Path) -> Tokenizer:
         return Tiktoken(spec["name"])
     if spec.get("kind") not in tuple(KINDS):
         raise DataError(f"{folder}: tokenizer kind {short(spec.get('kind'))}: expected one of {', '.join(KINDS)}")
-    named = all(isinstance(spec.get(name), str) for name in ("file", "sha256"))
-    if not named or Path(spec["file"]).name != spec["file"]:
-        raise DataError(f"{folder}: tokenizer: expected a file of this folder and its sha256, found {short(spec)}")
+    if spec.get("file") != FILES[spec["kind"]]:
+        raise DataError(f"{folder}: tokenizer file {short(spec.get('file'))}: expected {FILES[spec['kind']]}")
     path = Path(folder, spec["file"])
     tokenizer = KINDS[spec["kind"]](path)
-    if sha256(path) != spec["sha256"]:
+    if sha256(path) != spec.get("sha256"):
         raise DataError(f"{path}: checksum differs from meta.json: prepare the data set again")
     for name in ("bos", "eos"):
         if meta.get(name, getattr(tokenizer, name)) != getattr(tokenizer, name):
