@@ -18,6 +18,7 @@ import plot
 import train
 from data.loader import DomainLoader
 from data.shards import DataError
+from metrics import RunError, read_metrics
 
 OUT = Path("out/demo")
 STAGES = ("pretrain", "prune", "continue")
@@ -27,13 +28,13 @@ SEQUENCES = 64  # validation windows a domain in the final table
 
 def step_ms(stage: str, share: slice) -> float:
     """Median time of the steps in a share of the stage's run."""
-    steps = [r for r in train.read_metrics(OUT / stage / "metrics.jsonl") if r["kind"] == "train"]
+    steps = [r for r in read_metrics(OUT / stage / "metrics.jsonl") if r["kind"] == "train"]
     return 1e3 * median(r["step_s"] for r in steps[int(share.start * len(steps)) : int(share.stop * len(steps))])
 
 
 def time_spent(stage: str) -> tuple[float, float]:
     """Seconds of the stage's steps, and of its evaluations with the mix."""
-    records = train.read_metrics(OUT / stage / "metrics.jsonl")
+    records = read_metrics(OUT / stage / "metrics.jsonl")
     evaluation_s = sum(r["eval_s"] + r["mix_s"] for r in records if r["kind"] == "eval")
     return sum(r["step_s"] for r in records if r["kind"] == "train"), evaluation_s
 
@@ -45,7 +46,7 @@ def main() -> None:
         train.main(cfg)
 
     print("\n==== summary ====", flush=True)
-    run = train.read_metrics(OUT / "prune" / "metrics.jsonl")[0]
+    run = read_metrics(OUT / "prune" / "metrics.jsonl")[0]
     val = DomainLoader(cfg.data, tuple(run["domains"]), cfg.seq_len, cfg.seed, "val")
     models = {NAMES[stage]: llama.load(OUT / stage / "model", cfg.device) for stage in STAGES}
     loss = {name: evaluate.evaluate(m, val, SEQUENCES, 8, cfg.device) for name, m in models.items()}
@@ -93,5 +94,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (configurator.ConfigError, DataError, llama.CheckpointError, train.TargetError, train.RunError) as error:
+    except train.Stopped as stopped:
+        print(f"{stopped}; make demo goes on from there")
+    except (configurator.ConfigError, DataError, llama.CheckpointError, train.TargetError, RunError) as error:
         sys.exit(f"error: {error}\n(rm -r {OUT} starts the demo from the beginning)")

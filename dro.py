@@ -22,6 +22,8 @@ EMA = 0.1  # weight of the newest training loss
 HISTORY_FROM, FIT_FROM, MOVE_FROM = 0.02, 0.10, 0.20  # shares of the run: record, first fit, reference ratio moves
 FIT_POINTS = 64  # at most this many points of the history go into a fit
 FIT_MORE_THAN = 10  # and it needs more than this many
+AT_BOUND_FOR = 10  # evaluations in a row with a ratio at its bound that are worth a warning
+UNPREDICTIVE = 0.05  # nats below its reference, or away from its own law, at which a domain is warned about
 MIXES = ("constant", "sheared", "bandit", "dro")
 
 
@@ -161,12 +163,14 @@ class Mix:
     train_weight_M: np.ndarray = field(init=False)  # and the weight it holds, for the correction
     history: list = field(default_factory=list)  # [tokens_M, loss_M, sparsity] of each evaluation
     fitted: list = field(init=False)  # has the domain's reference loss come from its own law yet
+    at_bound: list = field(init=False)  # for how many evaluations each reference ratio has been at a bound of its range
+    unpredictive: list = field(init=False)  # was the domain's reference loss no longer predictive, the last time
 
     def __post_init__(self) -> None:
         if self.kind not in MIXES:
             raise ValueError(f"mix = {self.kind!r}: must be one of {', '.join(MIXES)}")
         M = len(self.domains)
-        self.fitted = [False] * M
+        self.fitted, self.at_bound, self.unpredictive = [False] * M, [0] * M, [False] * M
         self.initial_ratio_M = _checked(self.initial_ratio_M)[0]
         self.ratio_M, self.reference_ratio_M = self.initial_ratio_M.copy(), self.initial_ratio_M.copy()
         self.loss_M, self.train_loss_M, self.train_weight_M = np.full(M, np.nan), np.zeros(M), np.zeros(M)
@@ -199,7 +203,8 @@ class Mix:
         loss_M: validation loss, nats. tokens_M: training tokens of each domain so far. progress: step / max_steps.
         sparsity, final_sparsity: overall expected sparsity now and at the end (0: nothing is pruned).
         record: whether the scaling law is to see this evaluation.
-        A loss that is not finite leaves its domain at the last one, with a warning.
+        A loss that is not finite leaves its domain at the last one, with a warning. So do warn, once each time that it
+        begins: a reference ratio that stays at a bound of its range, a reference loss that is no longer predictive.
         """
         for domain in np.array(self.domains)[~np.isfinite(loss_M)]:
             warnings.warn(f"domain {domain}: no finite validation loss, its last one stays", stacklevel=2)
@@ -223,6 +228,33 @@ class Mix:
                 self.reference_ratio_M = next_reference_ratio(
                     self.reference_ratio_M, self.ratio_M, self.initial_ratio_M
                 )
+                self._warn_of_bounds()
+
+    def _warn_of_bounds(self) -> None:
+        p_M, p0_M = self.reference_ratio_M, self.initial_ratio_M
+        low_M, high_M = np.maximum(p0_M / CLAMP, p0_M.min()), np.minimum(p0_M * CLAMP, p0_M.max())
+        for m, (p, low, high) in enumerate(zip(p_M, low_M, high_M, strict=True)):
+            bound = next((b for b in (low, high) if abs(p - b) < 0.02 * b), None)
+            self.at_bound[m] = 0 if bound is None else self.at_bound[m] + 1
+            if self.at_bound[m] == AT_BOUND_FOR:
+                why = "no room to move, the initial ratios are equal" if low == high else f"range {low:.3f} to {high:.3f}"
+                warnings.warn(
+                    f"domain {self.domains[m]}: its reference ratio has been at {p:.3f} for {AT_BOUND_FOR} evaluations "
+                    f"({why}): other initial ratios would let the mix move",
+                    stacklevel=3,
+                )
+
+    def _warn_of_reference(self, m: int, law_misses: float) -> None:
+        below = self.reference_loss_M[m] - self.loss_M[m]
+        unpredictive = bool(max(below, abs(law_misses)) > UNPREDICTIVE)
+        if unpredictive and not self.unpredictive[m]:
+            what = (
+                f"the validation loss {self.loss_M[m]:.3f} is already {below:.3f} nats below it"
+                if below > UNPREDICTIVE
+                else f"the law behind it is {abs(law_misses):.3f} nats away from the last evaluation"
+            )
+            warnings.warn(f"domain {self.domains[m]}: its reference loss is no longer predictive: {what}", stacklevel=4)
+        self.unpredictive[m] = unpredictive
 
     def _predict_reference(self, tokens_M: np.ndarray, progress: float, sparsity: float, final_sparsity: float) -> None:
         """reference <- the scaling law's loss at the end of the run, fitted to the history (refloss.py)."""
@@ -237,7 +269,7 @@ class Mix:
         with_sparsity = final_sparsity > 0
         M = len(self.domains)
         before_M = np.full(M, np.nan) if self.reference_loss_M is None else self.reference_loss_M
-        reference_M = before_M.copy()
+        reference_M, misses_M = before_M.copy(), np.zeros(M)
         for m, domain in enumerate(self.domains):
             try:
                 law = refloss.fit(tokens_PM[:, m], loss_PM[:, m], sparsity_P if with_sparsity else None)
@@ -245,12 +277,15 @@ class Mix:
                 warnings.warn(f"domain {domain}: no scaling law, its reference loss stays: {error}", stacklevel=3)
                 continue
             reference_M[m] = law.predict(tokens_M[m] / progress, final_sparsity if with_sparsity else None)
+            misses_M[m] = law.predict(tokens_M[m], sparsity if with_sparsity else None) - self.loss_M[m]
             if self.clip_reference:
                 lowest = before_M[m] if self.fitted[m] else min(loss_M[m] for _, loss_M, _ in self.history)
                 reference_M[m] = min(reference_M[m], lowest)
             self.fitted[m] = True
         if np.isfinite(reference_M).all():
             self.reference_loss_M = reference_M
+            for m in range(M):
+                self._warn_of_reference(m, misses_M[m])
         else:  # a domain has neither a given nor a predicted reference: the mix waits
             self.fitted = [False] * M
 
@@ -260,7 +295,8 @@ class Mix:
             for name in ("ratio_M", "reference_ratio_M", "loss_M", "train_loss_M", "train_weight_M")
         }
         reference = None if self.reference_loss_M is None else self.reference_loss_M.tolist()
-        return {**state, "reference_loss_M": reference, "history": list(self.history), "fitted": list(self.fitted)}
+        lists = {name: list(getattr(self, name)) for name in ("history", "fitted", "at_bound", "unpredictive")}
+        return {**state, "reference_loss_M": reference, **lists}
 
     def load_state_dict(self, state: dict) -> None:
         if len(state["ratio_M"]) != len(self.domains):

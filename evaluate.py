@@ -3,9 +3,10 @@
     python evaluate.py out/demo/continue/model --data=data/embedded --seq_len=256
     python evaluate.py data/smollm2/model --tasks=arc_easy,sciq,piqa,hellaswag,lambada --limit=200
 
-Takes a Hugging Face folder, or the checkpoint.pt of a run: of a pruning run, what its masks would export now.
-A token's loss depends on how much text precedes it: numbers at different seq_len must not be compared. With tasks
-(tasks.py says how they are scored) the text's tokenizer is the one in the model's folder, or else the data set's.
+Takes a Hugging Face folder, or a checkpoint of a run (out_dir/step_NNNNNN): of a pruning run, what its masks would
+export now. A token's loss depends on how much text precedes it: numbers at different seq_len must not be compared.
+With tasks (tasks.py says how they are scored) the text's tokenizer is the one in the model's folder, or else the data
+set's.
 """
 
 import math
@@ -17,12 +18,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+import checkpoint
 import configurator
 import model as llama
 import tasks
 from data.loader import DomainLoader
 from data.shards import DataError, read_meta
-from parallel import read_weights
 from prune import Masks, extract
 
 
@@ -88,22 +89,21 @@ class Config:
 
 def load_any(path: str, device: str) -> llama.Llama:
     """The model of a Hugging Face folder or of a run's checkpoint. Raises CheckpointError."""
-    if not path.endswith(".pt"):
+    folder = Path(path)
+    if not (folder / checkpoint.STATE).is_file():
         return llama.load(path, device)
+    if problem := checkpoint.problem_of(folder):
+        raise llama.CheckpointError(f"{path}: {problem}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        model = llama.Llama(llama.LlamaConfig(**state["source"]))
-        if "shares" in state:
-            read_weights(Path(path).parent / state["shares"], model)
-        else:
-            model.load_state_dict(state["model"])
+        state = checkpoint.read_state(folder)
+        model, masks = llama.Llama(llama.LlamaConfig(**state["source"])), None
+        learned = {"model": model}
         if state["target"]:
-            masks = Masks(model.config, llama.LlamaConfig(**state["target"]), seed=0)
-            masks.load_state_dict(state["masks"])
-            model = extract(model, masks)
-    except Exception as error:
-        raise llama.CheckpointError(f"{path}: not a checkpoint of train.py ({type(error).__name__})") from error
-    return model.to(device)
+            masks = learned["masks"] = Masks(model.config, llama.LlamaConfig(**state["target"]), seed=0)
+        checkpoint.load(folder, {n: p.detach() for k, m in learned.items() for n, p in m.named_parameters(k)})
+    except (checkpoint.RunError, TypeError, ValueError) as error:
+        raise llama.CheckpointError(f"{path}: not a checkpoint of train.py ({error})") from None
+    return (extract(model, masks) if masks else model).to(device)
 
 
 def evaluate_tasks(folder: str, cfg: Config) -> None:

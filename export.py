@@ -1,10 +1,10 @@
 """A run's model as a folder for other tools: weights, config, tokenizer, and a card that says how it was made.
 
-    python export.py out/llama2-1.3b/continue/checkpoint.pt out/Llama-1.3B --dtype=bfloat16
+    python export.py out/llama2-1.3b/continue/model out/Llama-1.3B --dtype=bfloat16
 
-Takes the checkpoint.pt of a run (of a pruning run, what its masks would export now) or a model folder. The result loads
-with transformers' AutoModelForCausalLM and AutoTokenizer. Tokenizer files come from the model the run started from, or
-from --tokenizer.
+Takes a model folder, or a checkpoint of a run (out_dir/step_NNNNNN): of a pruning run, what its masks would export
+now. The result loads with transformers' AutoModelForCausalLM and AutoTokenizer. Tokenizer files come from the model
+the run started from, or from --tokenizer.
 """
 
 import json
@@ -16,12 +16,13 @@ from pathlib import Path
 
 import torch
 
+import checkpoint
 import configurator
 import model as llama
 from configurator import ConfigError
 from evaluate import load_any
+from metrics import RunError, read_metrics
 from train import Config as TrainConfig
-from train import RunError, read_metrics
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of these is enough to call a folder's tokenizer
 CARRIED = (
@@ -150,9 +151,7 @@ def main(path: str, out: str, cfg: Config) -> None:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ConfigError(f"{target}: is there already: choose a folder that does not exist or is empty")
     model = load_any(path, "cpu")
-    step = math.inf
-    if path.endswith(".pt"):
-        step = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
+    step = checkpoint.read_state(source)["step"] if (source / checkpoint.STATE).is_file() else math.inf
     history = stages(source, step)
     files = tokenizer_files(source, history, cfg.tokenizer)
     text = card(target.name, model, history, cfg.dtype, bool(files))

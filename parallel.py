@@ -6,28 +6,25 @@ for its backward pass. HSDP splits within a node and copies between nodes, whose
 
 A mask sample may leave a block dead on one rank and alive on another. DDP looks for what took no part. FSDP's ranks
 must meet at the same gathers and sums, so there a dead block still hands zeros to its gradients (model._TakePart).
-
-A sharded checkpoint is a folder of safetensors files, one a rank, written by torch.distributed.checkpoint while
-training goes on; any number of ranks, or none, can read it. Masks, lambdas and mix are small and the same everywhere.
 """
 
+import hashlib
+import json
 import os
-import shutil
-from concurrent.futures import Future
+import sys
+from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from configurator import ConfigError
 from model import Llama
-
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, of its shape
 
 
 def mesh_of(kind: str, device: str) -> DeviceMesh:
@@ -77,60 +74,56 @@ def average_over_ranks(grads: list[Tensor], device: str) -> None:
         g.copy_(part.view_as(g))
 
 
-def shares(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Every weight and its moments, by name."""
-    tensors = {}
-    for name, p in model.named_parameters():
-        state = optimizer.state[p]
-        if not state:  # as AdamW makes it at its first step
-            state |= {"step": torch.zeros((), device=p.device)} | {m: torch.zeros_like(p) for m in MOMENTS}
-        tensors |= {f"weight.{name}": p.detach()} | {f"{m}.{name}": state[m] for m in MOMENTS}
-    return tensors
+def position() -> tuple[int, int]:
+    """Rank and number of ranks; (0, 1) alone."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def write_shares(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, group: dist.ProcessGroup
-) -> Future:
-    """Copies the shares to the CPU, then writes them in the background; done when every rank's file is on the disk.
-
-    group: of all ranks, used for nothing else: training's own messages would get between those of the writers.
-    """
-    if dist.get_rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed while it wrote here
-        folder.mkdir(parents=True)
-    dist.barrier()
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    return dcp.async_save(shares(model, optimizer), storage_writer=writer, process_group=group)
-
-
-def load_from(folder: Path, tensors: dict[str, Tensor]) -> None:
-    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not dist.is_initialized())
+def exchange(value: object, group: dist.ProcessGroup | None = None) -> list:
+    """What every rank gave, in their order; all must call it. The values travel as JSON."""
+    if not dist.is_initialized():
+        return [value]
+    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(text)]), group=group)
+    padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
+    padded[: len(text)] = text
+    texts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(texts, padded, group=group)
+    return [json.loads(t[: int(n)].numpy().tobytes()) for t, n in zip(texts, sizes, strict=True)]
 
 
-def read_shares(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
-    """Into a model that is sharded over any number of ranks, or whole. steps: that the optimizer had taken."""
-    load_from(folder, shares(model, optimizer))
-    set_steps(optimizer, steps)
+def hash_of_code() -> str:
+    root, digest = Path(__file__).parent, hashlib.sha256()
+    for path in sorted([*root.glob("*.py"), *root.glob("data/*.py"), *root.glob("kernels/*.py")]):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
-def read_weights(folder: Path, model: nn.Module) -> None:
-    weights = {f"weight.{name}": p.detach() for name, p in model.named_parameters()}
-    load_from(folder, weights)
+def versions() -> dict[str, str]:
+    return {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
 
 
-def read_whole(state: dict, moments: dict, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
-    """The same from the state dicts of a model and its optimizer that were not sharded."""
-    into = shares(model, optimizer)
-    for i, (name, _) in enumerate(model.named_parameters()):
-        put(into[f"weight.{name}"], state[name])
-        for moment in MOMENTS:
-            put(into[f"{moment}.{name}"], moments[i][moment])
-    set_steps(optimizer, steps)
+def refuse_unequal(settings: dict) -> None:
+    """Raises ConfigError, on every rank, where one has other settings, code or libraries than the first."""
+    of_ranks = exchange({"code of this project": hash_of_code(), **versions(), **settings})
+    for rank, here in enumerate(of_ranks):
+        for name, value in of_ranks[0].items():
+            if here.get(name) != value:
+                raise ConfigError(f"rank {rank} runs with {name} = {here.get(name)!r}, rank 0 with {value!r}: "
+                                  "give every rank the same")  # fmt: skip
 
 
-def set_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
-    for state in optimizer.state.values():
-        state["step"].fill_(steps)
+def is_first_to_say(message: str) -> bool:
+    """Whether no other rank has asked the same before: asked of torchrun's store, which outlives every rank."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return True
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
+        return store.add(message, 1) == 1
+    except (RuntimeError, ValueError, KeyError):
+        return True
 
 
 def gather(model: Llama) -> Llama:

@@ -19,7 +19,7 @@ matplotlib.use("Agg")  # files only: no display is needed
 import matplotlib.pyplot as plt
 import numpy as np
 
-from train import RunError, read_metrics
+from metrics import RunError, read_metrics
 
 SMOOTH = 0.1  # weight of the newest point in the moving averages drawn
 

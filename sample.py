@@ -2,8 +2,8 @@
 
     python sample.py out/demo/continue/model "def main(" --data=data/embedded --temperature=0.8
 
-Takes a model folder or the checkpoint.pt of a run. The tokenizer is the one in the model's folder (tokenizer.json or
-tokenizer.model), or that of a data set: --data. The same seed gives the same text.
+Takes a model folder, or a checkpoint of a run (out_dir/step_NNNNNN). The tokenizer is the one in the model's folder
+(tokenizer.json or tokenizer.model), or that of a data set: --data. The same seed gives the same text.
 """
 
 import math
@@ -60,13 +60,12 @@ def tokenizer_of(path: Path, data: str):
     if data:
         tokenizer = load_tokenizer(read_meta(data), data)
         return tokenizer, [tokenizer.bos]
-    folder = path.parent if path.is_file() else path
-    if (folder / "tokenizer.json").is_file():
-        return TokenizerJson(folder / "tokenizer.json"), []
-    if (folder / "tokenizer.model").is_file():
-        tokenizer = open_tokenizer(folder / "tokenizer.model")
+    if (path / "tokenizer.json").is_file():
+        return TokenizerJson(path / "tokenizer.json"), []
+    if (path / "tokenizer.model").is_file():
+        tokenizer = open_tokenizer(path / "tokenizer.model")
         return tokenizer, [tokenizer.bos]
-    raise DataError(f"{folder}: no tokenizer.json or tokenizer.model: name the data set it was trained on with --data=")
+    raise DataError(f"{path}: no tokenizer.json or tokenizer.model: name the data set it was trained on with --data=")
 
 
 def choose(logits_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:

@@ -4,20 +4,23 @@
     torchrun --nproc_per_node=8 train.py config/prune.py
 
 A stage reads its model from init_from, logs one JSON object a line to out_dir/metrics.jsonl, checkpoints to
-out_dir/checkpoint.pt, and leaves a Hugging Face folder in out_dir/model, where the next stage starts.
+out_dir/step_NNNNNN, and leaves a Hugging Face folder in out_dir/model, where the next stage starts.
 """
 
-import copy
 import json
 import math
 import os
-import shutil
+import re
+import shlex
+import signal
 import sys
+import threading
 import time
+import traceback
 import warnings
-from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -26,15 +29,18 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import checkpoint
 import configurator
 import model as llama
+from checkpoint import Checkpoints, attempt, on_chief
 from configurator import ConfigError
 from data.loader import DomainLoader
 from data.shards import DataError, read_meta, sha256
 from dro import MIXES, Mix
 from evaluate import bits_per_byte, check_device, evaluate, table
 from kernels import dispatch
-from parallel import average_over_ranks, gather, put, read_shares, read_whole, shard, whole, write_shares
+from metrics import Log, RunError, read_metrics
+from parallel import average_over_ranks, gather, is_first_to_say, put, refuse_unequal, shard, versions, whole
 from plan import plan
 from prune import PAD, Masks, TargetError, backward_to_masks, extract, subnetwork, target_config, to_device
 
@@ -49,21 +55,27 @@ FREE = {
     "checkpoint_activations",
     "log_interval",
     "save_interval",
+    "keep_checkpoints",
+    "keep_every",
+    "rank_timeout",
     "plan",
     "gpus",
     "gpu_memory",
     "gpu_tflops",
     "mfu",
 }  # on resume
+SKIPPED_AT_MOST = 10  # steps in a row without a finite loss and gradient end the run
 DEGENERATE = 0.9  # a ratio above this is warned about: near one-hot mixes are the field's best-known failure
+EVALUATION_AT_MOST = 0.25  # of the run's time; more is warned about
+LOST = re.compile("gloo|NCCL|[Cc]onnection (closed|reset)|[Tt]imed? ?out")  # in what torch says of ranks out of reach
 
 
 @dataclass(frozen=True)
 class Config:
     stage: str = "pretrain"  # pretrain | prune | continue
-    out_dir: str = "out/run"  # metrics.jsonl, checkpoint.pt and model/ go here
+    out_dir: str = "out/run"  # metrics.jsonl, checkpoints and model/ go here
     init_from: str = ""  # Hugging Face folder of the model to start from; "" = random weights (pretrain only)
-    resume: bool = False  # go on from out_dir/checkpoint.pt
+    resume: bool = False  # go on from the newest whole checkpoint in out_dir
     # data
     data: str = "data/embedded"  # folder of a prepared data set (meta.json and shards)
     domains: tuple[str, ...] = ()  # () = all of the data set
@@ -100,6 +112,9 @@ class Config:
     eval_sequences: int = 16  # windows a domain
     log_interval: int = 10  # steps between lines of the log
     save_interval: int = 100  # steps between checkpoints
+    keep_checkpoints: int = 2  # the newest that stay
+    keep_every: int = 0  # checkpoints at multiples of this step stay too; 0 = none
+    rank_timeout: int = 600  # seconds that a rank waits for the others before the run ends with an error
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     dtype: str = "float32"  # float32 | bfloat16 (autocast; weights and optimizer stay float32)
     parallel: str = "ddp"  # ddp: every rank holds the model | fsdp: a share of it | hsdp: a share of its node's copy
@@ -113,8 +128,27 @@ class Config:
     compile: bool = False  # torch.compile; not for prune, whose shapes change with every sample
 
 
-class RunError(RuntimeError):
-    """A run that cannot start, go on or be resumed; the message says where and what to do."""
+class Stopped(Exception):
+    """The run was asked to stop, by SIGTERM or SIGINT, and has saved itself."""
+
+
+class StopSignals:
+    """While it lasts, SIGTERM and the first SIGINT ask the run to stop after its step; a second SIGINT interrupts."""
+
+    def __enter__(self) -> "StopSignals":
+        self.asked, self.before = "", {}
+        if threading.current_thread() is threading.main_thread():
+            self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _) -> None:
+        if self.asked == "SIGINT" and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = signal.Signals(number).name
 
 
 def check(cfg: Config) -> None:
@@ -126,14 +160,15 @@ def check(cfg: Config) -> None:
         if getattr(cfg, name) not in allowed:
             raise ConfigError(f"{name} = {getattr(cfg, name)!r}: must be one of {', '.join(allowed)}")
     for name in ("seq_len", "batch_size", "micro_batch_size", "max_steps", "eval_interval", "eval_sequences",
-                 "log_interval", "save_interval", "gpus"):  # fmt: skip
+                 "log_interval", "save_interval", "keep_checkpoints", "rank_timeout", "gpus"):  # fmt: skip
         if getattr(cfg, name) < 1:
             raise ConfigError(f"{name} = {getattr(cfg, name)}: must be at least 1")
     for name in ("lr", "mask_lr", "gpu_memory", "gpu_tflops", "mfu"):
         if not 0 < getattr(cfg, name) < math.inf:
             raise ConfigError(f"{name} = {getattr(cfg, name)}: must be positive")
-    if cfg.seed < 0:
-        raise ConfigError(f"seed = {cfg.seed}: must not be negative")
+    for name in ("seed", "keep_every"):
+        if getattr(cfg, name) < 0:
+            raise ConfigError(f"{name} = {getattr(cfg, name)}: must not be negative")
     check_device(cfg.device)
     for name in ("lr_warmup", "sparsity_warmup"):
         if not 0 <= getattr(cfg, name) <= cfg.max_steps:
@@ -229,70 +264,6 @@ def plan_of(cfg: Config) -> str:
     )  # fmt: skip
 
 
-def snapshot(model, optimizers, masks: Masks | None, mix: Mix, loader: DomainLoader, sharded: bool) -> dict:
-    """The state of a run, without the weights and their moments where these are in shares."""
-    weights = {} if sharded else {"model": model.state_dict(), "moments": optimizers[0].state_dict()["state"]}
-    return weights | {
-        "optimizers": [o.state_dict() for o in optimizers[1:]],  # of masks and lambdas
-        "masks": masks.state_dict() if masks else None,
-        "mix": mix.state_dict(),
-        "loader": loader.state_dict(),
-    }
-
-
-def restore(state: dict, path: Path, model, optimizers, masks: Masks | None, mix: Mix, loader: DomainLoader) -> None:
-    """What snapshot took, put back, sharded or not. Raises RunError naming the first tensor of another shape."""
-    if "shares" in state:
-        read_shares(path.parent / state["shares"], model, optimizers[0], state["step"])
-    else:
-        shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-        saved_shapes = {name: tuple(t.shape) for name, t in state["model"].items()}
-        for name in sorted(shapes | saved_shapes):
-            if shapes.get(name) != saved_shapes.get(name):
-                raise RunError(f"{path}: {name} has shape {saved_shapes.get(name)}, the model {shapes.get(name)}")
-        read_whole(state["model"], state["moments"], model, optimizers[0], state["step"])
-    for optimizer, saved in zip(optimizers[1:], state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    if masks:
-        masks.load_state_dict(state["masks"])
-    mix.load_state_dict(state["mix"])
-    loader.load_state_dict(state["loader"])
-
-
-def save_checkpoint(path: Path, state: dict) -> None:
-    beside = path.with_suffix(".tmp")
-    with open(beside, "wb") as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(beside, path)
-
-
-def commit(writing: tuple[Future, dict] | None, path: Path, chief: bool) -> None:
-    """Wait until the shares are on the disk, make them the checkpoint, and drop those of the one before."""
-    if writing is None:
-        return
-    future, run = writing
-    future.result()
-    if chief:
-        save_checkpoint(path, run)
-        for folder in path.parent.glob("step_*"):
-            if folder.name != run["shares"]:
-                shutil.rmtree(folder)
-
-
-def load_checkpoint(path: Path, cfg: Config) -> dict:
-    """Raises RunError when the file is broken or belongs to a run with other settings."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise RunError(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
-    if not isinstance(state, dict) or not {"config", "step", "tokens_M", "data"} <= set(state):
-        raise RunError(f"{path}: not a checkpoint of train.py")
-    same_run(state["config"], cfg, path)
-    return state
-
-
 def same_run(config: dict, cfg: Config, where: Path) -> None:
     """Raises RunError where a setting that shapes the run differs from that of the run being resumed."""
     for name, value in json.loads(json.dumps(asdict(cfg))).items():
@@ -300,11 +271,20 @@ def same_run(config: dict, cfg: Config, where: Path) -> None:
             raise RunError(f"{where}: was written with {name} = {config.get(name)!r}, this run has {value!r}")
 
 
+def same_shapes(state: dict, shapes: dict, where: Path) -> None:
+    """Raises RunError where the model of a checkpoint is another than the run's, which init_from may have become."""
+    for model, here in json.loads(json.dumps(shapes)).items():
+        for name, value in (here or {}).items():
+            if (saved := (state[model] or {}).get(name)) != value:
+                raise RunError(f"{where}: was written with a {model} model of {name} = {saved}, this run's has {value}")
+
+
 def refuse_other_runs(out_dir: Path, cfg: Config) -> None:
     """An out_dir belongs to one run: nothing there, or with resume the same run. Raises RunError."""
     if out_dir.exists() and not out_dir.is_dir():
         raise RunError(f"{out_dir} is a file: out_dir must be a folder")
-    there = [name for name in ("metrics.jsonl", "checkpoint.pt", "model") if (out_dir / name).exists()]
+    files = [out_dir / "metrics.jsonl", out_dir / "model", *checkpoint.checkpoints(out_dir)[-1:]]
+    there = [f.name for f in files if f.exists()]
     if there and not cfg.resume:
         raise RunError(f"{out_dir} holds a run already ({', '.join(there)}): add --resume or choose another out_dir")
     header = [r for r in read_metrics(out_dir / "metrics.jsonl") if r["kind"] == "run"]
@@ -316,78 +296,85 @@ def refuse_other_runs(out_dir: Path, cfg: Config) -> None:
         )
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl; a last line that a killed run has cut is left out. Raises RunError."""
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except ValueError:  # of UTF-8 or of JSON
-            if number == len(lines):
-                break
-            record = None
-        if not isinstance(record, dict) or "kind" not in record or ("step" not in record and record["kind"] != "run"):
-            raise RunError(f"{path}:{number}: not a record of a run")
-        records.append(record)
-    return records
+def size_of(model: llama.Llama) -> str:
+    return f"{model.n_parameters():,} parameters, {model.n_parameters(embeddings=False):,} of them not embeddings"
 
 
-def keep_metrics_before(path: Path, step: int) -> None:
-    """Drop what the run will write again: steps after the checkpoint, evaluations from it on; all of it at step 0."""
-    kept = [r for r in read_metrics(path) if step and (r["kind"] == "run" or r["step"] < step + (r["kind"] == "train"))]
-    beside = path.with_suffix(".tmp")
-    beside.write_text("".join(json.dumps(r) + "\n" for r in kept))
-    os.replace(beside, path)
-
-
-def plain(value):
-    """An array as JSON takes it: a list, None where a domain has no finite number."""
-    return [x if math.isfinite(x) else None for x in value.tolist()] if isinstance(value, np.ndarray) else value
-
-
-def main(cfg: Config) -> dict:
-    """Run one stage; returns the last evaluation record. Raises ConfigError, DataError, CheckpointError, RunError."""
-    check(cfg)
-    if cfg.plan:
-        print(plan_of(cfg))
-        return {}
-
-    # ---- ranks: torchrun sets these; alone, this is rank 0 of 1
+def set_up_ranks(cfg: Config) -> tuple[int, int, str]:
+    """Rank, number of ranks and device, from what torchrun sets; alone, this is rank 0 of 1."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    n_micro_batches = cfg.batch_size // cfg.micro_batch_size
-    if n_micro_batches % world_size:
-        raise ConfigError(f"{n_micro_batches} micro-batches a step cannot be shared equally by {world_size} ranks")
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cfg.device == "cuda" else cfg.device
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=cfg.rank_timeout))
+    return rank, world_size, device
+
+
+def main(cfg: Config) -> dict:
+    """Run one stage; returns the last evaluation record.
+
+    Raises ConfigError, DataError, CheckpointError, RunError, and Stopped where a signal ended it in good order.
+    """
+    check(cfg)
+    if cfg.plan:
+        print(plan_of(cfg))
+        return {}
+    with StopSignals() as signals, ExitStack() as held:
+        try:
+            return run(cfg, signals, held)
+        except RuntimeError as error:
+            if not LOST.search(str(error)) or not dist.is_initialized():
+                raise
+            raise RunError(
+                f"rank {dist.get_rank()}, {signals.doing}: another rank is gone, or made this one wait longer than "
+                f"rank_timeout = {cfg.rank_timeout} s; its own error stands above, or in the output of its node "
+                f"({str(error).splitlines()[0][:200]})"
+            ) from error
+
+
+def run(cfg: Config, signals: StopSignals, held: ExitStack) -> dict:
+    # ---- ranks
+    rank, world_size, device = set_up_ranks(cfg)
+    n_micro_batches, chief = cfg.batch_size // cfg.micro_batch_size, rank == 0
+    if n_micro_batches % world_size:
+        raise ConfigError(f"{n_micro_batches} micro-batches a step cannot be shared equally by {world_size} ranks")
     sharded = world_size > 1 and cfg.parallel != "ddp"
     with_kernels = dispatch.use(cfg.kernels, device)
-    writers = dist.new_group(backend="gloo") if sharded else None  # of sharded checkpoints, in the background
-    chief = rank == 0
-    say = tqdm.write if chief else (lambda _: None)
     autocast = torch.autocast(device.split(":")[0], torch.bfloat16) if cfg.dtype == "bfloat16" else nullcontext()
-
-    # ---- an out_dir belongs to one run
     out_dir = Path(cfg.out_dir)
-    checkpoint_path, metrics_path = out_dir / "checkpoint.pt", out_dir / "metrics.jsonl"
-    refuse_other_runs(out_dir, cfg)
-    state = load_checkpoint(checkpoint_path, cfg) if checkpoint_path.exists() else None
+    log = Log(out_dir / "metrics.jsonl", chief)
 
     # ---- data
     meta, data_sha256 = read_meta(cfg.data), sha256(Path(cfg.data, "meta.json"))
+    settings = json.loads(json.dumps(asdict(cfg)))
+    refuse_unequal({"meta.json of the data": data_sha256, **settings})
     domains = cfg.domains or tuple(meta["domains"])
     train = DomainLoader(cfg.data, domains, cfg.seq_len, cfg.seed, "train")
     val = DomainLoader(cfg.data, domains, cfg.seq_len, cfg.seed, "val")
     initial_ratio_M = np.array(cfg.ratios) if cfg.ratios else train.size_M / train.size_M.sum()
-    if state and state["data"] != data_sha256:
-        raise RunError(f"{checkpoint_path}: {cfg.data} is not the data it was written with: it was prepared anew since")
+
+    # ---- an out_dir belongs to one run, and to one process that writes into it
+    lock = checkpoint.Lock(out_dir)
+    held.callback(lock.close)
+
+    def look_into_out_dir() -> None:
+        refuse_other_runs(out_dir, cfg)
+        if out_dir.exists():  # else it is made when everything else has been found in order
+            lock.take()
+
+    on_chief(look_into_out_dir)
+    found = checkpoint.newest(out_dir, log.say)
+    state = found and found[1]
+    if state:
+        same_run(state["config"], cfg, found[0])
+        if state["data"] != data_sha256:
+            raise RunError(f"{found[0]}: {cfg.data} is not the data it was written with: it was prepared anew since")
 
     # ---- model, masks, mix
-    say(f"{cfg.stage}: building the model" + (f" from {cfg.init_from}" if cfg.init_from else ""))
+    log.say(f"{cfg.stage}: building the model" + (f" from {cfg.init_from}" if cfg.init_from else ""))
     carried = {"bos_token_id": meta["bos"], "eos_token_id": meta["eos"], "max_position_embeddings": cfg.seq_len}
     config = shape_of(cfg, meta["vocab_size"], **carried)
     config.check_length(cfg.seq_len)
@@ -395,13 +382,7 @@ def main(cfg: Config) -> dict:
     if train.vocab_size > model.config.vocab_size:
         raise DataError(f"{cfg.data}: vocabulary of {train.vocab_size}, the model's has {model.config.vocab_size}")
     model.checkpoint_activations = cfg.checkpoint_activations
-    masks = None
-    if cfg.stage == "prune":
-        masks = Masks(model.config, target_of(cfg, model.config), cfg.seed)
-        for name in ("hidden_size", "intermediate_size"):
-            if getattr(masks.target, name) % 64:
-                size = getattr(masks.target, name)
-                say(f"warning: target {name} = {size} is not a multiple of 64: GPUs run such shapes slowly")
+    masks = Masks(model.config, target_of(cfg, model.config), cfg.seed) if cfg.stage == "prune" else None
     mix = Mix(
         domains,
         initial_ratio_M,
@@ -418,7 +399,7 @@ def main(cfg: Config) -> dict:
     if with_kernels and device.startswith("cuda"):  # where most of them have not run before
         shape = (model.config, masks and masks.target, cfg.micro_batch_size, cfg.seq_len)
         for line in dispatch.self_check(*shape, getattr(torch, cfg.dtype), device):
-            say(line)
+            log.say(line)
 
     # ---- optimizers: every parameter in exactly one; all share the schedule
     fused = {"betas": BETAS, "eps": EPS, "fused": True}
@@ -431,40 +412,46 @@ def main(cfg: Config) -> dict:
         p.grad = torch.zeros_like(p)
 
     # ---- resume
-    step, tokens_M = 0, np.zeros(len(domains))
+    on_chief(lock.take)
+    learned = {"model": model} | ({"masks": masks} if masks else {})
+    step, tokens_M, skipped, skipped_in_a_row = 0, np.zeros(len(domains)), 0, 0
     if state:
-        restore(state, checkpoint_path, model, optimizers, masks, mix, train)
-        step, tokens_M, state = state["step"], np.array(state["tokens_M"]), None  # the memory it maps is free again
+        same_shapes(state, shapes, found[0])
+        step, tokens_M = state["step"], np.array(state["tokens_M"])
+        skipped, skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+        signals.doing = f"reading {found[0]}"
+        checkpoint.load(found[0], checkpoint.tensors(learned, optimizers))
+        checkpoint.set_steps(optimizers, step - skipped)
+        mix.load_state_dict(state["mix"])
+        train.load_state_dict(state["loader"])
     network = torch.compile(model) if cfg.compile else model
     if world_size > 1 and not sharded:  # a block may be alive on one rank only: let DDP look for what took no part
         network = DistributedDataParallel(
             network, find_unused_parameters=masks is not None, gradient_as_bucket_view=True
         )
+    writers = dist.new_group(backend="gloo") if sharded else None
+    checkpoints = Checkpoints(out_dir, cfg.keep_checkpoints, cfg.keep_every, writers)
 
     # ---- logs
-    if chief:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        keep_metrics_before(metrics_path, step)
-    metrics_file = open(metrics_path, "a", buffering=1) if chief else None  # noqa: SIM115 (closed at the end)
-
-    def log(record: dict) -> dict:
-        record = {key: plain(value) for key, value in record.items()}
-        if chief:
-            metrics_file.write(json.dumps(record) + "\n")
-        return record
-
-    n_parameters = {"all": model.n_parameters(), "non_embedding": model.n_parameters(embeddings=False)}
-    say(f"{cfg.stage}: {n_parameters['all']:,} parameters, {n_parameters['non_embedding']:,} of them not embeddings")
-    say(configurator.described(cfg))
+    log.open(step)
+    held.callback(log.close)
+    log.say(f"{cfg.stage}: {size_of(model)}")
+    log.say(configurator.described(cfg))
     if cfg.resume:
-        say(f"resumed at step {step}" if step else f"{out_dir} holds no checkpoint: starting at step 0")
-    if chief and not metrics_path.stat().st_size:
-        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-        log({"kind": "run", "config": asdict(cfg), "domains": list(domains), "n_parameters": n_parameters,
-             **shapes,
-             "bytes_per_token": [w.bytes_per_token for w in val.windows], "world_size": world_size,
-             "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
-             "threads": torch.get_num_threads(), "versions": versions})  # fmt: skip
+        log.say(f"resumed at step {step}, from {found[0]}" if state else f"{out_dir} holds no checkpoint: at step 0")
+    if not step:
+        log.record({
+            "kind": "run", "config": asdict(cfg), "domains": list(domains), **shapes,
+            "n_parameters": {"all": model.n_parameters(), "non_embedding": model.n_parameters(embeddings=False)},
+            "bytes_per_token": [w.bytes_per_token for w in val.windows], "world_size": world_size,
+            "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
+            "threads": torch.get_num_threads(), "versions": versions(),
+        })  # fmt: skip
+    if not step and masks:
+        for name in ("hidden_size", "intermediate_size"):
+            if (size := getattr(masks.target, name)) % 64:
+                log.warn(step, f"target {name} = {size} is not a multiple of 64: GPUs run such shapes slowly")
+    found = state = None
 
     def mask_record() -> dict:
         if not masks:
@@ -477,14 +464,24 @@ def main(cfg: Config) -> dict:
             "overall_sparsity": masks.overall_sparsity(),
         }
 
+    def tell_of_saves(wait: bool = False) -> str:
+        """What went wrong with the last one, "" where nothing did."""
+        problem = ""
+        for saved in checkpoints.finished(wait):
+            if problem := saved.error:
+                log.warn(step, f"the checkpoint of step {saved.step} was not written, those before it stay: {problem}")
+            else:
+                log.record({"kind": "save", "step": saved.step, "save_s": saved.seconds, "bytes": saved.n_bytes})
+        return problem
+
     # ---- the loop: evaluate and choose the mix, then take a step
     bar = tqdm(total=cfg.max_steps, initial=step, disable=None if chief else True, desc=cfg.stage, unit="step")
-    evaluated, writing = {}, None
+    evaluated, evaluation_s, loop_start = {}, [], time.perf_counter()
     while True:
         ramp = min(1.0, step / cfg.sparsity_warmup) if cfg.sparsity_warmup else 1.0
 
         if step % cfg.eval_interval == 0 or step == cfg.max_steps:
-            start = time.perf_counter()
+            signals.doing, start = f"evaluating at step {step}", time.perf_counter()
             alive = None
             if masks:  # while sparsity ramps, as many units as are expected alive; then those that will be exported
                 alive = subnetwork(model.config, masks.deterministic(at_target=ramp == 1.0), device, multiple)
@@ -500,28 +497,35 @@ def main(cfg: Config) -> dict:
                     if mix.ratio_M.max() > max(DEGENERATE, initial_ratio_M.max()):
                         warnings.warn(f"the mix is nearly one domain: {mix.ratio_M.round(3).tolist()}", stacklevel=1)
                 for warning in caught:
-                    say(f"warning: step {step}: {warning.message}")
-            evaluated = log({
+                    log.warn(step, str(warning.message))
+            mix_s = time.perf_counter() - start
+            evaluated = log.record({
                 "kind": "eval", "step": step, "val_loss": loss_M, "ratio": mix.ratio_M,
                 "reference_ratio": mix.reference_ratio_M, "reference_loss": mix.reference_loss_M, "tokens": tokens_M,
-                **mask_record(), "eval_s": eval_s, "mix_s": time.perf_counter() - start,
+                **mask_record(), "eval_s": eval_s, "mix_s": mix_s,
             })  # fmt: skip
             each = " ".join(f"{d} {x:.3f} ({q:.2f})" for d, x, q in zip(domains, loss_M, mix.ratio_M, strict=True))
-            say(f"step {step}: validation loss (next ratio): {each}; mean {loss_M.mean():.4f}")
+            log.say(f"step {step}: validation loss (next ratio): {each}; mean {loss_M.mean():.4f}")
+            needed_M = mix.ratio_M * cfg.batch_size * min(cfg.eval_interval, cfg.max_steps - step)
+            for m in np.flatnonzero((train.epoch_M == 0) & (train.left_M < needed_M)):
+                log.warn(step, f"domain {domains[m]} is about to begin its second epoch, the same text in a new order: "
+                               f"{train.left_M[m]} of its {train.size_M[m]} sequences are left")  # fmt: skip
+            evaluation_s.append(eval_s + mix_s)
+            spent = sum(evaluation_s) / (time.perf_counter() - loop_start)
+            if len(evaluation_s) == 5 and spent > EVALUATION_AT_MOST:
+                log.warn(step, f"evaluation takes {100 * spent:.0f} % of the time: a larger eval_interval or fewer "
+                               "eval_sequences leave more for training")  # fmt: skip
         if step == cfg.max_steps:
             break
 
-        start = time.perf_counter()
-        epoch_M = train.epoch_M.copy()
+        signals.doing, start = f"taking step {step + 1}", time.perf_counter()
         batch = train.next_batch(step, mix.ratio_M, cfg.batch_size)
-        for m in np.flatnonzero(train.epoch_M != epoch_M):
-            say(f"step {step}: domain {domains[m]} begins epoch {train.epoch_M[m] + 1}: its text again, in a new order")
-        loss_sum_M = torch.zeros(len(domains), dtype=torch.float64, device=device)
+        loss_N = torch.zeros(cfg.batch_size + 1, dtype=torch.float64, device=device)  # summed over a sequence's tokens
+        loss_N[-1] = bool(signals.asked)  # one signal on one rank stops them all after the same step
         samples = []
         for i in range(rank, n_micro_batches, world_size):
-            rows = batch[i * cfg.micro_batch_size : (i + 1) * cfg.micro_batch_size]
-            tokens = to_device(torch.from_numpy(train.read(rows)), device).long()  # (B, T + 1)
-            domain_B = to_device(torch.from_numpy(rows.domain_N), device)
+            micro_batch = slice(i * cfg.micro_batch_size, (i + 1) * cfg.micro_batch_size)
+            tokens = to_device(torch.from_numpy(train.read(batch[micro_batch])), device).long()  # (B, T + 1)
             alive = None
             if masks:
                 alive = subnetwork(model.config, masks.sample(cfg.seed, step, i), device, multiple)
@@ -533,97 +537,143 @@ def main(cfg: Config) -> dict:
                 with autocast:
                     loss_BT = network(tokens[:, :-1], tokens[:, 1:], alive)
                 (loss_BT.mean() * world_size / n_micro_batches).backward()  # DDP divides by world_size
-            loss_sum_M.index_add_(0, domain_B, loss_BT.detach().double().sum(dim=1))
+            loss_N[micro_batch] = loss_BT.detach().double().sum(dim=1)
         if world_size > 1:
-            dist.all_reduce(loss_sum_M)
+            dist.all_reduce(loss_N)
         if masks:
             backward_to_masks(samples)
             if world_size > 1:
                 average_over_ranks([a.grad for a in masks.log_alpha.values()], device)
             masks.lagrangian(ramp).backward()
-        grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP))
+        grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)).item()
 
-        loss_sum_M = loss_sum_M.cpu().numpy()  # the host waits for the device here, and before for the masks' gradients
-        count_M = np.bincount(batch.domain_N, minlength=len(domains)) * cfg.seq_len
-        bad = [d for d, x in zip(domains, loss_sum_M, strict=True) if not math.isfinite(x)]
-        if bad or not math.isfinite(grad_norm):
-            what = f"the loss of {', '.join(bad)}" if bad else "the gradient"
-            raise RunError(
-                f"step {step}: {what} is not finite; the weights were not touched: lower lr, or look at the data"
-            )
+        *loss_N, stop = loss_N.tolist()  # the host waits for the device here, and before for the masks' gradients
+        mask_grads = [a.grad for a in masks.log_alpha.values()] if masks else []
+        finite = all(map(math.isfinite, [*loss_N, grad_norm])) and all(bool(g.isfinite().all()) for g in mask_grads)
         share = learning_rate(step, cfg)
         for optimizer, lr in zip(optimizers, base_lrs, strict=False):
             optimizer.param_groups[0]["lr"] = lr * share
-            optimizer.step()
+            if finite:
+                optimizer.step()
             optimizer.zero_grad(set_to_none=False)
-        if masks:
-            masks.clamp()
-        mix.observe_training(loss_sum_M, count_M)
-        tokens_M += count_M
+        loss_M = np.bincount(batch.domain_N, loss_N, len(domains))
+        count_M = np.bincount(batch.domain_N, minlength=len(domains)) * cfg.seq_len * finite
+        if finite:
+            if masks:
+                masks.clamp()
+            mix.observe_training(loss_M, count_M)
+            tokens_M += count_M
+            skipped_in_a_row = 0
+        else:
+            skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
+            bad_N = np.flatnonzero(~np.isfinite(loss_N))
+            n = bad_N[0] if len(bad_N) else np.argmax(loss_N)
+            why = "the loss is not finite" if len(bad_N) else "the gradient is not finite, the highest loss is"
+            why += f" on domain {domains[batch.domain_N[n]]}, {train.file_of(batch, n)}"
+            log.warn(step, f"the step was skipped, {why}")
+            if skipped_in_a_row == SKIPPED_AT_MOST:
+                raise RunError(f"step {step}: {skipped_in_a_row} steps in a row were skipped, at last since {why}; "
+                               f"the weights are those of step {step + 1 - skipped_in_a_row}: "
+                               "lower lr or look at the data, and go on with --resume")  # fmt: skip
         step += 1
         bar.update()
 
         step_s = time.perf_counter() - start
-        loss = loss_sum_M.sum() / count_M.sum()
-        mean_M = np.divide(loss_sum_M, count_M, out=np.full(len(domains), np.nan), where=count_M > 0)
-        log({
-            "kind": "train", "step": step, "loss": loss, "lr": cfg.lr * share, "grad_norm": float(grad_norm),
-            "domain_loss": mean_M, "ratio": mix.ratio_M, "tokens": tokens_M,
+        loss = loss_M.sum() / count_M.sum() if finite else None
+        mean_M = np.divide(loss_M, count_M, out=np.full(len(domains), np.nan), where=count_M > 0)
+        log.record({
+            "kind": "train", "step": step, "loss": loss, "lr": cfg.lr * share,
+            "grad_norm": grad_norm if finite else None, "domain_loss": mean_M, "ratio": mix.ratio_M,
+            "tokens": tokens_M, "skipped": skipped,
             **mask_record(), "step_s": step_s, "tokens_per_s": cfg.batch_size * cfg.seq_len / step_s,
         })  # fmt: skip
-        if step % cfg.log_interval == 0:
+        if step % cfg.log_interval == 0 and finite:
             speed = f"{step_s * 1e3:.0f} ms, {cfg.batch_size * cfg.seq_len / step_s:,.0f} tokens/s"
-            say(
+            log.say(
                 f"step {step}: loss {loss:.4f}, {speed}"
                 + (f", sparsity {masks.overall_sparsity():.3f}" if masks else "")
             )
-        if step % cfg.save_interval == 0 or step == cfg.max_steps:
-            run = {"config": asdict(cfg), "data": data_sha256, "step": step, "tokens_M": tokens_M.tolist(), **shapes}
-            run |= snapshot(model, optimizers, masks, mix, train, sharded)
-            if sharded:  # the shares are written while training goes on: keep the rest as it is now
-                commit(writing, checkpoint_path, chief)
-                folder = out_dir / f"step_{step:06}"
-                run = copy.deepcopy(run | {"shares": folder.name})
-                writing = write_shares(folder, model, optimizers[0], writers), run
-            elif chief:
-                save_checkpoint(checkpoint_path, run)
-        if writing and writing[0].done():
-            writing = commit(writing, checkpoint_path, chief)
+        tell_of_saves()
+        if step % cfg.save_interval == 0 or step == cfg.max_steps or stop:
+            signals.doing = f"saving step {step}"
+            tell_of_saves(wait=True)
+            if chief or sharded:
+                state = {
+                    "config": settings, "data": data_sha256, "step": step, "skipped": skipped,
+                    "skipped_in_a_row": skipped_in_a_row, "tokens_M": tokens_M.tolist(), **shapes,
+                    "mix": mix.state_dict(), "loader": train.state_dict(),
+                }  # fmt: skip
+                checkpoints.save(step, state, checkpoint.tensors(learned, optimizers))
+        if stop and step < cfg.max_steps:
+            bar.close()
+            if problem := tell_of_saves(wait=True):
+                raise RunError(f"asked to stop at step {step}, and could not save it: {problem}")
+            raise Stopped(f"stopped at step {step} of {cfg.max_steps}, which is saved")
 
     # ---- what the stage leaves: the model itself, or the target extracted from it
     bar.close()
-    commit(writing, checkpoint_path, chief)
+    signals.doing = "writing what the stage leaves"
+    tell_of_saves(wait=True)
     if masks:
         masked_loss_M = np.array(evaluated["val_loss"], dtype=float)
         model = extract(model, masks)
         with autocast:
             loss_M = evaluate(model, val, cfg.eval_sequences, cfg.micro_batch_size, device)
-        evaluated = log({**evaluated, "kind": "extracted", "val_loss": loss_M, "masked_val_loss": masked_loss_M})
-        say(f"extracted {model.n_parameters():,} parameters, {model.n_parameters(embeddings=False):,} not embeddings")
-        say(table(domains, {"masked": masked_loss_M, "extracted": loss_M, "bits/byte": bits_per_byte(loss_M, val)}))
+        evaluated = log.record({**evaluated, "kind": "extracted", "val_loss": loss_M, "masked_val_loss": masked_loss_M})
+        log.say(f"extracted: {size_of(model)}")
+        log.say(table(domains, {"masked": masked_loss_M, "extracted": loss_M, "bits/byte": bits_per_byte(loss_M, val)}))
         for mask, sparsity in masks.expected_sparsity().items():
             gap = (sparsity - masks.target_sparsity()[mask]).abs().max().item()
             if gap > 0.02:
-                say(f"warning: mask {mask} misses its target sparsity by up to {gap:.3f}: "
-                    "more max_steps, a shorter sparsity_warmup or a higher mask_lr bring it there")  # fmt: skip
+                log.warn(step, f"mask {mask} misses its target sparsity by up to {gap:.3f}: more max_steps, "
+                               "a shorter sparsity_warmup or a higher mask_lr bring it there")  # fmt: skip
     elif sharded:
         model = gather(model)
-    if chief:
-        model.save(out_dir / "model")
-        metrics_file.close()
-        say(f"model written to {out_dir / 'model'}")
+
+    def write_model() -> None:
+        if problem := attempt(model.save, out_dir / "model"):
+            raise RunError(f"{out_dir / 'model'} could not be written ({problem}): make room; --resume writes it again")
+        if log.pending:
+            raise RunError(f"{log.path}: its last records could not be written: make room; --resume makes them again")
+
+    on_chief(write_model)
+    log.say(f"model written to {out_dir / 'model'}")
+    log.repeat_warnings()
     if world_size > 1:
         dist.barrier()
         del network  # DDP holds the group, and would free it last, with the interpreter locked
         time.sleep(0.2)  # gloo's threads need the interpreter to free the barrier; the group waits for them, locking it
         dist.destroy_process_group()
+    if signals.asked:
+        raise Stopped("stopped after the last step: the stage is complete")
     return evaluated
 
 
-if __name__ == "__main__":
+def command_line(arguments: list[str]) -> int:
+    """Exit status. An error ends in one line, said once where all ranks have the same."""
+    rank, status = int(os.environ.get("RANK", "0")), 1
     try:
-        main(configurator.load(Config, sys.argv[1:]))
+        main(configurator.load(Config, arguments))
+    except Stopped as stopped:
+        if rank == 0:
+            again = shlex.join([*sys.argv, *([] if "--resume" in sys.argv else ["--resume"])])
+            tool = "torchrun ..." if "RANK" in os.environ else "python"
+            print(f"{stopped}; to go on: {tool} {again}", flush=True)
+        status = 0
     except (ConfigError, DataError, dispatch.KernelError, llama.CheckpointError, TargetError, RunError) as error:
-        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+        if is_first_to_say(str(error)):
+            print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
-        sys.exit("stopped: the same command with --resume goes on from the last checkpoint")
+        print("interrupted: the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+    except Exception:
+        traceback.print_exc()
+    else:
+        return 0
+    if "RANK" in os.environ:  # do not wait for threads that talk to ranks that may be gone
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(command_line(sys.argv[1:]))

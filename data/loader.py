@@ -220,6 +220,16 @@ class DomainLoader:
             raise DataError(f"domain {domain!r}: token id {out.max()} is not in the vocabulary of {self.vocab_size}")
         return out
 
+    @property
+    def left_M(self) -> np.ndarray:
+        """Windows of each domain that its epoch has still to give."""
+        return self.size_M - self.position_M
+
+    def file_of(self, batch: Batch, n: int) -> str:
+        """The shard that a sequence of a batch comes from."""
+        windows = self.windows[batch.domain_N[n]]
+        return windows.paths[bisect_right(windows.first, batch.window_N[n]) - 1]
+
     def state_dict(self) -> dict[str, list[int]]:
         """{domain: [epoch, position]}"""
         state_M = zip(self.epoch_M.tolist(), self.position_M.tolist(), strict=True)

@@ -17,8 +17,8 @@ import model as m
 import train
 from configurator import ConfigError
 from data.shards import write_meta, write_shard
+from metrics import RunError, read_metrics
 from prune import Masks, extract, target_config
-from train import RunError
 
 ROOT = Path(__file__).parents[1]
 TARGET = dict(n_layers=2, hidden_size=32, intermediate_size=40, n_heads=2)
@@ -80,10 +80,10 @@ def runs(tmp_path_factory):
 
 
 def last(folder, kinds=("eval", "extracted")):
-    return [r for r in train.read_metrics(folder / "metrics.jsonl") if r["kind"] in kinds][-1]
+    return [r for r in read_metrics(folder / "metrics.jsonl") if r["kind"] in kinds][-1]
 
 
-@pytest.mark.parametrize("form", ["checkpoint.pt", "model"])
+@pytest.mark.parametrize("form", ["step_000006", "model"])
 def test_a_run_is_exported_as_a_folder_with_tokenizer_and_card(form, runs, tmp_path):
     export.main(str(runs / "go" / form), str(tmp_path / "small"), export.Config(dtype="bfloat16"))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
@@ -114,7 +114,7 @@ def test_a_run_is_exported_as_a_folder_with_tokenizer_and_card(form, runs, tmp_p
 
 
 def test_a_pruning_run_s_checkpoint_is_exported_as_its_masks_would_extract_it(runs, tmp_path):
-    export.main(str(runs / "prune/checkpoint.pt"), str(tmp_path / "a"), export.Config())
+    export.main(str(runs / "prune/step_000004"), str(tmp_path / "a"), export.Config())
     export.main(str(runs / "prune/model"), str(tmp_path / "b"), export.Config())
     a, b = m.load(tmp_path / "a"), m.load(tmp_path / "b")
     assert a.config == b.config
@@ -123,12 +123,8 @@ def test_a_pruning_run_s_checkpoint_is_exported_as_its_masks_would_extract_it(ru
 
 
 def test_the_card_of_an_unfinished_run_tells_what_its_checkpoint_has_seen(runs, tmp_path):
-    state = torch.load(runs / "go/checkpoint.pt", weights_only=True)
-    (tmp_path / "run").mkdir()
-    torch.save(state | {"step": 3}, tmp_path / "run/checkpoint.pt")
-    (tmp_path / "run/metrics.jsonl").write_bytes((runs / "go/metrics.jsonl").read_bytes())
-    export.main(str(tmp_path / "run/checkpoint.pt"), str(tmp_path / "out"), export.Config())
-    assert "After 2 of 6 steps and 128 tokens" in (tmp_path / "out/README.md").read_text()
+    export.main(str(runs / "go/step_000004"), str(tmp_path / "out"), export.Config())
+    assert "After 4 of 6 steps and 256 tokens" in (tmp_path / "out/README.md").read_text()
 
 
 def test_a_model_without_a_run_or_tokenizer_says_so(runs, tmp_path, capsys):
