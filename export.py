@@ -9,6 +9,7 @@ the run started from, or from --tokenizer.
 
 import json
 import math
+import os
 import shutil
 import sys
 from dataclasses import asdict, dataclass
@@ -50,9 +51,9 @@ class Stage:
 def stages(path: Path, step: float = math.inf) -> list[Stage]:
     """The runs behind a model (up to `step` of the last), oldest first; [] where none is recorded beside it."""
     found = []
-    while (path.parent / "metrics.jsonl").is_file() and path.parent not in [s.folder for s in found]:
+    while os.path.isfile(path.parent / "metrics.jsonl") and path.parent not in [s.folder for s in found]:
         records = read_metrics(path.parent / "metrics.jsonl")
-        if not records or not {"config", "domains", "source", "bytes_per_token"} <= records[0].keys():
+        if not records or records[0]["kind"] != "run":
             raise RunError(f"{path.parent / 'metrics.jsonl'}: does not begin with the record of a run of train.py")
         evaluated = [r for r in records if r["kind"] in ("eval", "extracted") and r["step"] <= step]
         found.append(Stage(path.parent, records[0], evaluated[-1] if evaluated else None))
@@ -69,7 +70,7 @@ def tokenizer_files(path: Path, history: list[Stage], given: str) -> list[Path]:
     runs = [stage.run["config"] for stage in reversed(history)]
     folders = [path, *(Path(c["init_from"]) for c in runs if c["init_from"]), *(Path(c["data"]) for c in runs)]
     for folder in [Path(given)] if given else folders:
-        if any((folder / name).is_file() for name in TOKENIZERS):
+        if any(os.path.isfile(folder / name) for name in TOKENIZERS):
             return sorted(f for pattern in CARRIED for f in folder.glob(pattern) if f.is_file())
     if given:
         raise ConfigError(f"tokenizer = {given!r}: neither a file nor a folder with one of {', '.join(TOKENIZERS)}")
@@ -102,8 +103,9 @@ def stage_card(stage: Stage) -> str:
     for m, domain in enumerate(domains):
         loss, tokens, ratio = e["val_loss"][m], int(e["tokens"][m]), e["ratio"][m]
         known = loss is not None
-        bits = loss / math.log(2) / bytes_per_token[m] if known else "-"
-        rows.append([domain, tokens, ratio, loss if known else "-", math.exp(loss) if known else "-", bits])
+        bits = loss / math.log(2) / bytes_per_token[m] if known and bytes_per_token[m] > 0 else "-"
+        perplexity = math.exp(min(loss, 700.0)) if known else "-"  # a float ends at exp(709)
+        rows.append([domain, tokens, ratio, loss if known else "-", perplexity, bits])
     columns = ["domain", "tokens", "final ratio", "loss (nats)", "perplexity", "bits per byte"]
     windows = f"{config['eval_sequences']} windows of {config['seq_len']:,} tokens a domain"
     return (

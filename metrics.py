@@ -17,20 +17,70 @@ class RunError(RuntimeError):
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl; a last line that a killed run has cut is left out. Raises RunError."""
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    records = []
+    """The records of a metrics.jsonl; a last line that a killed run has cut is left out. Raises RunError, also for a
+    record without the fields of its kind, or with something else in them (see is_record)."""
+    try:
+        lines = path.read_bytes().splitlines() if path.exists() else []
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({error.strerror})") from None
+    records, n_domains = [], None
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-        except ValueError:  # of UTF-8 or of JSON
+        except (ValueError, RecursionError):  # of UTF-8 or of JSON
             if number == len(lines):
                 break
             record = None
-        if not isinstance(record, dict) or "kind" not in record or ("step" not in record and record["kind"] != "run"):
+        if not is_record(record, n_domains):
             raise RunError(f"{path}:{number}: not a record of a run")
+        n_domains = len(record["domains"]) if record["kind"] == "run" else n_domains
         records.append(record)
     return records
+
+
+NUMBER, LOSS = int | float, int | float | None  # null is for what is not finite
+FORMS = {  # of each kind of record: the fields that are read, and what they hold
+    "run": {
+        "domains": [str], "bytes_per_token": [NUMBER], "config": {
+            "stage": str, "init_from": str, "data": str, "dtype": str, "max_steps": int, "seq_len": int,
+            "eval_sequences": int},
+        "source": {"n_layers": int, "hidden_size": int, "intermediate_size": int, "n_heads": int, "n_kv_heads": int,
+                   "head_dim": int, "vocab_size": int}},
+    "eval": {"step": int, "val_loss": [LOSS], "ratio": [NUMBER], "reference_ratio": [NUMBER],
+             "reference_loss": ([LOSS], None), "tokens": [NUMBER], "eval_s": NUMBER, "mix_s": NUMBER},
+    "train": {"step": int, "domain_loss": [LOSS], "step_s": NUMBER},
+    "warning": {"step": int, "text": str},
+}  # fmt: skip
+FORMS["extracted"] = FORMS["eval"]
+MASKS = {name: {str: NUMBER} for name in ("sparsity", "target_sparsity", "lambda1", "lambda2")}  # all or none
+
+
+def is_record(record: object, n_domains: int | None) -> bool:
+    """n_domains: of the run; None before its record, where nothing else by domain can stand."""
+    if not fits(record, {"kind": str}):
+        return False
+    form = FORMS.get(record["kind"], {"step": int})
+    if not fits(record, form | ({} if MASKS.keys().isdisjoint(record) else MASKS)):
+        return False
+    lengths = {len(values) for name in form if isinstance(values := record.get(name), list)}
+    if n_domains is None and record["kind"] == "run":
+        return len(lengths) == 1
+    return lengths <= {n_domains}
+
+
+def fits(value: object, form: object) -> bool:
+    """form: a type; [form] for a list of such values; {name: form} for an object with at least these fields;
+    {str: form} for one whose fields all hold that; (form, None) where it may be null. Numbers are finite."""
+    if isinstance(form, tuple):
+        return value is None or fits(value, form[0])
+    if isinstance(form, dict) and str in form:
+        return isinstance(value, dict) and all(fits(item, form[str]) for item in value.values())
+    if isinstance(form, dict):
+        return isinstance(value, dict) and all(fits(value.get(name), inner) for name, inner in form.items())
+    if isinstance(form, list):
+        return isinstance(value, list) and all(fits(item, form[0]) for item in value)
+    is_number = type(value) in (int, float) and abs(value) < 2**63
+    return isinstance(value, form) and (is_number or not isinstance(value, int | float))
 
 
 def keep_metrics_before(path: Path, step: int) -> None:

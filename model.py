@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from reprlib import repr as short  # as much of a value as a message has room for
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,8 @@ ROPE_SCALING = {  # rope_type: its numbers
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
 }
 
+
+MAX_LAYERS, MAX_WIDTH, MAX_NUMBER = 1024, 2**24, 1e30  # a config.json beyond them is damaged or ill-meant
 
 @dataclass(frozen=True)
 class LlamaConfig:
@@ -55,14 +58,27 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         for f in fields(self):
             if f.type is int and (type(getattr(self, f.name)) is not int or getattr(self, f.name) < 1):
-                raise ValueError(f"{f.name} = {getattr(self, f.name)!r}: must be a whole number of at least 1")
+                raise ValueError(f"{f.name} = {short(getattr(self, f.name))}: must be a whole number of at least 1")
+            if f.type is bool and type(getattr(self, f.name)) is not bool:
+                raise ValueError(f"{f.name} = {short(getattr(self, f.name))}: must be true or false")
+        if self.n_layers > MAX_LAYERS:
+            raise ValueError(f"n_layers = {short(self.n_layers)}: must be at most {MAX_LAYERS}")
+        widths = {f.name: getattr(self, f.name) for f in fields(self) if f.type is int}
+        for name, width in (widths | {"n_heads * head_dim": self.n_heads * self.head_dim}).items():
+            if width > MAX_WIDTH:
+                raise ValueError(f"{name} = {short(width)}: must be at most {MAX_WIDTH:,}")
+        for token in (self.bos_token_id, self.pad_token_id, *list_of(self.eos_token_id)):
+            if token is not None and (type(token) is not int or not abs(token) < 2**31):
+                raise ValueError(f"token id {short(token)}: must be a whole number")
+        if self.sliding_window is not None and (type(self.sliding_window) is not int or self.sliding_window < 1):
+            raise ValueError(f"sliding_window = {short(self.sliding_window)}: must be a number of tokens")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads = {self.n_heads} is not a multiple of n_kv_heads = {self.n_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim = {self.head_dim} must be even: RoPE turns pairs")
         for name in ("rope_theta", "norm_eps"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be positive")
+            if not is_positive(getattr(self, name)):
+                raise ValueError(f"{name} = {short(getattr(self, name))}: must be positive")
         if self.qk_norm and self.qkv_bias:
             raise ValueError("qk_norm and qkv_bias together: no family of models has both")
         if self.rope_scaling is not None:
@@ -76,7 +92,7 @@ class LlamaConfig:
             value = self.rope_scaling.get(name)
             if name not in ROPE_SCALING[kind]:
                 raise ValueError(f"RoPE scaling {kind}: {name} = {value!r} is not supported")
-            if not isinstance(value, int | float) or not 0 < value < math.inf:
+            if not is_positive(value):
                 raise ValueError(f"RoPE scaling {kind}: {name} = {value!r}: must be a positive number")
         if kind == "llama3" and self.rope_scaling["low_freq_factor"] >= self.rope_scaling["high_freq_factor"]:
             raise ValueError("RoPE scaling llama3: low_freq_factor must be below high_freq_factor")
@@ -93,6 +109,14 @@ class LlamaConfig:
                 f"(sliding_window in config.json), here all before it, which is the same up to {self.sliding_window} "
                 "tokens: use shorter sequences"
             )
+
+
+def list_of(value: object) -> list:
+    return value if isinstance(value, list) else [value]
+
+
+def is_positive(value: object) -> bool:
+    return type(value) in (int, float) and 0 < value < MAX_NUMBER
 
 
 @dataclass(frozen=True)
@@ -404,7 +428,8 @@ def read_config(folder: str | Path) -> LlamaConfig:
         (theirs.get("attention_bias") and not qwen2, "biases in the output projection (attention_bias)"),
         (theirs.get("mlp_bias"), "biases in the FFN projections (mlp_bias)"),
         (theirs.get("use_sliding_window"), "layers that see only the last tokens (use_sliding_window)"),
-        (set(theirs.get("layer_types") or ()) - {"full_attention"}, "layer_types other than full_attention"),
+        (theirs.get("layer_types") and any(kind != "full_attention" for kind in list_of(theirs["layer_types"])),
+         "layer_types other than full_attention"),
         (theirs.get("quantization_config"), "quantized weights (quantization_config)"),
         ((theirs | rope).get("partial_rotary_factor", 1.0) != 1.0, "RoPE on a part of a head (partial_rotary_factor)"),
     ):
@@ -415,8 +440,9 @@ def read_config(folder: str | Path) -> LlamaConfig:
     values.setdefault("norm_eps", 1e-6)  # what transformers takes where config.json is silent, here and below
     if llama:
         values.setdefault("n_kv_heads", values.get("n_heads"))
-    if "head_dim" not in values and values.get("n_heads") and not qwen3:
-        values["head_dim"] = int(values.get("hidden_size", 0)) // int(values["n_heads"])
+    sizes = values.get("hidden_size"), values.get("n_heads")
+    if "head_dim" not in values and not qwen3 and all(type(size) is int and size > 0 for size in sizes):
+        values["head_dim"] = sizes[0] // sizes[1]
     scaling = {k: v for k, v in rope.items() if k not in ("type", "rope_theta", "partial_rotary_factor")}
     try:
         return LlamaConfig(
@@ -448,6 +474,7 @@ def load(folder: str | Path, device: str = "cpu") -> Llama:
     """The model in a folder (formats: read_config), float32. Raises CheckpointError."""
     with torch.device("meta"):
         model = Llama(read_config(folder))
+    tensors_of(folder, model.config)  # before memory is asked for: config.json may promise anything
     model.to_empty(device=device).tie()
     fill(model, folder)
     return model

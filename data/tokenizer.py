@@ -25,7 +25,7 @@ import sentencepiece
 import tiktoken
 import tokenizers
 
-from data.shards import DataError, sha256
+from data.shards import DataError, read_json, sha256, short
 
 MODEL_FILE = "tokenizer.model"
 FILES = {"sentencepiece": MODEL_FILE, "tiktoken": "tokenizer.tiktoken", "huggingface": "tokenizer.json"}
@@ -64,7 +64,7 @@ class SentencePiece:
             raise DataError(f"{path}: no such tokenizer: expected a sentencepiece .model file")
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError):
+        except (OSError, RuntimeError, ValueError):
             raise DataError(f"{path}: not a sentencepiece model: give the .model file (not .vocab or .json)") from None
         self.vocab_size = self.model.vocab_size()
         self.bos, self.eos = self.model.bos_id(), self.model.eos_id()
@@ -177,13 +177,7 @@ def read_config(path: Path) -> dict:
     """What a tokenizer_config.json holds; {} where there is none. Raises DataError."""
     if not path.is_file():
         return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise DataError(f"{path}: expected a JSON object")
-    return config
+    return read_json(path, "copy it again from the model")
 
 
 Tokenizer = SentencePiece | Tiktoken | HuggingFace
@@ -212,11 +206,13 @@ def load_tokenizer(spec: dict, folder: str | Path) -> Tokenizer:
     meta, spec = spec, spec.get("tokenizer", spec)
     if spec.get("kind") == "tiktoken" and "name" in spec:
         return Tiktoken(spec["name"])
-    if spec.get("kind") not in KINDS:
-        raise DataError(f"{folder}: tokenizer kind {spec.get('kind')!r}: expected one of {', '.join(KINDS)}")
+    if spec.get("kind") not in tuple(KINDS):
+        raise DataError(f"{folder}: tokenizer kind {short(spec.get('kind'))}: expected one of {', '.join(KINDS)}")
+    if spec.get("file") != FILES[spec["kind"]]:
+        raise DataError(f"{folder}: tokenizer file {short(spec.get('file'))}: expected {FILES[spec['kind']]}")
     path = Path(folder, spec["file"])
     tokenizer = KINDS[spec["kind"]](path)
-    if sha256(path) != spec["sha256"]:
+    if sha256(path) != spec.get("sha256"):
         raise DataError(f"{path}: checksum differs from meta.json: prepare the data set again")
     for name in ("bos", "eos"):
         if meta.get(name, getattr(tokenizer, name)) != getattr(tokenizer, name):

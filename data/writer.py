@@ -44,6 +44,7 @@ from data.shards import (
     DataError,
     check_shard,
     header,
+    read_json,
     read_meta,
     sha256,
     shard_files,
@@ -54,6 +55,7 @@ from data.tokenizer import load_tokenizer
 
 SHARD_TOKENS = 1 << 26     # 128 MiB a shard in uint16
 PARCEL_CHARS = 1 << 19     # about half a second of work for one process
+RECORD_CHARS = 16          # that a record counts for even when it is empty: a file of line ends ends a parcel, too
 CHECKPOINT_S = 30.0        # what a stop costs at most, and the time to wait for a parcel
 REPORTED = 20              # bad records printed per source; all are counted
 UNFINISHED = "unfinished"  # a file that lies in the folder from begin() to finish(): settings, and progress
@@ -96,10 +98,7 @@ def read_progress(folder: str | Path) -> dict:
     path = Path(folder, UNFINISHED)
     if not path.exists() or path.stat().st_size == 0:
         return {}
-    try:
-        return json.loads(path.read_text())
-    except ValueError:
-        raise DataError(f"{path}: damaged: give --force to start again") from None
+    return read_json(path, "give --force to start again")
 
 
 def _is_complete(folder: Path, settings: dict) -> bool:
@@ -300,7 +299,7 @@ def _parcels(sources: Sequence[Source], at: int, record: int, full: set[str], n_
             continue
         for item in islice(sources[s].records(), first, None):
             waiting.append(item)
-            n_chars += len(item if isinstance(item, bytes | str) else item.get("text") or "")
+            n_chars += RECORD_CHARS + n_chars_of(item)
             if n_chars >= PARCEL_CHARS:
                 yield Parcel(s, first, waiting, domain)
                 first, waiting, n_chars = first + len(waiting), [], 0
@@ -308,6 +307,11 @@ def _parcels(sources: Sequence[Source], at: int, record: int, full: set[str], n_
                     break
         if waiting:
             yield Parcel(s, first, waiting, domain)
+
+
+def n_chars_of(record: object) -> int:
+    text = record.get("text") if isinstance(record, dict) else record
+    return len(text) if isinstance(text, bytes | str) else 0
 
 
 def _encoded(parcels: Iterator[Parcel], pool: ProcessPoolExecutor, ahead: int, domains: Sequence[str],

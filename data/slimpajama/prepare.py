@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.jsonl.prepare import fingerprint, options, prepare
 from data.reader import Record, file_source, files_of, hub_sources, object_of
-from data.shards import DataError
+from data.shards import DataError, short
 
 HUB = "cerebras/SlimPajama-627B"
 RATIOS = {  # of the mix at the start: Sheared LLaMA (Xia et al. 2024), after LLaMA
@@ -28,8 +28,8 @@ def domain_and_text(record: Record) -> tuple[str, str]:
     value = object_of(record)
     meta = value.get("meta")
     name = meta.get("redpajama_set_name") if isinstance(meta, dict) else None
-    if name not in DOMAINS:
-        raise ValueError(f"meta.redpajama_set_name {name!r}: expected one of {', '.join(DOMAINS)}")
+    if not isinstance(name, str) or name not in DOMAINS:
+        raise ValueError(f"meta.redpajama_set_name {short(name)}: expected one of {', '.join(DOMAINS)}")
     return DOMAINS[name], value["text"]
 
 
