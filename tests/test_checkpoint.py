@@ -443,6 +443,17 @@ def test_a_rank_that_dies_ends_the_others_with_its_error_on_top(harm, data, sour
     assert metrics(tmp_path / "r", "train")[-1]["step"] == 30
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_signal_to_one_rank_ends_them_all_after_the_same_step(parallel, data, source, tmp_path):  # noqa: F811
+    (tmp_path / "asked.py").write_text(AT_STEP_25.format(root=str(ROOT), harm="os.kill(os.getpid(), signal.SIGTERM)"))
+    cfg = prune_tiny(data, tmp_path / "r", source, parallel=parallel, **RANKS)
+    torchrun(cfg, 2, script=tmp_path / "asked.py")
+    assert checkpoint.checkpoints(tmp_path / "r")[-1].name == "step_000027"
+    torchrun(dataclasses.replace(cfg, resume=True), 2)
+    assert [r["step"] for r in metrics(tmp_path / "r", "train")] == list(range(1, 31))
+
+
 OTHER_RANK = """
 import dataclasses, os, sys
 sys.path.insert(0, {root!r})
