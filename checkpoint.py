@@ -32,12 +32,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from data.shards import sha256
-from metrics import RunError
+from metrics import RunError, fits
 from parallel import exchange, position
 
 STATE, SUMS = "state.json", "SHA256SUMS"
-FIELDS = {"config": dict, "data": str, "step": int, "skipped": int, "skipped_in_a_row": int, "tokens_M": list,
-          "source": dict, "target": dict | None, "mix": dict, "loader": dict}  # fmt: skip
+FIELDS = {"config": {}, "data": str, "step": int, "skipped": int, "skipped_in_a_row": int, "tokens_M": [float | int],
+          "source": {}, "target": ({}, None), "mix": {}, "loader": {str: [int]}}  # fmt: skip
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # said at every save of one process
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's state of a parameter, of its shape
 
@@ -275,8 +275,8 @@ def read_state(folder: Path) -> dict:
         state = json.loads((folder / STATE).read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{folder / STATE}: cannot be read ({type(error).__name__})") from None
-    for name, kind in FIELDS.items():
-        if not isinstance(state, dict) or not isinstance(state.get(name), kind):
+    for name, form in FIELDS.items():
+        if not isinstance(state, dict) or not fits(state.get(name), form):
             raise RunError(f"{folder / STATE}: no state of a run of train.py: {name} is missing or of another kind")
     return state
 

@@ -429,8 +429,11 @@ def run(cfg: Config, signals: StopSignals, held: ExitStack) -> dict:
         signals.doing = f"reading {found[0]}"
         checkpoint.load(found[0], checkpoint.tensors(learned, optimizers))
         checkpoint.set_steps(optimizers, step - skipped)
-        mix.load_state_dict(state["mix"])
-        train.load_state_dict(state["loader"])
+        try:
+            mix.load_state_dict(state["mix"])
+            train.load_state_dict(state["loader"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunError(f"{found[0]}: its mix or position in the data is of no run of this kind ({error})") from None
     network = torch.compile(model) if cfg.compile else model
     if world_size > 1 and not sharded:  # a block may be alive on one rank only: let DDP look for what took no part
         network = DistributedDataParallel(
@@ -440,8 +443,8 @@ def run(cfg: Config, signals: StopSignals, held: ExitStack) -> dict:
     checkpoints = Checkpoints(out_dir, cfg.keep_checkpoints, cfg.keep_every, writers)
 
     # ---- logs
-    log.open(step)
     held.callback(log.close)
+    on_chief(lambda: log.open(step))
     log.say(f"{cfg.stage}: {size_of(model)}")
     log.say(configurator.described(cfg))
     if cfg.resume:

@@ -22,6 +22,7 @@ import checkpoint
 import evaluate
 import metrics as run_metrics
 import model as llama
+import plot
 import train
 from checkpoint import Lock, problem_of
 from metrics import Log, RunError
@@ -215,6 +216,29 @@ def test_a_state_that_is_none_is_refused_by_field_though_its_checksum_agrees(cha
         evaluate.load_any(str(folder), "cpu")
 
 
+@pytest.mark.parametrize("change", [{"mix": {}}, {"mix": {"ratio_M": "x"}}, {"loader": {"count": [1]}}, {"loader": {}}])
+def test_a_state_of_no_run_of_this_kind_is_refused_in_one_line(change, unfinished, tmp_path):
+    shutil.copytree(unfinished[0], tmp_path / "r")
+    folder = tmp_path / "r/step_000024"
+    state = json.loads((folder / "state.json").read_text())
+    for name, value in change.items():
+        state[name] = state[name] | value if name == "mix" and value else value
+    (folder / "state.json").write_text(json.dumps(state))
+    lines = [line for line in (folder / "SHA256SUMS").read_text().splitlines() if not line.endswith("state.json")]
+    lines.append(f"{hashlib.sha256((folder / 'state.json').read_bytes()).hexdigest()}  state.json")
+    (folder / "SHA256SUMS").write_text("\n".join(lines) + "\n")
+    with pytest.raises(RunError, match="step_000024: its mix or position in the data is of no run") as caught:
+        train.main(dataclasses.replace(unfinished[1], out_dir=str(tmp_path / "r")))
+    assert "\n" not in str(caught.value)
+
+
+def test_figures_are_drawn_of_a_run_in_progress(unfinished, tmp_path):
+    (tmp_path / "r").mkdir()
+    raw = (unfinished[0] / "metrics.jsonl").read_bytes()
+    (tmp_path / "r/metrics.jsonl").write_bytes(raw[:-100])  # half a line at the end
+    assert len(plot.plot([str(tmp_path / "r")], tmp_path)) == 4
+
+
 # ---- disks
 
 
@@ -265,7 +289,7 @@ def test_a_run_that_can_save_nothing_says_so_at_every_save_and_ends_in_an_error(
 def test_records_that_a_full_disk_refuses_are_written_whole_when_there_is_room(tmp_path, monkeypatch):
     log = Log(tmp_path / "metrics.jsonl", chief=True)
     log.open(0)
-    log.record({"kind": "run"})
+    log.record({"kind": "save", "step": 0})
     pwrite, room = os.pwrite, [7, 0, 10_000]  # bytes that go onto the disk
 
     def small(descriptor, raw, at):
@@ -276,11 +300,11 @@ def test_records_that_a_full_disk_refuses_are_written_whole_when_there_is_room(t
 
     monkeypatch.setattr(run_metrics.os, "pwrite", small)
     for step in (1, 2):
-        log.record({"kind": "train", "step": step})
-        assert run_metrics.read_metrics(log.path) == [{"kind": "run"}]
-    log.record({"kind": "train", "step": 3})
+        log.record({"kind": "save", "step": step})
+        assert run_metrics.read_metrics(log.path) == [{"kind": "save", "step": 0}]
+    log.record({"kind": "save", "step": 3})
     log.close()
-    assert [r.get("step") for r in run_metrics.read_metrics(log.path)] == [None, 1, 2, 3]
+    assert [r["step"] for r in run_metrics.read_metrics(log.path)] == [0, 1, 2, 3]
 
 
 # ---- a step that went wrong
