@@ -9,6 +9,12 @@ base: every number measured with it should say so. Two folders are written:
     data/smollm2/model    config.json, model.safetensors, tokenizer.json: what transformers and model.py read
     data/smollm2/data     the six domains of data/embedded, encoded with that tokenizer
 
+To see that the weights are right: the first of these continues with " Paris.", the second gives 1.6 (cpp) to 3.7
+(literature) nats, give or take 0.25, the standard error of six windows.
+
+    python sample.py data/smollm2/model "The capital of France is" --temperature=0 --max_tokens=2
+    python evaluate.py data/smollm2/model --data=data/smollm2/data --seq_len=512 --sequences=6
+
 SmolLM2 (Apache-2.0): Ben Allal et al. 2025, arXiv 2502.02737.
 """
 
