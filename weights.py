@@ -276,14 +276,15 @@ class MetaFolder:
         for number, part in enumerate(self.parts):
             if part.keys() != self.parts[0].keys():
                 differ = min(part.keys() ^ self.parts[0].keys())
-                raise CheckpointError(f"{self.files[number]}: {differ} is not in both this part and the first")
+                raise CheckpointError(f"{self.files[number]}: {differ} is not in both this part and the first: "
+                                      "copy the folder again")  # fmt: skip
         for key, first in self.parts[0].items():
             layer = ".".join(key.split(".")[:2]) + "." if key.startswith("layers.") else ""
             inner = key.removeprefix(layer).removesuffix(".weight")
             if key == "output.weight" and tied:
                 continue
             if inner not in META_NAMES:
-                raise CheckpointError(f"{self.files[0]}: unexpected tensor {key}")
+                raise CheckpointError(f"{self.files[0]}: unexpected tensor {key}: no Llama of Meta's has one")
             name, axis = META_NAMES[inner]
             if inner == "tok_embeddings" and first.shape[-1] < self.params["dim"]:
                 axis = 1
