@@ -258,7 +258,7 @@ def _report(bad_records: dict[str, int], name: str, row: Row) -> None:
     if n_bad <= REPORTED:
         tqdm.write(f"{name}:{row.number}: {row.problem}", file=sys.stderr)
     elif n_bad == REPORTED + 1:
-        tqdm.write(f"{name}: more bad records, only counted from here on, in meta.json", file=sys.stderr)
+        tqdm.write(f"{name}: more bad records, counted in meta.json", file=sys.stderr)
 
 
 def _checkpoint(folder: str | Path, state: dict, files: list) -> None:
