@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FILES = [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("data/*/*.py"), *ROOT.glob("kernels/*.py")]
 OUTSIDE = {("dro.py", "ValueError"), ("shared.py", "KernelError")}
-HOLE = "\0"  # in the place of a value in a message
+HOLE = "..."  # in the place of a value in a message, as in the README
 
 
 def name_of(node: ast.expr) -> str:
@@ -125,12 +125,12 @@ print("all is well")
 """
     found = [text for _, text in messages_of(source, "shared.py")]
     assert sorted(found) == sorted([
-        "\0 = \0: must be one of a and b", "no such file", "\0", "domain \0 ends", "it drifts",
-        "warning: \0: it is full", "stopped by hand",
+        "... = ...: must be one of a and b", "no such file", "...", "domain ... ends", "it drifts",
+        "warning: ...: it is full", "stopped by hand",
     ])  # fmt: skip
 
 
 def test_dots_stand_for_anything_and_nothing_else_does():
-    assert pattern("domain ...: no (...) text").fullmatch("domain \0: no (\0) text")
-    assert not pattern("domain ...: no (...) text").fullmatch("domain \0: no [\0] text")
+    assert pattern("domain ...: no (...) text").fullmatch("domain ...: no (...) text")
+    assert not pattern("domain ...: no (...) text").fullmatch("domain ...: no [...] text")
     assert pattern("warning: no tokenizer").fullmatch("no tokenizer")
