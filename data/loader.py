@@ -170,7 +170,7 @@ class DomainLoader:
         meta = read_meta(folder)
         for domain in domains:
             if domain not in meta["domains"]:
-                raise DataError(f"{folder}: no domain {domain!r}: choose from {', '.join(meta['domains'])}")
+                raise DataError(f"{folder}: no domain {domain!r}; the data set has {', '.join(meta['domains'])}")
         self.domains, self.seq_len, self.seed = tuple(domains), seq_len, seed
         self.vocab_size = meta["vocab_size"]
         files = OpenFiles()
