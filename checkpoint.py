@@ -274,27 +274,28 @@ def read_state(folder: Path) -> dict:
     try:
         state = json.loads((folder / STATE).read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{folder / STATE}: cannot be read ({type(error).__name__})") from None
+        raise RunError(f"{folder / STATE}: cannot be read ({type(error).__name__}): remove the folder") from None
     for name, form in FIELDS.items():
         if not isinstance(state, dict) or not fits(state.get(name), form):
-            raise RunError(f"{folder / STATE}: no state of a run of train.py: {name} is missing or of another kind")
+            raise RunError(f"{folder / STATE}: {name} is missing or no such thing: no run of this version wrote it")
     return state
 
 
-def newest(out_dir: Path, say: Callable[[str], object]) -> tuple[Path, dict] | None:
-    """The last whole checkpoint and its state, on all ranks; None where there is none at all.
+def newest(out_dir: Path) -> tuple[tuple[Path, dict] | None, dict[str, str]]:
+    """The last whole checkpoint and its state, None where there is none at all; and what is wrong with newer ones.
 
-    Says which it skips and why. Raises RunError where not one is whole: the run must not start anew by itself.
+    All ranks call it. Raises RunError where not one is whole: the run must not start anew by itself.
     """
+    problems = {}
     names = exchange([f.name for f in checkpoints(out_dir)])[0]
     for name in reversed(names):
         problem = first(exchange(problem_of(out_dir / name, *position())))
         if not problem:
-            return out_dir / name, read_state(out_dir / name)
-        say(f"warning: {out_dir / name} is skipped: {problem}")
+            return (out_dir / name, read_state(out_dir / name)), problems
+        problems[str(out_dir / name)] = problem
     if names:
-        raise RunError(f"{out_dir}: none of its {len(names)} checkpoints is whole: choose another out_dir")
-    return None
+        raise RunError(f"{out_dir}: none of its checkpoints is whole ({name}: {problem}): choose another out_dir")
+    return None, {}
 
 
 def load(folder: Path, named: dict[str, Tensor]) -> None:
@@ -306,11 +307,11 @@ def load(folder: Path, named: dict[str, Tensor]) -> None:
     try:
         stored = reader.read_metadata().state_dict_metadata
     except Exception as error:  # whatever a broken header makes torch raise
-        raise RunError(f"{folder}: its tensors cannot be read ({type(error).__name__})") from error
+        raise RunError(f"{folder}: its tensors cannot be read ({type(error).__name__}): remove it") from error
     for name, tensor in named.items():
         shape = tuple(stored[name].size) if name in stored else None
         if shape != tuple(tensor.shape):
-            raise RunError(f"{folder}: {name} has shape {shape}, the model's {tuple(tensor.shape)}")
+            raise RunError(f"{folder}: {name} has shape {shape}, the model's {tuple(tensor.shape)}: not its checkpoint")
     dcp.load(named, storage_reader=reader, no_dist=not dist.is_initialized())
 
 

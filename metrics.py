@@ -22,7 +22,7 @@ def read_metrics(path: Path) -> list[dict]:
     try:
         lines = path.read_bytes().splitlines() if path.exists() else []
     except OSError as error:
-        raise RunError(f"{path}: cannot be read ({error.strerror})") from None
+        raise RunError(f"{path}: cannot be read ({error.strerror}): choose another out_dir") from None
     records, n_domains = [], None
     for number, line in enumerate(lines, start=1):
         try:
@@ -32,7 +32,7 @@ def read_metrics(path: Path) -> list[dict]:
                 break
             record = None
         if not is_record(record, n_domains):
-            raise RunError(f"{path}:{number}: not a record of a run")
+            raise RunError(f"{path}:{number}: not a record of a run: remove the line")
         n_domains = len(record["domains"]) if record["kind"] == "run" else n_domains
         records.append(record)
     return records

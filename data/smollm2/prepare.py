@@ -64,7 +64,7 @@ class Gguf:
         try:
             self.reader = gguf.GGUFReader(path)
         except (OSError, ValueError, IndexError, KeyError) as error:
-            raise DataError(f"{path}: not a readable GGUF file ({error})") from None
+            raise DataError(f"{path}: not a readable GGUF file ({error}): get the file again") from None
         self.path, self.dequantize = path, gguf.dequantize
 
     def __getitem__(self, name: str) -> int | float | str | list:
@@ -198,7 +198,7 @@ def write_data(folder: Path, tokenizer_file: Path, force: bool) -> None:
     spec = {"kind": "huggingface", "file": "tokenizer.json", "sha256": sha256(folder / "tokenizer.json")}
     documents = collect()
     if missing := [domain for domain in ABOUT if domain not in documents]:
-        print(f"{len(documents)} of {len(ABOUT)} domains: continuing without {' and '.join(missing)}")
+        print(f"warning: {len(documents)} of {len(ABOUT)} domains: continuing without {' and '.join(missing)}")
     domains = write_domains(folder, spec, documents, VAL_FRACTION, processes=os.cpu_count() or 1)
     for domain, entry in domains.items():
         entry["source"], entry["licence"] = ABOUT[domain]
