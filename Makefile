@@ -5,7 +5,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test test-full kernels bench lint clean
+.PHONY: demo test test-full chaos kernels bench lint clean
 
 demo: .venv/run
 	$(PY) data/embedded/prepare.py
@@ -22,6 +22,9 @@ kernels: .venv/run
 
 bench: .venv/dev
 	$(PY) bench.py
+
+chaos: .venv/dev
+	$(PY) tests/chaos.py
 
 lint: .venv/dev
 	$(PY) -m ruff check .

@@ -15,7 +15,7 @@ import os
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,8 @@ from transformers import LlamaConfig as HFLlamaConfig
 from transformers import LlamaForCausalLM
 
 import demo
-from data.loader import DomainLoader
+import train
+from data.loader import Batch, DomainLoader
 from data.reader import text_of
 from data.shards import HEADER_BYTES, header, open_shard, write_meta, write_shard
 from data.tokenizer import FAMILIES, install_tokenizer, load_tokenizer, train_tokenizer
@@ -41,6 +42,7 @@ from kernels.cases import Case, cases
 from kernels.linear_cross_entropy import CHUNKS, linear_cross_entropy
 from kernels.machine_code import LLAMA_1B, LLAMA_7B
 from kernels.masked_linear import masked_linear, packed_linear
+from metrics import read_metrics
 from model import BlockUnits, Llama, LlamaConfig, Subnetwork, Units
 from prune import LOG_ALPHA_RANGE, PAD, Masks, backward_to_masks, extract, probability_dead, subnetwork, target_config
 
@@ -265,20 +267,22 @@ def write_domain(folder: str, domain: str, shards: list[np.ndarray | int]) -> di
     return {"train": part, "val": part}
 
 
-def bench_loader(results: dict) -> None:
+def bench_loader(results: dict, shards: int = 1000, rounds: int = 15) -> None:
     """Tokens of 7 domains at T = 4096, from the page cache, on one core; beside a bare copy of a memory map.
 
-    Then one domain of 100 B tokens in 1,000 shards beside one of 100 M in one, every round the same windows of each.
+    Then one domain of shards * 100 M tokens beside one of 100 M in one shard. As in training no window comes twice:
+    what the processor's caches hold of the last round does not help. But all are in the page cache, of either. The same
+    reads by bare pread calls, each round those of other windows, say what part of the difference is the kernel's.
     """
     length, n, domains = 4096, 8_000_000, tuple("abcdefg")
     with tempfile.TemporaryDirectory() as folder:
         tokens = np.random.default_rng(0).integers(0, 32_000, n)
         entries = {domain: write_domain(folder, domain, [tokens]) for domain in domains}
-        entries |= {"large": write_domain(folder, "large", [100_000_000] * 1000)}
+        entries |= {"large": write_domain(folder, "large", [100_000_000] * shards)}
         entries |= {"small": write_domain(folder, "small", [100_000_000])}
         write_meta(folder, {"tokenizer": {}, "vocab_size": 32_000, "bos": 1, "eos": 2, "domains": entries})
         loader, map_ = DomainLoader(folder, domains, length, 17, "train"), open_shard(f"{folder}/a_0.bin")
-        start_s, sizes = {}, {}
+        start_s, sizes, bare = {}, {}, {}
         for name in ("small", "large"):
             start = time.perf_counter()
             sizes[name] = DomainLoader(folder, (name,), length, 17, "train")
@@ -295,21 +299,35 @@ def bench_loader(results: dict) -> None:
             for i in range(1024):
                 map_[i * length : (i + 1) * length].copy()
 
-        def again(loader: DomainLoader) -> None:
-            loader.load_state_dict({loader.domains[0]: [0, 0]})
-            for step in range(8):
-                loader.read(loader.next_batch(step, np.ones(1), 128))
+        def steps(loader: DomainLoader) -> list[Batch]:
+            batches = [loader.next_batch(step, np.ones(1), 128) for step in range(8)]
+            for batch in batches:
+                loader.read(batch)
+            return batches
 
+        def reads(calls: Iterator[list[tuple[int, int]]], out: np.ndarray) -> None:
+            for descriptor, start in next(calls):
+                os.preadv(descriptor, [out], start)
+
+        for name, of_size in sizes.items():  # every window comes into the page cache, every file is open
+            batches = [steps(of_size) for _ in range(WARM_UP + rounds)]
+            of_size.load_state_dict({name: [0, 0]})
+            half = len(batches) // 2
+            calls = [[(of_size.files.descriptor[s], start) for batch in part
+                      for s, start in zip(batch.shard_N.tolist(), batch.start_N.tolist(), strict=True)]
+                     for part in batches[half:] + batches[:half]]  # fmt: skip
+            bare[name] = partial(reads, iter(calls), np.empty(length + 1, np.uint16))
         s = in_turns({"32": lambda: load(32), "256": lambda: load(256), "copy": copy,
-                      "small": lambda: again(sizes["small"]), "large": lambda: again(sizes["large"])}, 15)  # fmt: skip
+                      "small": lambda: steps(sizes["small"]), "large": lambda: steps(sizes["large"]),
+                      "bare small": bare["small"], "bare large": bare["large"]}, rounds)  # fmt: skip
     value = {name: 1024 * length / median(s[name]) / 1e6 for name in ("32", "256", "copy")}
     report(results, "loader, M tokens/s", value,
            f"loader at T = 4096: {value['32']:.0f} M tokens/s in batches of 32, {value['256']:.0f} in batches of 256 "
            f"(at least 200); a bare copy {value['copy']:.0f}")  # fmt: skip
-    r = ratio(s["large"], s["small"]) | {"start_s": start_s}
-    report(results, "loader: 100 B tokens in 1,000 shards / 100 M in one", r,
-           f"loader: step on 100 B tokens in 1,000 shards / on 100 M in one: {show(r)} (about 1); "
-           f"opened in {start_s['large']:.2f} s (under 1)")  # fmt: skip
+    r, kernel = ratio(s["large"], s["small"]), ratio(s["bare large"], s["bare small"])
+    report(results, f"loader: {shards} shards of 100 M tokens / one", r | {"start_s": start_s, "bare": kernel},
+           f"loader: step on 100 M tokens in each of {shards} shards / in one: {show(r)} (about 1); such reads alone: "
+           f"{show(kernel)}; opened in {start_s['large']:.2f} s (under 1)")  # fmt: skip
 
 
 def write_ranks(bpe: tokenizers.Tokenizer, path: Path) -> None:
@@ -364,6 +382,24 @@ def bench_share(results: dict) -> None:
     share = other_s / (other_s + steps_s)
     report(results, "share of evaluation and mix in the demo's pruning", {"share": share},
            f"share of evaluation and mix in the demo's pruning: {share:.1%} (under 10 %)")  # fmt: skip
+
+
+def bench_long_run(results: dict, steps: int = 20_000) -> None:
+    """Resident memory of a run of many tiny steps, with evaluations, fits and checkpoints, early and at its end."""
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        domains = {d: write_domain(folder, d, [rng.integers(0, 64, 50_000, np.uint16)]) for d in ("a", "b")}
+        write_meta(folder, {"tokenizer": {}, "vocab_size": 64, "bos": 1, "eos": 2, "domains": domains})
+        train.main(train.Config(
+            data=folder, out_dir=f"{folder}/run", n_layers=1, hidden_size=16, intermediate_size=32, n_heads=2,
+            n_kv_heads=1, head_dim=8, seq_len=16, batch_size=2, micro_batch_size=2, max_steps=steps, eval_interval=100,
+            eval_sequences=2, log_interval=steps // 10, save_interval=500, device=DEVICE,
+        ))  # fmt: skip
+        evaluations = [r for r in read_metrics(Path(folder, "run/metrics.jsonl")) if r["kind"] == "eval"]
+    early, last = (1e-6 * evaluations[i]["memory_bytes"] for i in (len(evaluations) // 10, -1))
+    value = {"steps": steps, "MB after a tenth": early, "MB at the end": last}
+    line = f"memory of a run of {steps:,} steps: {early:.0f} MB after a tenth of them, {last:.0f} MB at the end"
+    report(results, "memory of a long run", value, line)
 
 
 def show(r: dict) -> str:
@@ -539,7 +575,8 @@ if __name__ == "__main__":
     where = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}; torch {torch.__version__}; {SOURCE}; {B} sequences of {T} tokens")
     results = {"where": where, "torch": torch.__version__}
-    benches = [bench_pruning_step, bench_against_transformers, bench_mix, bench_loader, bench_tokenize, bench_share]
+    benches = [bench_pruning_step, bench_against_transformers, bench_mix, bench_loader, bench_tokenize, bench_share,
+               bench_long_run]  # fmt: skip
     if DEVICE == "cuda":
         benches += [bench_ceilings, bench_kernels, bench_block]
     else:

@@ -23,7 +23,8 @@ HISTORY_FROM, FIT_FROM, MOVE_FROM = 0.02, 0.10, 0.20  # shares of the run: recor
 FIT_POINTS = 64  # at most this many points of the history go into a fit
 FIT_MORE_THAN = 10  # and it needs more than this many
 AT_BOUND_FOR = 10  # evaluations in a row with a ratio at its bound that are worth a warning
-UNPREDICTIVE = 0.05  # nats below its reference, or away from its own law, at which a domain is warned about
+BELOW_REFERENCE = 0.05  # nats that a loss may lie below its reference without a warning
+LAW_MISSES = 0.1  # nats that a law may miss the last evaluation, or as much as this lies above the reference
 MIXES = ("constant", "sheared", "bandit", "dro")
 
 
@@ -234,10 +235,10 @@ class Mix:
         p_M, p0_M = self.reference_ratio_M, self.initial_ratio_M
         low_M, high_M = np.maximum(p0_M / CLAMP, p0_M.min()), np.minimum(p0_M * CLAMP, p0_M.max())
         for m, (p, low, high) in enumerate(zip(p_M, low_M, high_M, strict=True)):
-            bound = next((b for b in (low, high) if abs(p - b) < 0.02 * b), None)
-            self.at_bound[m] = 0 if bound is None else self.at_bound[m] + 1
+            inside = 1.02 * low < p < 0.98 * high  # the last normalisation moves them a little
+            self.at_bound[m] = 0 if inside else self.at_bound[m] + 1
             if self.at_bound[m] == AT_BOUND_FOR:
-                why = "no room to move, the initial ratios are equal" if low == high else f"range {low:.3f} to {high:.3f}"
+                why = "the initial ratios are equal" if low == high else f"of a range {low:.3f} to {high:.3f}"
                 warnings.warn(
                     f"domain {self.domains[m]}: its reference ratio has been at {p:.3f} for {AT_BOUND_FOR} evaluations "
                     f"({why}): other initial ratios would let the mix move",
@@ -245,16 +246,14 @@ class Mix:
                 )
 
     def _warn_of_reference(self, m: int, law_misses: float) -> None:
-        below = self.reference_loss_M[m] - self.loss_M[m]
-        unpredictive = bool(max(below, abs(law_misses)) > UNPREDICTIVE)
-        if unpredictive and not self.unpredictive[m]:
-            what = (
-                f"the validation loss {self.loss_M[m]:.3f} is already {below:.3f} nats below it"
-                if below > UNPREDICTIVE
-                else f"the law behind it is {abs(law_misses):.3f} nats away from the last evaluation"
-            )
+        excess = self.loss_M[m] - self.reference_loss_M[m]
+        below, missed = excess < -BELOW_REFERENCE, abs(law_misses) > max(LAW_MISSES, excess)
+        if (below or missed) and not self.unpredictive[m]:
+            what = f"the validation loss {self.loss_M[m]:.3f} is {-excess:.3f} nats below it already"
+            if not below:
+                what = f"its law misses the last evaluation by {abs(law_misses):.3f} nats, more than is left to fall"
             warnings.warn(f"domain {self.domains[m]}: its reference loss is no longer predictive: {what}", stacklevel=4)
-        self.unpredictive[m] = unpredictive
+        self.unpredictive[m] = bool(below or missed)
 
     def _predict_reference(self, tokens_M: np.ndarray, progress: float, sparsity: float, final_sparsity: float) -> None:
         """reference <- the scaling law's loss at the end of the run, fitted to the history (refloss.py)."""

@@ -296,6 +296,13 @@ def refuse_other_runs(out_dir: Path, cfg: Config) -> None:
         )
 
 
+def memory_bytes(device: str) -> int:
+    """At most, of the GPU; now, of the process where there is none."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def size_of(model: llama.Llama) -> str:
     return f"{model.n_parameters():,} parameters, {model.n_parameters(embeddings=False):,} of them not embeddings"
 
@@ -502,7 +509,7 @@ def run(cfg: Config, signals: StopSignals, held: ExitStack) -> dict:
             evaluated = log.record({
                 "kind": "eval", "step": step, "val_loss": loss_M, "ratio": mix.ratio_M,
                 "reference_ratio": mix.reference_ratio_M, "reference_loss": mix.reference_loss_M, "tokens": tokens_M,
-                **mask_record(), "eval_s": eval_s, "mix_s": mix_s,
+                **mask_record(), "eval_s": eval_s, "mix_s": mix_s, "memory_bytes": memory_bytes(device),
             })  # fmt: skip
             each = " ".join(f"{d} {x:.3f} ({q:.2f})" for d, x, q in zip(domains, loss_M, mix.ratio_M, strict=True))
             log.say(f"step {step}: validation loss (next ratio): {each}; mean {loss_M.mean():.4f}")
@@ -593,7 +600,6 @@ def run(cfg: Config, signals: StopSignals, held: ExitStack) -> dict:
                 f"step {step}: loss {loss:.4f}, {speed}"
                 + (f", sparsity {masks.overall_sparsity():.3f}" if masks else "")
             )
-        tell_of_saves()
         if step % cfg.save_interval == 0 or step == cfg.max_steps or stop:
             signals.doing = f"saving step {step}"
             tell_of_saves(wait=True)
@@ -604,9 +610,10 @@ def run(cfg: Config, signals: StopSignals, held: ExitStack) -> dict:
                     "mix": mix.state_dict(), "loader": train.state_dict(),
                 }  # fmt: skip
                 checkpoints.save(step, state, checkpoint.tensors(learned, optimizers))
+        problem = tell_of_saves(wait=bool(stop))
         if stop and step < cfg.max_steps:
             bar.close()
-            if problem := tell_of_saves(wait=True):
+            if problem:
                 raise RunError(f"asked to stop at step {step}, and could not save it: {problem}")
             raise Stopped(f"stopped at step {step} of {cfg.max_steps}, which is saved")
 

@@ -12,10 +12,10 @@ The whole state is two integers per domain: the epoch, and the windows of it tha
 import os
 import resource
 import zlib
-from bisect import bisect_right
+from array import array
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -24,84 +24,84 @@ from data.shards import HEADER_BYTES, DataError, check_shard, read_meta
 
 SCANNED_TOKENS = 1 << 24  # token ids checked per domain, from the start of its shards, before the run; others when read
 BLOCK_TOKENS = 1 << 20  # of them at a time
-LOOK_AHEAD = 1024  # places of the permutation computed at once: only a matter of speed
+LOOK_AHEAD = 8192  # places of the permutation computed at once: only a matter of speed
+OPEN_FILES = 2048  # of one loader at most
 FIXED_KEY, BATCH_KEY = 1, 3  # of evaluation, whatever the run's seed; of the batches
+CLOSED = -1
 
 
 class OpenFiles:
-    """File descriptors by path; the one not used for longest is closed when there are too many.
+    """Shards by number, each opened when it is first read; when too many are, the one opened first is closed.
 
     Read by pread, not by memory map: a map holds a descriptor open for each of thousands of shards, every page read
     through it counts as the process's memory, and a file cut short under it is a crash instead of an error.
     """
 
-    def __init__(self) -> None:
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self.limit = soft // 8 if soft > 0 else 1024  # of the process's: train, validation and others share them
-        self.descriptors: dict[str, int] = {}  # in the order of their last use
+    def __init__(self, paths: list[str]) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = 8 * OPEN_FILES if hard == resource.RLIM_INFINITY else min(8 * OPEN_FILES, hard)
+        if soft != resource.RLIM_INFINITY and soft < wanted:  # a shell's is 1,024, and opening costs ten times a read
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        self.limit = wanted // 8  # train, validation and others share what the process may open
+        self.paths = paths
+        self.descriptor = array("i", [CLOSED]) * len(paths)  # 4 bytes a shard, next to each other: a read is 4 us
+        self.opened: deque[int] = deque()  # shards, in the order of their opening
 
-    def read(self, path: str, first: int, out_N: np.ndarray) -> None:
-        """Fill out_N, (tokens,) of the shard's own type, with its tokens from number `first` on. Raises DataError."""
-        descriptor = self.descriptors.pop(path, None)
-        if descriptor is None:
-            while len(self.descriptors) >= self.limit:
-                os.close(self.descriptors.pop(next(iter(self.descriptors))))
-            check_shard(path)
-            descriptor = os.open(path, os.O_RDONLY)
-        self.descriptors[path] = descriptor
-        if os.preadv(descriptor, [out_N], HEADER_BYTES + first * out_N.itemsize) < out_N.nbytes:
-            raise DataError(f"{path}: became shorter while it was in use: prepare the data set again")
+    def open(self, shard: int) -> int:
+        if len(self.opened) >= self.limit:
+            self.close(self.opened.popleft())
+        check_shard(self.paths[shard])
+        self.descriptor[shard] = os.open(self.paths[shard], os.O_RDONLY)
+        self.opened.append(shard)
+        return self.descriptor[shard]
+
+    def close(self, shard: int) -> None:
+        os.close(self.descriptor[shard])
+        self.descriptor[shard] = CLOSED
+
+    def read(self, shard: int, start: int, out_N: np.ndarray) -> None:
+        """Fill out_N, (tokens,) of the shard's own type, with its bytes from number `start` on. Raises DataError."""
+        descriptor = self.descriptor[shard]
+        if descriptor == CLOSED:
+            descriptor = self.open(shard)
+        if os.preadv(descriptor, [out_N], start) < out_N.nbytes:
+            raise DataError(f"{self.paths[shard]}: became shorter while it was in use: prepare the data set again")
 
     def __del__(self) -> None:
-        for descriptor in self.descriptors.values():
-            os.close(descriptor)
+        for shard in self.opened:
+            self.close(shard)
 
 
 class Windows:
-    """The consecutive, non-overlapping windows of seq_len + 1 tokens of one domain and split."""
+    """The consecutive, non-overlapping windows of seq_len + 1 tokens of one domain and split, shard by shard."""
 
-    def __init__(
-        self, folder: str | Path, meta: dict, domain: str, split: str, seq_len: int, files: OpenFiles
-    ) -> None:
-        self.length, self.files = seq_len + 1, files
+    def __init__(self, folder: str | Path, meta: dict, domain: str, split: str, seq_len: int) -> None:
+        length = seq_len + 1
         part = meta["domains"][domain][split]
         self.bytes_per_token = part["bytes"] / max(part["tokens"], 1)
         self.paths = [os.path.join(folder, shard["file"]) for shard in part["shards"]]
         checked = [check_shard(path) for path in self.paths]
         self.dtypes = [dtype for _, dtype in checked]
-        self.first = [0, *accumulate(n_tokens // self.length for n_tokens, _ in checked)]  # window of each shard
-        tokens = sum(n_tokens for n_tokens, _ in checked)
-        if self.n_windows == 0:
+        self.counts = [n_tokens // length for n_tokens, _ in checked]  # windows of each shard
+        if not sum(self.counts):
+            tokens = sum(n_tokens for n_tokens, _ in checked)
             raise DataError(
                 f"{folder}: domain {domain!r}, split {split!r}: {tokens} tokens are too short for one window of "
-                f"{self.length} (seq_len {seq_len} + 1): choose a shorter seq_len or add text"
+                f"{length} (seq_len {seq_len} + 1): choose a shorter seq_len or add text"
             )
         share = -(-SCANNED_TOKENS // len(self.paths))
         for path, (n_tokens, dtype) in zip(self.paths, checked, strict=True):
-            scan(path, dtype, min(share, n_tokens), meta["vocab_size"], files)
-
-    @property
-    def n_windows(self) -> int:
-        return self.first[-1]
-
-    def read(self, window: int, out: np.ndarray) -> None:
-        """Copy one window into out, (seq_len + 1,)."""
-        s = bisect_right(self.first, window) - 1
-        dtype = self.dtypes[s]
-        here = out if out.dtype == dtype else np.empty(self.length, dtype)  # copied where shards of both types are read
-        self.files.read(self.paths[s], (window - self.first[s]) * self.length, here)
-        if here is not out:
-            out[:] = here
+            scan(path, dtype, min(share, n_tokens), meta["vocab_size"])
 
 
-def scan(path: str, dtype: np.dtype, n_tokens: int, vocab_size: int, files: OpenFiles) -> None:
+def scan(path: str, dtype: np.dtype, n_tokens: int, vocab_size: int) -> None:
     """Look through the first n_tokens of a shard, a block at a time. Raises DataError for one that is no token."""
-    block = np.empty(min(BLOCK_TOKENS, n_tokens), dtype)
-    for start in range(0, n_tokens, BLOCK_TOKENS):
-        here = block[: n_tokens - start]
-        files.read(path, start, here)
-        if (largest := int(here.max())) >= vocab_size:
-            raise DataError(f"{path}: token id {largest} is not in the vocabulary of {vocab_size}")
+    with open(path, "rb", buffering=0) as f:
+        f.seek(HEADER_BYTES)
+        for start in range(0, n_tokens, BLOCK_TOKENS):
+            block = np.fromfile(f, dtype, min(BLOCK_TOKENS, n_tokens - start))
+            if (largest := int(block.max())) >= vocab_size:
+                raise DataError(f"{path}: token id {largest} is not in the vocabulary of {vocab_size}")
 
 
 def mix_bits(x: np.ndarray, key: np.uint64) -> np.ndarray:
@@ -139,18 +139,20 @@ def systematic_counts(ratio_M: np.ndarray, n: int, u: float) -> np.ndarray:
     """How many of n sequences each domain gives: n q_m rounded up or down, (M,) int; unbiased over u in [0, 1)."""
     edges_M = np.cumsum(ratio_M)[:-1] / np.sum(ratio_M)
     cuts_M = np.ceil(edges_M * n - min(u, 1 - 1e-9)).astype(np.int64)  # at u = 1 rounding could move a cut
-    return np.diff(cuts_M, prepend=0, append=n)
+    return np.diff([0, *cuts_M.tolist(), n])
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One global batch, every rank holds the same: which window of which domain is each sequence."""
+    """One global batch, every rank holds the same: which window of which domain is each sequence, and where it lies."""
 
     domain_N: np.ndarray  # (sequences,) index into the loader's domains
     window_N: np.ndarray  # (sequences,)
+    shard_N: np.ndarray  # (sequences,) index into the shards of all domains
+    start_N: np.ndarray  # (sequences,) its first byte in the shard
 
     def __getitem__(self, rows: slice) -> "Batch":
-        return Batch(self.domain_N[rows], self.window_N[rows])
+        return Batch(self.domain_N[rows], self.window_N[rows], self.shard_N[rows], self.start_N[rows])
 
     def __len__(self) -> int:
         return len(self.domain_N)
@@ -172,10 +174,14 @@ class DomainLoader:
                 raise DataError(f"{folder}: no domain {domain!r}; the data set has {', '.join(meta['domains'])}")
         self.domains, self.seq_len, self.seed = tuple(domains), seq_len, seed
         self.vocab_size = meta["vocab_size"]
-        files = OpenFiles()
-        self.windows = [Windows(folder, meta, domain, split, seq_len, files) for domain in domains]
-        self.dtype = np.result_type(*{dtype for w in self.windows for dtype in w.dtypes})
-        self.size_M = np.array([w.n_windows for w in self.windows])
+        self.windows = [Windows(folder, meta, domain, split, seq_len) for domain in domains]
+        self.size_M = np.array([sum(w.counts) for w in self.windows])
+        self.start_M = np.cumsum([0, *self.size_M[:-1]])  # first window, counted through all domains
+        self.files = OpenFiles([path for w in self.windows for path in w.paths])
+        self.dtypes = [dtype for w in self.windows for dtype in w.dtypes]  # of each shard of each domain
+        self.first_S = np.cumsum([0] + [n for w in self.windows for n in w.counts])[:-1]  # first window, counted so too
+        self.window_bytes_S = (seq_len + 1) * np.array([dtype.itemsize for dtype in self.dtypes])
+        self.dtype = np.result_type(*set(self.dtypes))
         self.name_M = [zlib.crc32(domain.encode()) for domain in domains]
         self.epoch_M = np.zeros(len(domains), dtype=np.int64)
         self.position_M = np.zeros(len(domains), dtype=np.int64)
@@ -188,7 +194,13 @@ class DomainLoader:
         domain_N = np.repeat(np.arange(len(self.domains)), count_M)
         window_N = np.concatenate([window for m, n in enumerate(count_M.tolist()) for window in self._advance(m, n)])
         order = rng.permutation(len(domain_N))
-        return Batch(domain_N[order], window_N[order])
+        return self._batch(domain_N[order], window_N[order])
+
+    def _batch(self, domain_N: np.ndarray, window_N: np.ndarray) -> Batch:
+        number_N = self.start_M[domain_N] + window_N  # counted through all domains
+        shard_N = np.searchsorted(self.first_S, number_N, side="right") - 1
+        start_N = HEADER_BYTES + (number_N - self.first_S[shard_N]) * self.window_bytes_S[shard_N]
+        return Batch(domain_N, window_N, shard_N, start_N)
 
     def _advance(self, m: int, n: int) -> Iterator[np.ndarray]:
         """The next n windows of domain m, in pieces."""
@@ -208,13 +220,19 @@ class DomainLoader:
     def fixed_batch(self, m: int, n_sequences: int) -> Batch:
         """The same windows of domain m on every call, whatever was trained on (n_sequences, or all there are)."""
         n = min(n_sequences, int(self.size_M[m]))
-        return Batch(np.full(n, m), permuted(np.arange(n), int(self.size_M[m]), key_of(FIXED_KEY, self.name_M[m])))
+        places_N = permuted(np.arange(n), int(self.size_M[m]), key_of(FIXED_KEY, self.name_M[m]))
+        return self._batch(np.full(n, m), places_N)
 
     def read(self, batch: Batch) -> np.ndarray:
         """The tokens of a batch or of some rows of it, (sequences, seq_len + 1), uint16 or uint32."""
         out = np.empty((len(batch), self.seq_len + 1), dtype=self.dtype)
-        for row, m, window in zip(out, batch.domain_N.tolist(), batch.window_N.tolist(), strict=True):
-            self.windows[m].read(window, row)
+        for row, shard, start in zip(out, batch.shard_N.tolist(), batch.start_N.tolist(), strict=True):
+            if self.dtypes[shard] == self.dtype:
+                self.files.read(shard, start, row)
+            else:  # of a shard in 2 bytes a token, beside others in 4
+                narrow = np.empty(self.seq_len + 1, self.dtypes[shard])
+                self.files.read(shard, start, narrow)
+                row[:] = narrow
         if out.size and out.max() >= self.vocab_size:
             domain = self.domains[batch.domain_N[(out >= self.vocab_size).any(axis=1).argmax()]]
             raise DataError(f"domain {domain!r}: token id {out.max()} is not in the vocabulary of {self.vocab_size}")
@@ -227,8 +245,7 @@ class DomainLoader:
 
     def file_of(self, batch: Batch, n: int) -> str:
         """The shard that a sequence of a batch comes from."""
-        windows = self.windows[batch.domain_N[n]]
-        return windows.paths[bisect_right(windows.first, batch.window_N[n]) - 1]
+        return self.files.paths[batch.shard_N[n]]
 
     def state_dict(self) -> dict[str, list[int]]:
         """{domain: [epoch, position]}"""

@@ -105,6 +105,14 @@ def test_the_dense_masked_model_computes_what_the_subnetwork_does_without_a_laye
     torch.testing.assert_close(found[0], found[1])
 
 
+def test_a_long_run_tells_its_memory_early_and_at_the_end():
+    results = {}
+    bench.bench_long_run(results, steps=1000)
+    (r,) = results.values()
+    assert r["steps"] == 1000
+    assert 0.9 < r["MB at the end"] / r["MB after a tenth"] < 1.1
+
+
 def test_a_pruned_block_is_timed_by_the_kernels_forward_and_backward(monkeypatch):
     forms, results = [], {}
     for name in ("masked_dense", "subnetwork"):
@@ -115,3 +123,18 @@ def test_a_pruned_block_is_timed_by_the_kernels_forward_and_backward(monkeypatch
     assert all(0 < r[k] < math.inf for k in ("ratio", "a_ms", "b_ms"))
     assert forms == ["masked_dense", "subnetwork"] * 2  # in turns
     assert dispatch.ops.linear is dispatch.TRITON["linear"]
+
+
+def test_the_loader_is_timed_on_a_small_and_a_large_domain_beside_bare_reads(monkeypatch):
+    read, windows = bench.DomainLoader.read, {"small": [], "large": []}
+    monkeypatch.setattr(
+        bench.DomainLoader, "read", lambda d, b: windows.get(d.domains[0], []).extend(b.window_N.tolist()) or read(d, b)
+    )
+    results = {}
+    bench.bench_loader(results, shards=3, rounds=2)
+    speed, large = results["loader, M tokens/s"], results["loader: 3 shards of 100 M tokens / one"]
+    assert all(0 < speed[k] < math.inf for k in ("32", "256", "copy"))
+    assert all(0 < r[k] < math.inf for r in (large, large["bare"]) for k in ("ratio", "a_ms", "b_ms"))
+    for read_N in windows.values():  # once into the page cache, once timed: the same windows, none of them twice
+        half = len(read_N) // 2
+        assert read_N[:half] == read_N[half:] and len(set(read_N)) == half == 2 * 1024

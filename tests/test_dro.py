@@ -1,6 +1,7 @@
 """The mix: the published code's outputs, the definition by brute force, and every corner the method names."""
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -228,6 +229,50 @@ def test_an_unclipped_reference_follows_the_law():
     m = mix("constant", clip_reference=False)
     run(m, losses=lambda t: np.array([2 + t, 3 + t**-0.2, 1.0]))
     assert m.reference_loss_M[0] > 2.1
+
+
+def warned(m, losses, evaluations=30):
+    """(evaluation, text) of each warning."""
+    texts = []
+    for i in range(1, evaluations + 1):
+        t = i / evaluations
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            m.update(losses(t), 1e5 * t * np.array([0.5, 0.3, 0.2]), t)
+        texts += [(i, str(w.message)) for w in caught]
+    return texts
+
+
+def test_a_reference_ratio_that_stays_at_its_bound_is_warned_about_once():
+    losses = lambda t: np.array([2.0, 9.0, 1.0])  # noqa: E731
+    texts = warned(mix(reference_loss_M=np.ones(3), dynamic_reference=False), losses)
+    assert [(i, text[:8]) for i, text in texts] == [(15, "domain c"), (27, "domain b")]
+    for bound, (_, text) in zip(("0.200", "0.51"), texts, strict=True):
+        assert f"its reference ratio has been at {bound}" in text and "for 10 evaluations (of a range 0.200 to " in text
+    equal = Mix(("a", "b"), np.array([0.5, 0.5]), "dro", dynamic_reference=False, reference_loss_M=np.ones(2))
+    for _ in range(10):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            equal.update(np.array([2.0, 3.0]), np.ones(2), 0.5)
+    assert "the initial ratios are equal" in str(caught[0].message)
+
+
+def test_a_reference_ratio_that_moves_freely_is_not_warned_about():
+    losses = lambda t: np.array([2.0, 2.0 + (round(30 * t) % 2), 2.0])  # noqa: E731
+    assert warned(mix(reference_loss_M=np.ones(3), dynamic_reference=False, dynamic_ratio=False), losses) == []
+
+
+def test_a_loss_that_falls_below_its_reference_is_warned_about_once_when_it_does():
+    falls = lambda t: np.array([2 + t**-0.5 - (0.8 if t > 0.8 else 0), 3 + t**-0.2, 1 + 0.2 * t**-0.5])  # noqa: E731
+    m = mix()
+    fall = [(i, text) for i, text in warned(m, falls) if text.startswith("domain a: its reference loss is no longer")]
+    assert [i for i, _ in fall] == [25]
+    assert m.unpredictive[1:] == [False, False]
+
+
+def test_a_law_that_fits_is_not_warned_about():
+    losses = lambda t: np.array([2 + t**-0.5, 3 + t**-0.2, 1 + 0.2 * t**-0.5])  # noqa: E731
+    assert not [text for _, text in warned(mix(dynamic_ratio=False), losses) if "predictive" in text]
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_one_with_a_warning():

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.loader import DomainLoader, permuted, systematic_counts
+from data.loader import DomainLoader, key_of, permuted, systematic_counts
 from data.shards import DataError, write_meta, write_shard
 
 T = 7
@@ -80,6 +80,13 @@ def test_the_permutation_looks_random():
     assert (places == other).sum() < 10
 
 
+def test_the_order_is_the_one_that_runs_have_begun_with():
+    assert permuted(np.arange(8), 1000, key_of(17, 5, 0)).tolist() == [67, 96, 356, 24, 186, 446, 626, 28]
+    far = permuted(np.array([0, 10**9, 10**10]), 24_414_062_500, key_of(17, 5, 0))
+    assert far.tolist() == [12192288301, 23599873484, 14336918512]
+    assert systematic_counts(np.array([0.2, 0.3, 0.5]), 8, 0.3).tolist() == [2, 2, 4]
+
+
 def test_no_window_comes_twice_before_all_came_once_and_then_in_another_order(folder):
     data = loader(folder, domains=("b",))
     rows = np.concatenate(batches(data, 46, ratio_M=(1.0,), size=1))
@@ -92,6 +99,32 @@ def test_no_window_comes_twice_before_all_came_once_and_then_in_another_order(fo
 def test_windows_are_the_text_itself_and_never_cross_shards(folder):
     for row in np.concatenate(batches(loader(folder), 40)):
         assert (np.diff(row.astype(int)) == 1).all()
+
+
+def test_shards_too_short_for_a_window_are_passed_over(tmp_path):
+    domains, start = {}, 0
+    for domain, windows in (("a", (0, 5, 0, 0)), ("b", (0, 0, 3, 4, 0))):
+        shards = []
+        for i, n in enumerate(windows):
+            size = n * (T + 1) + 2
+            write_shard(tmp_path / f"{domain}{i}.bin", np.arange(start, start + size), 1000)
+            shards.append({"file": f"{domain}{i}.bin"})
+            start += size
+        part = {"tokens": 1, "bytes": 1, "shards": shards}
+        domains[domain] = {"train": part, "val": part}
+    write_meta(tmp_path, {"tokenizer": {}, "vocab_size": 1000, "bos": 1, "eos": 2, "domains": domains})
+    data = loader(tmp_path, domains=("a", "b"))
+    rows = data.read(data.next_batch(0, np.array([5 / 12, 7 / 12]), 12))
+    assert (np.diff(rows.astype(int)) == 1).all()
+    # the tokens before the first window of each shard: those of its predecessors, two of which belong to no window
+    expected = [s + i * (T + 1) for s, n in ((2, 5), (52, 3), (78, 4)) for i in range(n)]
+    assert sorted(rows[:, 0].tolist()) == expected
+
+
+def test_the_data_is_the_same_when_few_files_may_be_open(folder):
+    data, few = loader(folder), loader(folder)
+    few.files.limit = 1
+    assert (np.stack(batches(data, 10)) == np.stack(batches(few, 10))).all()
 
 
 def test_the_same_seed_gives_the_same_data_and_another_seed_other_data(folder):

@@ -3,11 +3,12 @@
 import json
 import os
 import time
+from resource import RLIM_INFINITY
 
 import numpy as np
 import pytest
 
-from data.loader import DomainLoader, OpenFiles
+from data.loader import OPEN_FILES, DomainLoader, OpenFiles
 from data.shards import HEADER_BYTES, DataError, header, write_meta, write_shard
 
 SHARDS, SHARD_TOKENS, T = 1000, 100_000_000, 4096
@@ -60,7 +61,7 @@ def test_windows_come_from_all_of_a_large_domain_without_repeats_and_after_a_res
 
 
 def test_no_more_files_are_open_than_a_share_of_what_the_process_may_open(folder, monkeypatch):
-    monkeypatch.setattr("data.loader.resource.getrlimit", lambda _: (160, 4096))
+    monkeypatch.setattr("data.loader.resource.getrlimit", lambda _: (160, 160))
     before = len(os.listdir("/proc/self/fd"))
     loader = DomainLoader(folder, ("web",), T, 17, "train")
     for step in range(10):
@@ -68,6 +69,18 @@ def test_no_more_files_are_open_than_a_share_of_what_the_process_may_open(folder
     assert len(os.listdir("/proc/self/fd")) - before == 20
     del loader
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize(("soft", "hard", "asked", "limit"), [
+    (1024, 2**20, 8 * OPEN_FILES, OPEN_FILES), (1024, RLIM_INFINITY, 8 * OPEN_FILES, OPEN_FILES),
+    (1024, 4096, 4096, 512), (2**20, 2**20, None, OPEN_FILES), (RLIM_INFINITY, RLIM_INFINITY, None, OPEN_FILES),
+])  # fmt: skip
+def test_a_process_of_few_files_asks_for_more_and_the_loader_takes_a_share(monkeypatch, soft, hard, asked, limit):
+    calls = []
+    monkeypatch.setattr("data.loader.resource.getrlimit", lambda _: (soft, hard))
+    monkeypatch.setattr("data.loader.resource.setrlimit", lambda _, limits: calls.append(limits))
+    assert OpenFiles([]).limit == limit
+    assert calls == ([(asked, hard)] if asked else [])
 
 
 def test_a_token_in_the_last_of_many_shards_is_checked_at_the_start(folder, monkeypatch):
@@ -83,12 +96,12 @@ def test_a_token_in_the_last_of_many_shards_is_checked_at_the_start(folder, monk
 def test_a_shard_cut_short_while_in_use_is_an_error_that_names_it(tmp_path):
     path = str(tmp_path / "a.bin")
     write_shard(path, np.arange(100), 200)
-    files, tokens = OpenFiles(), np.empty(10, "<u2")
-    files.read(path, 90, tokens)
+    files, tokens = OpenFiles([path]), np.empty(10, "<u2")
+    files.read(0, HEADER_BYTES + 180, tokens)
     np.testing.assert_array_equal(tokens, np.arange(90, 100))
     os.truncate(path, HEADER_BYTES + 100)
     with pytest.raises(DataError, match=r"a\.bin: became shorter while it was in use"):
-        files.read(path, 90, tokens)
+        files.read(0, HEADER_BYTES + 180, tokens)
 
 
 def test_domains_in_two_and_in_four_bytes_a_token_are_read_together(tmp_path):
