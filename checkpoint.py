@@ -276,7 +276,7 @@ def read_state(folder: Path) -> dict:
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{folder / STATE}: cannot be read ({type(error).__name__})") from None
     for name, kind in FIELDS.items():
-        if not isinstance(state, dict) or not isinstance(state.get(name), kind):
+        if not isinstance(state, dict) or name not in state or not isinstance(state[name], kind):
             raise RunError(f"{folder / STATE}: no state of a run of train.py: {name} is missing or of another kind")
     return state
 
@@ -297,11 +297,8 @@ def newest(out_dir: Path, say: Callable[[str], object]) -> tuple[Path, dict] | N
     return None
 
 
-def load(folder: Path, named: dict[str, Tensor]) -> None:
-    """Fill these tensors, shared out over any number of ranks or whole, from a checkpoint.
-
-    Raises RunError naming the first that is missing or of another shape.
-    """
+def check_shapes(folder: Path, named: dict[str, Tensor]) -> HuggingFaceStorageReader:
+    """Raises RunError naming the first of these tensors, of any device, that is missing or of another shape."""
     reader = HuggingFaceStorageReader(str(folder))
     try:
         stored = reader.read_metadata().state_dict_metadata
@@ -311,6 +308,12 @@ def load(folder: Path, named: dict[str, Tensor]) -> None:
         shape = tuple(stored[name].size) if name in stored else None
         if shape != tuple(tensor.shape):
             raise RunError(f"{folder}: {name} has shape {shape}, the model's {tuple(tensor.shape)}")
+    return reader
+
+
+def load(folder: Path, named: dict[str, Tensor]) -> None:
+    """Fill these tensors, shared out over any number of ranks or whole, from a checkpoint. Raises RunError."""
+    reader = check_shapes(folder, named)
     dcp.load(named, storage_reader=reader, no_dist=not dist.is_initialized())
 
 

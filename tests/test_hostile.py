@@ -98,7 +98,7 @@ FOUND = {  # reader: value, path in the JSON of its first seed; what the message
     "config_json": [
         (10**9, ("num_hidden_layers",), "n_layers = 1000000000: must be at most 1024"),
         (2**24 + 1, ("vocab_size",), "vocab_size = 16777217: must be at most 16,777,216"),
-        (2**24, ("vocab_size",), "embed_tokens.weight has shape (300, 8), config.json makes it (16777216, 8)"),
+        (2**24, ("vocab_size",), "weight has shape (300, 8), config.json makes it (16777216, 8)"),
         (10**400, ("rope_theta",), "must be positive"),
         (float("nan"), ("rms_norm_eps",), "norm_eps = nan: must be positive"),
         ([["full_attention"]], ("layer_types",), "layer_types other than full_attention"),
@@ -386,7 +386,11 @@ def danger_of(node: ast.AST) -> str:
         names = [module, *(alias.name for alias in node.names if not module)]
         bad = [name for name in names if name.partition(".")[0] in MODULES]
         taken = [f"{module}.{alias.name}" for alias in node.names if module]
-        bad += [n for n in taken if n.partition(".")[2] in ATTRIBUTES or n in ("torch.load", "numpy.load", "yaml.load")]
+        bad += [
+            n
+            for n in taken
+            if n.partition(".")[2] in ATTRIBUTES - {"extract"} or n in ("torch.load", "numpy.load", "yaml.load")
+        ]
         return next(iter(bad + [n for n in taken if n.startswith(tuple(f"os.{name}" for name in OF_OS))]), "")
     if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in BUILTINS:
         return node.id
