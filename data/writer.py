@@ -99,7 +99,10 @@ def read_progress(folder: str | Path) -> dict:
     path = Path(folder, UNFINISHED)
     if not path.exists() or path.stat().st_size == 0:
         return {}
-    return read_json(path, "give --force to start again")
+    state = read_json(path, "give --force to start again")
+    if not isinstance(state.get("settings"), dict) or not isinstance(state.get("progress", {}), dict):
+        raise DataError(f"{path}: not the progress of a data set: give --force to start again")
+    return state
 
 
 def _is_complete(folder: Path, settings: dict) -> bool:

@@ -265,7 +265,7 @@ def test_a_run_that_can_save_nothing_says_so_at_every_save_and_ends_in_an_error(
 def test_records_that_a_full_disk_refuses_are_written_whole_when_there_is_room(tmp_path, monkeypatch):
     log = Log(tmp_path / "metrics.jsonl", chief=True)
     log.open(0)
-    log.record({"kind": "run"})
+    log.record({"kind": "save", "step": 0})
     pwrite, room = os.pwrite, [7, 0, 10_000]  # bytes that go onto the disk
 
     def small(descriptor, raw, at):
@@ -276,11 +276,11 @@ def test_records_that_a_full_disk_refuses_are_written_whole_when_there_is_room(t
 
     monkeypatch.setattr(run_metrics.os, "pwrite", small)
     for step in (1, 2):
-        log.record({"kind": "train", "step": step})
-        assert run_metrics.read_metrics(log.path) == [{"kind": "run"}]
-    log.record({"kind": "train", "step": 3})
+        log.record({"kind": "save", "step": step})
+        assert run_metrics.read_metrics(log.path) == [{"kind": "save", "step": 0}]
+    log.record({"kind": "save", "step": 3})
     log.close()
-    assert [r.get("step") for r in run_metrics.read_metrics(log.path)] == [None, 1, 2, 3]
+    assert [r.get("step") for r in run_metrics.read_metrics(log.path)] == [0, 1, 2, 3]
 
 
 # ---- a step that went wrong
