@@ -298,11 +298,8 @@ def newest(out_dir: Path) -> tuple[tuple[Path, dict] | None, dict[str, str]]:
     return None, {}
 
 
-def load(folder: Path, named: dict[str, Tensor]) -> None:
-    """Fill these tensors, shared out over any number of ranks or whole, from a checkpoint.
-
-    Raises RunError naming the first that is missing or of another shape.
-    """
+def check_shapes(folder: Path, named: dict[str, Tensor]) -> HuggingFaceStorageReader:
+    """Raises RunError naming the first of these tensors, of any device, that is missing or of another shape."""
     reader = HuggingFaceStorageReader(str(folder))
     try:
         stored = reader.read_metadata().state_dict_metadata
@@ -312,6 +309,12 @@ def load(folder: Path, named: dict[str, Tensor]) -> None:
         shape = tuple(stored[name].size) if name in stored else None
         if shape != tuple(tensor.shape):
             raise RunError(f"{folder}: {name} has shape {shape}, the model's {tuple(tensor.shape)}: not its checkpoint")
+    return reader
+
+
+def load(folder: Path, named: dict[str, Tensor]) -> None:
+    """Fill these tensors, shared out over any number of ranks or whole, from a checkpoint. Raises RunError."""
+    reader = check_shapes(folder, named)
     dcp.load(named, storage_reader=reader, no_dist=not dist.is_initialized())
 
 

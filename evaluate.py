@@ -96,8 +96,11 @@ def load_any(path: str, device: str) -> llama.Llama:
         raise llama.CheckpointError(f"{path}: {problem}")
     try:
         state = checkpoint.read_state(folder)
-        model, masks = llama.Llama(llama.LlamaConfig(**state["source"])), None
+        with torch.device("meta"):
+            model, masks = llama.Llama(llama.LlamaConfig(**state["source"])), None
         learned = {"model": model}
+        checkpoint.check_shapes(folder, dict(model.named_parameters("model")))  # before memory is asked for
+        model.to_empty(device="cpu").tie()
         if state["target"]:
             masks = learned["masks"] = Masks(model.config, llama.LlamaConfig(**state["target"]), seed=0)
         checkpoint.load(folder, {n: p.detach() for k, m in learned.items() for n, p in m.named_parameters(k)})

@@ -23,7 +23,7 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst", ".parq
 BLOCK_BYTES = 1 << 16
 ZSTD_BYTES = 1 << 11        # of a .zst file at once: 4 bytes can stand for 128 KiB, so these for MAX_RECORD_BYTES
 MAX_RECORD_BYTES = 1 << 26  # a longer line is no document but damage
-ROWS = 256                  # of a Parquet file at once
+ROWS = 16                   # of a Parquet file at once: a few bytes can stand for as many copies of a long text
 PYARROW, DATASETS = "pyarrow==22.0.0", "datasets==4.4.1"
 
 Record = bytes | dict

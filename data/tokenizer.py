@@ -166,7 +166,11 @@ class HuggingFace:
         return None if name is None else self.model.token_to_id(name)
 
     def encode(self, text: str) -> list[int]:
-        return self.model.encode(text, add_special_tokens=False).ids
+        """Raises ValueError for a text that the tokenizer has no tokens for."""
+        try:
+            return self.model.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"the tokenizer cannot encode it ({error})") from None
 
     def decode(self, tokens: list[int]) -> str:
         tokens = [token for token in tokens if token not in (self.bos, self.eos)]

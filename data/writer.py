@@ -57,6 +57,7 @@ SHARD_TOKENS = 1 << 26     # 128 MiB a shard in uint16
 PARCEL_CHARS = 1 << 19     # about half a second of work for one process
 RECORD_CHARS = 16          # that a record counts for even when it is empty: a file of line ends ends a parcel, too
 CHECKPOINT_S = 30.0        # what a stop costs at most, and the time to wait for a parcel
+MAX_BAD = 1_000_000        # bad records of a source, nearly all it has: it is given up
 REPORTED = 20              # bad records printed per source; all are counted
 UNFINISHED = "unfinished"  # a file that lies in the folder from begin() to finish(): settings, and progress
 DIGESTS = "unfinished.digests"  # of the documents taken, 8 bytes each
@@ -98,7 +99,10 @@ def read_progress(folder: str | Path) -> dict:
     path = Path(folder, UNFINISHED)
     if not path.exists() or path.stat().st_size == 0:
         return {}
-    return read_json(path, "give --force to start again")
+    state = read_json(path, "give --force to start again")
+    if not isinstance(state.get("settings"), dict) or not isinstance(state.get("progress", {}), dict):
+        raise DataError(f"{path}: not the progress of a data set: give --force to start again")
+    return state
 
 
 def _is_complete(folder: Path, settings: dict) -> bool:
@@ -255,6 +259,9 @@ def _is_full(entry: dict, max_tokens: int | None) -> bool:
 
 def _report(bad_records: dict[str, int], name: str, row: Row) -> None:
     bad_records[name] = n_bad = bad_records.get(name, 0) + 1
+    if n_bad >= MAX_BAD and n_bad > 0.99 * row.number:
+        raise DataError(f"{name}: {n_bad:,} of its first {row.number:,} records are bad: expected a \"text\" in each "
+                        f"(the last: {row.problem})")
     if n_bad <= REPORTED:
         tqdm.write(f"{name}:{row.number}: {row.problem}", file=sys.stderr)
     elif n_bad == REPORTED + 1:

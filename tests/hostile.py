@@ -43,6 +43,7 @@ from data.slimpajama.prepare import domain_and_text
 from evaluate import load_any
 from metrics import RunError, read_metrics
 
+ROOT = Path(__file__).resolve().parents[1]
 SHAPE = {"hidden_size": 8, "intermediate_size": 12, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "head_dim": 4}
 VOCAB_SIZE = 300
 TEXT = "Kept as it is: <s> and  two spaces, \u00fc, \U0001f600, 123\n"
@@ -362,7 +363,7 @@ READERS = {
     "params": Reader("params.json", with_folder(meta_folder, "params.json"), load_model, CHECKPOINT),
     "consolidated": Reader("consolidated.00.pth", with_folder(meta_folder, "consolidated.00.pth"), load_model,
                            CHECKPOINT),
-    "config": Reader("config.py", lambda _: [path.read_bytes() for path in sorted(Path("config").glob("*.py"))],
+    "config": Reader("config.py", lambda _: [path.read_bytes() for path in sorted((ROOT / "config").glob("*.py"))],
                      lambda path: configurator.load(train.Config, [str(path)]), (configurator.ConfigError,)),
     "metrics": Reader("metrics.jsonl", lambda _: [metrics()], read_run, (RunError,)),
     "requests": Reader("a.jsonl", lambda _: [request_rows()], lambda path: tasks.read_documents(
@@ -385,7 +386,7 @@ class Prepared:
     """A reader in a folder of its own; calling it with bytes reads them, and lets only what is a defect through."""
 
     def __init__(self, name: str, folder: Path) -> None:
-        self.reader, self.folder = READERS[name], Path(folder, name)
+        self.name, self.reader, self.folder = name, READERS[name], Path(folder, name)
         self.folder.mkdir()
         self.seeds = self.reader.seeds(self.folder)
 

