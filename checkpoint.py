@@ -276,7 +276,7 @@ def read_state(folder: Path) -> dict:
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{folder / STATE}: cannot be read ({type(error).__name__}): remove the folder") from None
     for name, form in FIELDS.items():
-        if not isinstance(state, dict) or not fits(state.get(name), form):
+        if not isinstance(state, dict) or name not in state or not fits(state[name], form):
             raise RunError(f"{folder / STATE}: {name} is missing or no such thing: no run of this version wrote it")
     return state
 
