@@ -32,12 +32,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from data.shards import sha256
-from metrics import RunError
+from metrics import RunError, fits
 from parallel import exchange, position
 
 STATE, SUMS = "state.json", "SHA256SUMS"
-FIELDS = {"config": dict, "data": str, "step": int, "skipped": int, "skipped_in_a_row": int, "tokens_M": list,
-          "source": dict, "target": dict | None, "mix": dict, "loader": dict}  # fmt: skip
+FIELDS = {"config": {}, "data": str, "step": int, "skipped": int, "skipped_in_a_row": int, "tokens_M": [float | int],
+          "source": {}, "target": ({}, None), "mix": {}, "loader": {str: [int]}}  # fmt: skip
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # said at every save of one process
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's state of a parameter, of its shape
 
@@ -274,27 +274,28 @@ def read_state(folder: Path) -> dict:
     try:
         state = json.loads((folder / STATE).read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{folder / STATE}: cannot be read ({type(error).__name__})") from None
-    for name, kind in FIELDS.items():
-        if not isinstance(state, dict) or name not in state or not isinstance(state[name], kind):
-            raise RunError(f"{folder / STATE}: no state of a run of train.py: {name} is missing or of another kind")
+        raise RunError(f"{folder / STATE}: cannot be read ({type(error).__name__}): remove the folder") from None
+    for name, form in FIELDS.items():
+        if not isinstance(state, dict) or name not in state or not fits(state[name], form):
+            raise RunError(f"{folder / STATE}: {name} is missing or no such thing: no run of this version wrote it")
     return state
 
 
-def newest(out_dir: Path, say: Callable[[str], object]) -> tuple[Path, dict] | None:
-    """The last whole checkpoint and its state, on all ranks; None where there is none at all.
+def newest(out_dir: Path) -> tuple[tuple[Path, dict] | None, dict[str, str]]:
+    """The last whole checkpoint and its state, None where there is none at all; and what is wrong with newer ones.
 
-    Says which it skips and why. Raises RunError where not one is whole: the run must not start anew by itself.
+    All ranks call it. Raises RunError where not one is whole: the run must not start anew by itself.
     """
+    problems = {}
     names = exchange([f.name for f in checkpoints(out_dir)])[0]
     for name in reversed(names):
         problem = first(exchange(problem_of(out_dir / name, *position())))
         if not problem:
-            return out_dir / name, read_state(out_dir / name)
-        say(f"warning: {out_dir / name} is skipped: {problem}")
+            return (out_dir / name, read_state(out_dir / name)), problems
+        problems[str(out_dir / name)] = problem
     if names:
-        raise RunError(f"{out_dir}: none of its {len(names)} checkpoints is whole: choose another out_dir")
-    return None
+        raise RunError(f"{out_dir}: none of its checkpoints is whole ({name}: {problem}): choose another out_dir")
+    return None, {}
 
 
 def check_shapes(folder: Path, named: dict[str, Tensor]) -> HuggingFaceStorageReader:
@@ -303,11 +304,11 @@ def check_shapes(folder: Path, named: dict[str, Tensor]) -> HuggingFaceStorageRe
     try:
         stored = reader.read_metadata().state_dict_metadata
     except Exception as error:  # whatever a broken header makes torch raise
-        raise RunError(f"{folder}: its tensors cannot be read ({type(error).__name__})") from error
+        raise RunError(f"{folder}: its tensors cannot be read ({type(error).__name__}): remove it") from error
     for name, tensor in named.items():
         shape = tuple(stored[name].size) if name in stored else None
         if shape != tuple(tensor.shape):
-            raise RunError(f"{folder}: {name} has shape {shape}, the model's {tuple(tensor.shape)}")
+            raise RunError(f"{folder}: {name} has shape {shape}, the model's {tuple(tensor.shape)}: not its checkpoint")
     return reader
 
 

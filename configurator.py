@@ -141,12 +141,12 @@ def _typed(name: str, value, kind: type, where: str):
     if typing.get_origin(kind) is tuple:
         item = typing.get_args(kind)[0]
         if not isinstance(value, list | tuple):
-            raise ConfigError(f"{where}: {name} must be a tuple of {item.__name__}, is {value!r}")
+            raise ConfigError(f"{where}: setting {name} must be a tuple of {item.__name__}, is {value!r}")
         return tuple(_typed(name, v, item, where) for v in value)
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        raise ConfigError(f"{where}: {name} must be {kind.__name__}, is {type(value).__name__} {value!r}")
+        raise ConfigError(f"{where}: setting {name} must be {kind.__name__}, is {type(value).__name__} {value!r}")
     return value
 
 

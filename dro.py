@@ -300,5 +300,6 @@ class Mix:
     def load_state_dict(self, state: dict) -> None:
         if len(state["ratio_M"]) != len(self.domains):
             raise ValueError(f"mix state is of {len(state['ratio_M'])} domains, the run has {len(self.domains)}")
-        for name, value in state.items():
-            setattr(self, name, np.array(value) if name.endswith("_M") and value is not None else value)
+        for name in self.state_dict():
+            value = state[name]
+            setattr(self, name, np.array(value, float) if name.endswith("_M") and value is not None else value)

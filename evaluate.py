@@ -134,7 +134,8 @@ def main(folder: str, cfg: Config) -> None:
     domains = cfg.domains or tuple(read_meta(cfg.data)["domains"])
     val = DomainLoader(cfg.data, domains, cfg.seq_len, seed=0, split="val")
     if val.vocab_size > model.config.vocab_size:
-        raise DataError(f"{cfg.data}: vocabulary of {val.vocab_size}, the model's has {model.config.vocab_size}")
+        raise DataError(f"{cfg.data}: vocabulary of {val.vocab_size}, the model's has {model.config.vocab_size}: "
+                        "give --data, a data set prepared with the model's own tokenizer")  # fmt: skip
     loss_M = evaluate(model, val, cfg.sequences, cfg.batch_size, cfg.device)
     print(f"{folder} on {cfg.data}, validation, {cfg.sequences} windows of {cfg.seq_len} tokens a domain at most")
     columns = {"loss (nats)": loss_M, "perplexity": np.exp(loss_M), "bits/byte": bits_per_byte(loss_M, val)}

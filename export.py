@@ -54,7 +54,8 @@ def stages(path: Path, step: float = math.inf) -> list[Stage]:
     while os.path.isfile(path.parent / "metrics.jsonl") and path.parent not in [s.folder for s in found]:
         records = read_metrics(path.parent / "metrics.jsonl")
         if not records or records[0]["kind"] != "run":
-            raise RunError(f"{path.parent / 'metrics.jsonl'}: does not begin with the record of a run of train.py")
+            raise RunError(f"{path.parent / 'metrics.jsonl'}: does not begin with the record of a run of train.py: "
+                           "move it away to export without a recipe")  # fmt: skip
         evaluated = [r for r in records if r["kind"] in ("eval", "extracted") and r["step"] <= step]
         found.append(Stage(path.parent, records[0], evaluated[-1] if evaluated else None))
         if not records[0]["config"]["init_from"]:

@@ -69,7 +69,7 @@ class Answers:
     @torch.no_grad()
     def _generate(self, context: str, settings: dict) -> str:
         if settings.get("do_sample"):
-            raise ValueError("do_sample = True: only greedy decoding is offered")
+            raise DataError("do_sample = True: only greedy decoding is offered: leave out tasks that sample")
         n_new, until = settings.get("max_gen_toks", MAX_NEW_TOKENS), settings.get("until") or []
         room = min(n_new, self.context_size // 2)  # for the answer; what does not fit beside it the prompt loses
         until = [until] if isinstance(until, str) else until

@@ -22,7 +22,7 @@ def read_metrics(path: Path) -> list[dict]:
     try:
         lines = path.read_bytes().splitlines() if path.exists() else []
     except OSError as error:
-        raise RunError(f"{path}: cannot be read ({error.strerror})") from None
+        raise RunError(f"{path}: cannot be read ({error.strerror}): choose another out_dir") from None
     records, n_domains = [], None
     for number, line in enumerate(lines, start=1):
         try:
@@ -32,7 +32,7 @@ def read_metrics(path: Path) -> list[dict]:
                 break
             record = None
         if not is_record(record, n_domains):
-            raise RunError(f"{path}:{number}: not a record of a run")
+            raise RunError(f"{path}:{number}: not a record of a run: remove the line")
         n_domains = len(record["domains"]) if record["kind"] == "run" else n_domains
         records.append(record)
     return records
@@ -102,19 +102,21 @@ class Log:
     full disk refuses are kept and written with the next."""
 
     def __init__(self, path: Path, chief: bool) -> None:
-        self.path, self.chief, self.pending = path, chief, b""
+        self.path, self.chief, self.pending, self.file = path, chief, b"", None
         self.say = tqdm.write if chief else (lambda _: None)
 
     def open(self, step: int) -> None:
-        """Go on from a step. From here on records can be written."""
-        if self.chief:
+        """Go on from a step. From here on records can be written. Raises RunError."""
+        try:
             keep_metrics_before(self.path, step)
             self.file = open(self.path, "r+b", buffering=0)  # noqa: SIM115 (closed by close)
-            self.end = self.file.seek(0, os.SEEK_END)
+        except OSError as error:
+            raise RunError(f"{self.path}: cannot be written ({error.strerror}): make room") from None
+        self.end = self.file.seek(0, os.SEEK_END)
 
     def record(self, record: dict) -> dict:
         record = {key: plain(value) for key, value in record.items()}
-        if self.chief:
+        if self.file:
             self.pending += json.dumps(record).encode() + b"\n"
             try:
                 written = os.pwrite(self.file.fileno(), self.pending, self.end)
@@ -141,5 +143,5 @@ class Log:
             self.say(f"  step {r['step']}: {r['text']}")
 
     def close(self) -> None:
-        if self.chief:
+        if self.file:
             self.file.close()

@@ -39,7 +39,8 @@ def read_run(folder: str) -> Run:
     records = read_metrics(Path(folder, "metrics.jsonl"))
     kinds = {kind: [r for r in records if r["kind"] == kind] for kind in ("run", "train", "eval")}
     if not kinds["run"] or not kinds["eval"]:
-        raise RunError(f"{folder}: no metrics.jsonl with an evaluation in it")
+        raise RunError(f"{folder}: no metrics.jsonl with an evaluation in it: "
+                       "give the out_dir of a run that has evaluated")  # fmt: skip
     names = kinds["run"][0]["domains"] + [name for r in kinds["train"][:1] for name in r.get("sparsity", ())]
     if len(names) > MAX_PANELS or not all(DOMAIN.fullmatch(name) for name in names):
         raise RunError(f"{folder}: metrics.jsonl names {len(names)} domains and masks: expected at most {MAX_PANELS}, "

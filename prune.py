@@ -97,7 +97,8 @@ class Masks(nn.Module):
                 shape = (1 if mask in ("hidden", "layer") else source.n_layers, getattr(source, size))
                 self.log_alpha[mask] = nn.Parameter(5.0 + 0.01 * torch.randn(shape, generator=generator))
         if not self.log_alpha:
-            raise TargetError(f"the target is as large as the source, {target}: there is nothing to prune")
+            raise TargetError(f"the target is as large as the source, {target}: there is nothing to prune: "
+                              "choose a smaller one")  # fmt: skip
         self.lambda1 = nn.Parameter(torch.zeros(len(self.log_alpha)))
         self.lambda2 = nn.Parameter(torch.zeros(len(self.log_alpha)))
         self.clamp()

@@ -46,7 +46,7 @@ class TokenizerJson:
         try:
             self.model = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises nothing narrower
-            raise DataError(f"{path}: not a readable tokenizer.json ({error})") from None
+            raise DataError(f"{path}: not a readable tokenizer.json ({error}): copy it again from the model") from None
 
     def encode(self, text: str) -> list[int]:
         return self.model.encode(text).ids
@@ -135,7 +135,7 @@ def main(path: str, prompt: str, cfg: Config) -> None:
         raise ConfigError(f"the prompt has {len(tokens)} tokens, the model's context {context(config)}: shorten it")
     if len(tokens) + cfg.max_tokens > context(config):
         room = context(config) - len(tokens)
-        print(f"max_tokens = {cfg.max_tokens}: {room} fill the context of {context(config)}", file=sys.stderr)
+        print(f"warning: max_tokens = {cfg.max_tokens}: {room} fill the context of {context(config)}", file=sys.stderr)
     print(prompt, end="", flush=True)
     for piece in pieces(tokenizer.decode, tokens, generate(model, tokens, cfg)):
         print(piece, end="", flush=True)

@@ -82,7 +82,7 @@ def read_documents(archive: Path, task: str, limit: int = 0) -> list[Document]:
             if row["doc_id"] < UNCONDITIONAL:
                 requests[row["doc_id"]].append(row)
             if number >= MAX_REQUESTS:
-                raise DataError(f"{archive}: {name}: over {MAX_REQUESTS:,} requests")
+                raise DataError(f"{archive}: {name}: over {MAX_REQUESTS:,} requests: get the archive again")
     return [document(rows) for rows in list(requests.values())[: limit or None]]
 
 
@@ -91,12 +91,13 @@ def request(line: bytes, where: str) -> dict:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: invalid JSON: {error}") from None
+        raise DataError(f"{where}: invalid JSON ({error}): get the archive again") from None
     inner = row.get("request") if isinstance(row, dict) else None
     texts = [inner.get(name) for name in ("context", "continuation")] if isinstance(inner, dict) else [None]
     numbers = [row.get(name) for name in ("doc_id", "idx")] if isinstance(row, dict) else [None]
     if not all(isinstance(text, str) for text in texts) or not all(type(number) is int for number in numbers):
-        raise DataError(f"{where}: expected whole numbers doc_id and idx, and a request of context and continuation")
+        raise DataError(f"{where}: expected whole numbers doc_id and idx, and a request of context and continuation: "
+                        "get the archive again")  # fmt: skip
     return row
 
 

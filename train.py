@@ -268,7 +268,8 @@ def same_run(config: dict, cfg: Config, where: Path) -> None:
     """Raises RunError where a setting that shapes the run differs from that of the run being resumed."""
     for name, value in json.loads(json.dumps(asdict(cfg))).items():
         if name not in FREE and json.loads(json.dumps(config.get(name))) != value:
-            raise RunError(f"{where}: was written with {name} = {config.get(name)!r}, this run has {value!r}")
+            raise RunError(f"{where}: was written with {name} = {config.get(name)!r}, this run has {value!r}: "
+                           "give the same, or choose another out_dir")  # fmt: skip
 
 
 def same_shapes(state: dict, shapes: dict, where: Path) -> None:
@@ -276,7 +277,8 @@ def same_shapes(state: dict, shapes: dict, where: Path) -> None:
     for model, here in json.loads(json.dumps(shapes)).items():
         for name, value in (here or {}).items():
             if (saved := (state[model] or {}).get(name)) != value:
-                raise RunError(f"{where}: was written with a {model} model of {name} = {saved}, this run's has {value}")
+                raise RunError(f"{where}: was written with a {model} model of {name} = {saved}, this run's has "
+                               f"{value}: put init_from back as it was, or choose another out_dir")  # fmt: skip
 
 
 def refuse_other_runs(out_dir: Path, cfg: Config) -> None:
@@ -305,6 +307,11 @@ def memory_bytes(device: str) -> int:
 
 def size_of(model: llama.Llama) -> str:
     return f"{model.n_parameters():,} parameters, {model.n_parameters(embeddings=False):,} of them not embeddings"
+
+
+def slow_sizes(target: llama.LlamaConfig) -> list[str]:
+    sizes = {name: getattr(target, name) for name in ("hidden_size", "intermediate_size")}
+    return [f"{name} = {size}" for name, size in sizes.items() if size % 64]
 
 
 def set_up_ranks(cfg: Config) -> tuple[int, int, str]:
@@ -373,12 +380,13 @@ def run(cfg: Config, signals: StopSignals, held: ExitStack) -> dict:
             lock.take()
 
     on_chief(look_into_out_dir)
-    found = checkpoint.newest(out_dir, log.say)
+    found, skipped_folders = checkpoint.newest(out_dir)
     state = found and found[1]
     if state:
         same_run(state["config"], cfg, found[0])
         if state["data"] != data_sha256:
-            raise RunError(f"{found[0]}: {cfg.data} is not the data it was written with: it was prepared anew since")
+            raise RunError(f"{found[0]}: {cfg.data} is not the data it was written with: it was prepared anew since; "
+                           "put it back or choose another out_dir")  # fmt: skip
 
     # ---- model, masks, mix
     log.say(f"{cfg.stage}: building the model" + (f" from {cfg.init_from}" if cfg.init_from else ""))
@@ -387,7 +395,8 @@ def run(cfg: Config, signals: StopSignals, held: ExitStack) -> dict:
     config.check_length(cfg.seq_len)
     model = build_model(cfg, config, device, sharded)
     if train.vocab_size > model.config.vocab_size:
-        raise DataError(f"{cfg.data}: vocabulary of {train.vocab_size}, the model's has {model.config.vocab_size}")
+        raise DataError(f"{cfg.data}: vocabulary of {train.vocab_size}, the model's has {model.config.vocab_size}: "
+                        "prepare the data with the model's own tokenizer")  # fmt: skip
     model.checkpoint_activations = cfg.checkpoint_activations
     masks = Masks(model.config, target_of(cfg, model.config), cfg.seed) if cfg.stage == "prune" else None
     mix = Mix(
@@ -429,8 +438,11 @@ def run(cfg: Config, signals: StopSignals, held: ExitStack) -> dict:
         signals.doing = f"reading {found[0]}"
         checkpoint.load(found[0], checkpoint.tensors(learned, optimizers))
         checkpoint.set_steps(optimizers, step - skipped)
-        mix.load_state_dict(state["mix"])
-        train.load_state_dict(state["loader"])
+        try:
+            mix.load_state_dict(state["mix"])
+            train.load_state_dict(state["loader"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunError(f"{found[0]}: its mix or position in the data is of no run of this kind ({error})") from None
     network = torch.compile(model) if cfg.compile else model
     if world_size > 1 and not sharded:  # a block may be alive on one rank only: let DDP look for what took no part
         network = DistributedDataParallel(
@@ -440,8 +452,8 @@ def run(cfg: Config, signals: StopSignals, held: ExitStack) -> dict:
     checkpoints = Checkpoints(out_dir, cfg.keep_checkpoints, cfg.keep_every, writers)
 
     # ---- logs
-    log.open(step)
     held.callback(log.close)
+    on_chief(lambda: log.open(step))
     log.say(f"{cfg.stage}: {size_of(model)}")
     log.say(configurator.described(cfg))
     if cfg.resume:
@@ -454,10 +466,10 @@ def run(cfg: Config, signals: StopSignals, held: ExitStack) -> dict:
             "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
             "threads": torch.get_num_threads(), "versions": versions(),
         })  # fmt: skip
-    if not step and masks:
-        for name in ("hidden_size", "intermediate_size"):
-            if (size := getattr(masks.target, name)) % 64:
-                log.warn(step, f"target {name} = {size} is not a multiple of 64: GPUs run such shapes slowly")
+    for folder, problem in skipped_folders.items():
+        log.warn(step, f"the checkpoint {folder} is skipped: {problem}")
+    for size in slow_sizes(masks.target) if masks and not step else ():
+        log.warn(step, f"target {size} is not a multiple of 64: GPUs run such shapes slowly")
     found = state = None
 
     def mask_record() -> dict:
@@ -581,7 +593,7 @@ def run(cfg: Config, signals: StopSignals, held: ExitStack) -> dict:
             if skipped_in_a_row == SKIPPED_AT_MOST:
                 raise RunError(f"step {step}: {skipped_in_a_row} steps in a row were skipped, at last since {why}; "
                                f"the weights are those of step {step + 1 - skipped_in_a_row}: "
-                               "lower lr or look at the data, and go on with --resume")  # fmt: skip
+                               "look at the data, or start with a lower lr in another out_dir")  # fmt: skip
         step += 1
         bar.update()
 

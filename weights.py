@@ -71,14 +71,15 @@ def tensors(folder: Path, shapes: dict[str, tuple[int, ...]], ignored: set[str])
         if name in ignored:
             continue
         if name not in shapes:
-            raise CheckpointError(f"{t.path}: unexpected tensor {t.key}")
+            raise CheckpointError(f"{t.path}: unexpected tensor {t.key}: the model that config.json describes has none")
         if t.shape != shapes[name]:
             raise CheckpointError(f"{t.path}: {t.key} has shape {t.shape}, config.json makes it {shapes[name]}")
         if t.dtype not in DTYPES.values():
             raise CheckpointError(f"{t.path}: {t.key} is {t.dtype}: expected float32, float16 or bfloat16")
     missing = [name for name in shapes if name not in stored]
     if missing:
-        raise CheckpointError(f"{folder}: {len(missing)} tensors are missing, {missing[0]} among them")
+        raise CheckpointError(f"{folder}: {len(missing)} tensors are missing, {missing[0]} among them: "
+                              "copy the folder again")  # fmt: skip
     return ((name, stored[name].read()) for name in shapes)
 
 
@@ -91,11 +92,11 @@ def safetensors_files(folder: Path) -> list[Path]:
     if not index.is_file():
         files = sorted(folder.glob("*.safetensors"))
         if not files:
-            raise CheckpointError(f"{folder}: no *.safetensors file")
+            raise CheckpointError(f"{folder}: no *.safetensors file: copy the weights there")
         return files
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: has no weight_map from tensors to files")
+        raise CheckpointError(f"{index}: has no weight_map from tensors to files: copy it again from the model")
     names = sorted(set(map(str, weight_map.values())))
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
@@ -111,11 +112,13 @@ def hugging_face(folder: Path) -> dict[str, Stored]:
                 for key in f.keys():  # noqa: SIM118 (not a dict)
                     name, at = key.removeprefix("model."), f.get_slice(key)
                     if name in stored:
-                        raise CheckpointError(f"{path}: {key} is in {stored[name].path} too")
+                        raise CheckpointError(f"{path}: {key} is in {stored[name].path} too: "
+                                              "remove the file that is not of this model")  # fmt: skip
                     dtype = DTYPES.get(at.get_dtype(), at.get_dtype())
                     stored[name] = Stored(path, key, tuple(at.get_shape()), dtype, partial(read_safetensor, path, key))
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
+            raise CheckpointError(f"{path}: not a readable safetensors file ({error}): "
+                                  "copy it again from the model") from None  # fmt: skip
     return stored
 
 
@@ -211,27 +214,30 @@ class MetaFolder:
         expected = [f"consolidated.{i:02d}.pth" for i in range(max(len(self.files), 1))]
         if [f.name for f in self.files] != expected:
             found = ", ".join(f.name for f in self.files) or "none"
-            raise CheckpointError(f"{folder}: expected {expected[0]} and on without a gap, found {found}")
+            raise CheckpointError(f"{folder}: expected {expected[0]} and on without a gap, found {found}: "
+                                  "copy them there")  # fmt: skip
         self.parts = [self._map(file) for file in self.files]
 
     def _map(self, file: Path) -> dict[str, Tensor]:
         try:
             part = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # whatever a broken file makes torch raise
-            raise CheckpointError(f"{file}: not a readable file of weights ({type(error).__name__})") from error
+            raise CheckpointError(f"{file}: not a readable file of weights ({type(error).__name__}): "
+                                  "copy it again") from error  # fmt: skip
         if not isinstance(part, dict) or not all(isinstance(t, Tensor) for t in part.values()):
-            raise CheckpointError(f"{file}: expected a dict of tensors")
+            raise CheckpointError(f"{file}: expected a dict of tensors: copy it again")
         part.pop("rope.freqs", None)
         for key, t in part.items():  # a view can make a few bytes look like any number of elements
             strided = t.layout == torch.strided and t.device.type == "cpu"
             if not isinstance(key, str) or not strided or not t.dim() or not t.is_contiguous():
-                raise CheckpointError(f"{file}: {key!r} is not the name of a contiguous matrix or vector")
+                raise CheckpointError(f"{file}: {key!r} is not the name of a contiguous matrix or vector: "
+                                      "copy it again")  # fmt: skip
         return part
 
     def rows(self, key: str) -> int:
         """Of a matrix cut by rows, all parts together."""
         if any(key not in part for part in self.parts):
-            raise CheckpointError(f"{self.path.parent}: {key} is missing")
+            raise CheckpointError(f"{self.path.parent}: {key} is missing: copy the folder again")
         return sum(len(part[key]) for part in self.parts)
 
     def tied(self) -> bool:
@@ -270,14 +276,15 @@ class MetaFolder:
         for number, part in enumerate(self.parts):
             if part.keys() != self.parts[0].keys():
                 differ = min(part.keys() ^ self.parts[0].keys())
-                raise CheckpointError(f"{self.files[number]}: {differ} is not in both this part and the first")
+                raise CheckpointError(f"{self.files[number]}: {differ} is not in both this part and the first: "
+                                      "copy the folder again")  # fmt: skip
         for key, first in self.parts[0].items():
             layer = ".".join(key.split(".")[:2]) + "." if key.startswith("layers.") else ""
             inner = key.removeprefix(layer).removesuffix(".weight")
             if key == "output.weight" and tied:
                 continue
             if inner not in META_NAMES:
-                raise CheckpointError(f"{self.files[0]}: unexpected tensor {key}")
+                raise CheckpointError(f"{self.files[0]}: unexpected tensor {key}: no Llama of Meta's has one")
             name, axis = META_NAMES[inner]
             if inner == "tok_embeddings" and first.shape[-1] < self.params["dim"]:
                 axis = 1

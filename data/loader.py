@@ -101,7 +101,8 @@ def scan(path: str, dtype: np.dtype, n_tokens: int, vocab_size: int) -> None:
         for start in range(0, n_tokens, BLOCK_TOKENS):
             block = np.fromfile(f, dtype, min(BLOCK_TOKENS, n_tokens - start))
             if (largest := int(block.max())) >= vocab_size:
-                raise DataError(f"{path}: token id {largest} is not in the vocabulary of {vocab_size}")
+                raise DataError(f"{path}: token id {largest} is not in the vocabulary of {vocab_size}: "
+                                "prepare the data set again")  # fmt: skip
 
 
 def mix_bits(x: np.ndarray, key: np.uint64) -> np.ndarray:
@@ -235,7 +236,8 @@ class DomainLoader:
                 row[:] = narrow
         if out.size and out.max() >= self.vocab_size:
             domain = self.domains[batch.domain_N[(out >= self.vocab_size).any(axis=1).argmax()]]
-            raise DataError(f"domain {domain!r}: token id {out.max()} is not in the vocabulary of {self.vocab_size}")
+            raise DataError(f"domain {domain!r}: token id {out.max()} is not in the vocabulary of {self.vocab_size}: "
+                            "prepare the data set again")  # fmt: skip
         return out
 
     @property
@@ -255,11 +257,13 @@ class DomainLoader:
     def load_state_dict(self, state: dict[str, list[int]]) -> None:
         """Raises DataError when the state is of other domains or lies outside the data."""
         if set(state) != set(self.domains):
-            raise DataError(f"loader state is of domains {sorted(state)}, the run's are {sorted(self.domains)}")
+            raise DataError(f"loader state is of domains {sorted(state)}, the run's are {sorted(self.domains)}: "
+                            "give the same domains or choose another out_dir")  # fmt: skip
         for m, domain in enumerate(self.domains):
             epoch, position = state[domain]
             if not 0 <= position < self.size_M[m] or epoch < 0:
                 raise DataError(
-                    f"loader state of {domain!r}: position {position} of {self.size_M[m]} windows: the data set changed"
+                    f"loader state of {domain!r}: position {position} of {self.size_M[m]} windows: "
+                    "the data set changed: choose another out_dir"
                 )
             self.epoch_M[m], self.position_M[m] = epoch, position

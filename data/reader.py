@@ -80,7 +80,8 @@ def rows(path: Path, columns: tuple[str, ...]) -> Iterator[dict]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             if missing := [name for name in columns if name not in file.schema_arrow.names]:
-                raise DataError(f"{path}: has no column {missing[0]!r}, but {', '.join(file.schema_arrow.names)}")
+                raise DataError(f"{path}: has no column {missing[0]!r}, but {', '.join(file.schema_arrow.names)}: "
+                                f"rename a column to {missing[0]}")
             for batch in file.iter_batches(ROWS, columns=list(columns)):
                 yield from values(batch)
     except DataError:

@@ -80,20 +80,25 @@ def check_shard(path: str | Path) -> tuple[int, np.dtype]:
         with open(path, "rb", buffering=0) as f:
             size, first = os.fstat(f.fileno()).st_size, f.read(12)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        raise DataError(f"{path}: cannot be read ({error.strerror}): make it readable") from None
     if size < HEADER_BYTES:
-        raise DataError(f"{path}: {size} bytes are less than a shard's header ({HEADER_BYTES}): prepare it again")
+        raise DataError(f"{path}: {size} bytes are less than a shard's header ({HEADER_BYTES}): "
+                        "prepare the data set again")  # fmt: skip
     magic, version, n_tokens = struct.unpack("<3i", first)
     if magic not in FORMATS:
-        raise DataError(f"{path}: magic {magic} is not that of a token shard (expected one of {list(FORMATS)})")
+        raise DataError(f"{path}: magic {magic} is not that of a token shard (expected one of {list(FORMATS)}): "
+                        "prepare the data set again")  # fmt: skip
     expected_version, dtype = FORMATS[magic]
     if version != expected_version:
-        raise DataError(f"{path}: shard version {version}, expected {expected_version} for magic {magic}")
+        raise DataError(f"{path}: shard version {version}, expected {expected_version} for magic {magic}: "
+                        "prepare the data set again")  # fmt: skip
     expected_size = HEADER_BYTES + n_tokens * dtype.itemsize
     if n_tokens < 0 or size != expected_size:
         what = "truncated" if size < expected_size else "too long"
         raise DataError(
-            f"{path}: {what}: the header promises {n_tokens} tokens ({expected_size} bytes), the file has {size} bytes"
+            f"{path}: {what}: "
+            f"the header promises {n_tokens} tokens ({expected_size} bytes), the file has {size} bytes: "
+            "prepare the data set again"
         )
     return n_tokens, dtype
 
@@ -146,14 +151,17 @@ def read_meta(folder: str | Path) -> dict:
     meta = read_json(path, "prepare the data set again")
     for name, kind in (("vocab_size", int), ("bos", int), ("eos", int), ("tokenizer", dict), ("domains", dict)):
         if type(meta.get(name)) is not kind:
-            raise DataError(f"{path}: field {name!r} must be a {kind.__name__}, is {short(meta.get(name))}")
+            raise DataError(f"{path}: field {name!r} must be a {kind.__name__}, is {short(meta.get(name))}: "
+                            "prepare the data set again")  # fmt: skip
     if not 0 < meta["vocab_size"] < 2**31:
-        raise DataError(f"{path}: vocab_size = {short(meta['vocab_size'])}: expected a number of tokens")
+        raise DataError(f"{path}: vocab_size = {short(meta['vocab_size'])}: expected a number of tokens: "
+                        "prepare the data set again")  # fmt: skip
     for name in ("bos", "eos"):
         if not 0 <= meta[name] < meta["vocab_size"]:
-            raise DataError(f"{path}: {name} = {short(meta[name])} is not in the vocabulary of {meta['vocab_size']}")
+            raise DataError(f"{path}: {name} = {short(meta[name])} is not in the vocabulary of {meta['vocab_size']}: "
+                            "prepare the data set again")  # fmt: skip
     if not meta["domains"]:
-        raise DataError(f"{path}: no domains")
+        raise DataError(f"{path}: no domains: prepare the data set again")
     for domain, splits in meta["domains"].items():
         if not DOMAIN.fullmatch(domain):
             raise DataError(f"{path}: domain {domain!r}: expected a name of letters, digits, '_', '.', '-'")
@@ -166,12 +174,13 @@ def _check_split(where: str, splits: dict, split: str) -> None:
     part = splits.get(split) if isinstance(splits, dict) else None
     shards = part.get("shards") if isinstance(part, dict) else None
     if not isinstance(shards, list) or not all(isinstance(s, dict) and isinstance(s.get("file"), str) for s in shards):
-        raise DataError(f"{where}: expected a list of shards with file names")
+        raise DataError(f"{where}: expected a list of shards with file names: prepare the data set again")
     if any(Path(s["file"]).name != s["file"] for s in shards):
-        raise DataError(f"{where}: a shard's file name leaves the folder")
+        raise DataError(f"{where}: a shard's file name leaves the folder: prepare the data set again")
     for name in ("tokens", "bytes"):
         if type(part.get(name)) is not int or not 0 <= part[name] < 2**63:
-            raise DataError(f"{where}: {name!r} must be a count, is {short(part.get(name))}")
+            raise DataError(f"{where}: {name!r} must be a count, is {short(part.get(name))}: "
+                            "prepare the data set again")  # fmt: skip
 
 
 def shard_files(meta: dict) -> list[dict]:

@@ -145,7 +145,7 @@ class HuggingFace:
         try:
             self.model = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower
-            raise DataError(f"{path}: not a tokenizer.json ({error})") from None
+            raise DataError(f"{path}: not a tokenizer.json ({error}): copy it again from the model") from None
         self.model.encode_special_tokens = True  # "special" added tokens are read as text
         self.model.no_truncation()
         self.model.no_padding()

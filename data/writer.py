@@ -109,7 +109,7 @@ def _is_complete(folder: Path, settings: dict) -> bool:
     try:
         meta = read_meta(folder)
     except DataError as error:
-        raise DataError(f"{error} (--force)") from None
+        raise DataError(f"{error} (give --force to replace what is there)") from None
     if meta.get("settings") != settings:
         raise DataError(f"{folder}: holds another data set (domains {', '.join(meta['domains'])}; other files or "
                         "settings): choose another folder or give --force")
@@ -117,7 +117,7 @@ def _is_complete(folder: Path, settings: dict) -> bool:
         load_tokenizer(meta, folder)
         return all(check_shard(folder / s["file"])[0] == s["tokens"] for s in shard_files(meta))
     except DataError as error:
-        print(f"{error}: starting again")
+        print(f"warning: {error}: starting again")
         return False
 
 
@@ -473,7 +473,8 @@ class _ShardWriter:
     def add(self, tokens: np.ndarray) -> None:
         """Append; part["tokens"] counts them already."""
         if tokens.size and int(tokens.max()) >= self.vocab_size:
-            raise DataError(f"{self._path()}: token id {tokens.max()} does not fit vocabulary {self.vocab_size}")
+            raise DataError(f"{self._path()}: token id {tokens.max()} does not fit vocabulary {self.vocab_size}: "
+                            "get the tokenizer again")
         while len(tokens):
             if self.file is None:
                 self._open()
@@ -503,7 +504,8 @@ class _ShardWriter:
 def _check_documents(domain: str, entry: dict) -> None:
     empty = [split for split in SPLITS if not entry[split]["documents"]]
     if len(empty) == len(SPLITS):
-        raise DataError(f"domain {domain}: not one usable document")
+        raise DataError(f"domain {domain}: not one usable document: look at the bad records above, "
+                        "or leave the domain out")
     for split in empty:
         print(f"warning: domain {domain} has no {split} documents: give it more text or change the fraction")
 

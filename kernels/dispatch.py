@@ -67,7 +67,8 @@ def use(kernels: str, device: str) -> bool:
     on_gpu = device.startswith("cuda")
     if kernels == "triton" and not (on_gpu or INTERPRETED):
         raise KernelError(
-            f"kernels = 'triton' on {device}: Triton needs a GPU (TRITON_INTERPRET=1 runs it on a CPU, for tests)"
+            f"kernels = 'triton' on {device}: Triton needs a GPU: "
+            "leave it at auto (TRITON_INTERPRET=1 runs it on a CPU, for tests)"
         )
     fused = kernels == "triton" or (kernels == "auto" and on_gpu)
     _set(TRITON if fused else TORCH)

@@ -22,6 +22,7 @@ import checkpoint
 import evaluate
 import metrics as run_metrics
 import model as llama
+import plot
 import train
 from checkpoint import Lock, problem_of
 from metrics import Log, RunError
@@ -176,7 +177,8 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before_and_said_so(damage, 
     DAMAGE[damage](out / "step_000024")
     train.main(cfg)
     printed = capsys.readouterr().out
-    assert f"warning: {out / 'step_000024'} is skipped: " in printed
+    said = f"step 20: the checkpoint {out / 'step_000024'} is skipped: "
+    assert printed.count(said) == 2  # at the start and at the end
     assert f"resumed at step 20, from {out / 'step_000020'}" in printed
     assert chaos.differences(whole, out) == []
 
@@ -187,7 +189,7 @@ def test_a_run_without_any_whole_checkpoint_does_not_start_anew_by_itself(unfini
     for folder in checkpoint.checkpoints(out):
         flip(folder / "state.json", at=5)
     before = (out / "metrics.jsonl").read_bytes()
-    with pytest.raises(RunError, match="none of its 2 checkpoints is whole"):
+    with pytest.raises(RunError, match=r"none of its checkpoints is whole \(step_000020: state.json"):
         train.main(cfg)
     assert (out / "metrics.jsonl").read_bytes() == before
 
@@ -213,6 +215,29 @@ def test_a_state_that_is_none_is_refused_by_field_though_its_checksum_agrees(cha
     assert problem_of(folder) == ""
     with pytest.raises(llama.CheckpointError, match="not a checkpoint of train"):
         evaluate.load_any(str(folder), "cpu")
+
+
+@pytest.mark.parametrize("change", [{"mix": {}}, {"mix": {"ratio_M": "x"}}, {"loader": {"count": [1]}}, {"loader": {}}])
+def test_a_state_of_no_run_of_this_kind_is_refused_in_one_line(change, unfinished, tmp_path):
+    shutil.copytree(unfinished[0], tmp_path / "r")
+    folder = tmp_path / "r/step_000024"
+    state = json.loads((folder / "state.json").read_text())
+    for name, value in change.items():
+        state[name] = state[name] | value if name == "mix" and value else value
+    (folder / "state.json").write_text(json.dumps(state))
+    lines = [line for line in (folder / "SHA256SUMS").read_text().splitlines() if not line.endswith("state.json")]
+    lines.append(f"{hashlib.sha256((folder / 'state.json').read_bytes()).hexdigest()}  state.json")
+    (folder / "SHA256SUMS").write_text("\n".join(lines) + "\n")
+    with pytest.raises(RunError, match="step_000024: its mix or position in the data is of no run") as caught:
+        train.main(dataclasses.replace(unfinished[1], out_dir=str(tmp_path / "r")))
+    assert "\n" not in str(caught.value)
+
+
+def test_figures_are_drawn_of_a_run_in_progress(unfinished, tmp_path):
+    (tmp_path / "r").mkdir()
+    raw = (unfinished[0] / "metrics.jsonl").read_bytes()
+    (tmp_path / "r/metrics.jsonl").write_bytes(raw[:-100])  # half a line at the end
+    assert len(plot.plot([str(tmp_path / "r")], tmp_path)) == 4
 
 
 # ---- disks
@@ -280,7 +305,7 @@ def test_records_that_a_full_disk_refuses_are_written_whole_when_there_is_room(t
         assert run_metrics.read_metrics(log.path) == [{"kind": "save", "step": 0}]
     log.record({"kind": "save", "step": 3})
     log.close()
-    assert [r.get("step") for r in run_metrics.read_metrics(log.path)] == [0, 1, 2, 3]
+    assert [r["step"] for r in run_metrics.read_metrics(log.path)] == [0, 1, 2, 3]
 
 
 # ---- a step that went wrong
@@ -441,6 +466,17 @@ def test_a_rank_that_dies_ends_the_others_with_its_error_on_top(harm, data, sour
     assert re.search(HARM[harm][1], first), errors[-3000:]
     train.main(dataclasses.replace(cfg, resume=True))
     assert metrics(tmp_path / "r", "train")[-1]["step"] == 30
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_signal_to_one_rank_ends_them_all_after_the_same_step(parallel, data, source, tmp_path):  # noqa: F811
+    (tmp_path / "asked.py").write_text(AT_STEP_25.format(root=str(ROOT), harm="os.kill(os.getpid(), signal.SIGTERM)"))
+    cfg = prune_tiny(data, tmp_path / "r", source, parallel=parallel, **RANKS)
+    torchrun(cfg, 2, script=tmp_path / "asked.py")
+    assert checkpoint.checkpoints(tmp_path / "r")[-1].name == "step_000027"
+    torchrun(dataclasses.replace(cfg, resume=True), 2)
+    assert [r["step"] for r in metrics(tmp_path / "r", "train")] == list(range(1, 31))
 
 
 OTHER_RANK = """

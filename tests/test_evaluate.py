@@ -276,7 +276,7 @@ def test_greedy_text_ends_at_its_stop_and_at_its_length(model):
 
 
 def test_sampling_is_refused_rather_than_done_greedily(model):
-    with pytest.raises(ValueError, match="only greedy"):
+    with pytest.raises(DataError, match="only greedy"):
         Answers(model, Letters()).generate_until([request("ab", {"do_sample": True})])
 
 

@@ -120,7 +120,7 @@ FOUND = {  # reader: value, path in the JSON of its first seed; what the message
         (None, ("weight_map", "model.norm.weight"), "names None, which is not a file"),
     ],
     "state": [
-        (DELETED, ("target",), "target is missing or of another kind"),
+        (DELETED, ("target",), "target is missing"),
         (10**9, ("source", "n_layers"), "n_layers = 1000000000: must be at most 1024"),
         (2**24, ("source", "vocab_size"), "model.embed_tokens.weight has shape (300, 8)"),
     ],

@@ -319,7 +319,7 @@ class Download:
         self.log.seek(0)
         lines = [line.strip() for line in self.log.read().decode(errors="replace").splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("ERROR")] or lines or ["pip said nothing"]
-        print(f"could not download {self.archive.requirement}: {reason or errors[-1]}")
+        print(f"warning: could not download {self.archive.requirement}: {reason or errors[-1]}")
         return None
 
 
@@ -359,7 +359,7 @@ def main(argv: list[str] | None = None) -> None:
 
     documents = collect()
     if missing := [domain for domain in ABOUT if domain not in documents]:
-        print(f"{len(documents)} of {len(ABOUT)} domains: continuing without {' and '.join(missing)}")
+        print(f"warning: {len(documents)} of {len(ABOUT)} domains: continuing without {' and '.join(missing)}")
     print(f"training a tokenizer of {VOCAB_SIZE:,} pieces", flush=True)
     sample = [text for domain in documents
               for text in training_share(documents[domain], TOKENIZER_CHARS, VAL_FRACTION)]

@@ -75,7 +75,8 @@ def check(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None and not 1 <= getattr(args, name) < 2**63:
             raise DataError(f"--{name} {getattr(args, name)}: expected at least 1")
     if args.shard_tokens >= 2**31:
-        raise DataError(f"--shard_tokens {args.shard_tokens}: a shard's header counts to {2**31 - 1}")
+        raise DataError(f"--shard_tokens {args.shard_tokens}: "
+                        f"expected at most {2**31 - 1}, what a shard's header can count")  # fmt: skip
 
 
 def tokenizer_settings(args: argparse.Namespace) -> dict:
