@@ -197,6 +197,12 @@ def problems(path):
     return found
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_a_file_that_is_gone_when_its_turn_comes_is_named(tmp_path, name):
+    with pytest.raises(shards.DataError, match=name):
+        parts_of(tmp_path / name)
+
+
 def test_a_parquet_column_of_numbers_is_bad_records(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "a.parquet")
     assert problems(tmp_path / "a.parquet") == ['expected an object with a string "text"'] * 2
