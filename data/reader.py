@@ -64,11 +64,14 @@ def records(path: Path, columns: tuple[str, ...] = ("text",)) -> Iterator[Record
     if path.suffix == ".parquet":
         yield from rows(path, columns)
         return
-    bar = tqdm(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True, disable=None, leave=False)
-    with open(path, "rb") as file, bar:
-        for line in lines(blocks(file, path)):
-            bar.update(file.tell() - bar.n)
-            yield line
+    try:
+        bar = tqdm(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True, disable=None, leave=False)
+        with open(path, "rb") as file, bar:
+            for line in lines(blocks(file, path)):
+                bar.update(file.tell() - bar.n)
+                yield line
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}): make it readable") from None
 
 
 def rows(path: Path, columns: tuple[str, ...]) -> Iterator[dict]:
