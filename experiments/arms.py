@@ -4,10 +4,12 @@ An arm is a line in ARMS that says what differs from the constant mix; a study i
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import configurator
 from train import Config
 
+ROOT = Path(__file__).parents[1]
 CONSTANT = {"mix": "constant", "dynamic_reference": False, "dynamic_ratio": False}
 COMMON = Config(
     seq_len=128, batch_size=8, micro_batch_size=8, eval_sequences=4, device="cpu", log_interval=64, **CONSTANT
@@ -47,7 +49,9 @@ def shape(n_layers: int, hidden_size: int, intermediate_size: int, n_heads: int)
             "n_heads": n_heads}  # fmt: skip
 
 
-SMOLLM2 = replace(configurator.load(Config, ["config/prune_smollm2.py"]), device="cpu", eval_interval=5, **CONSTANT)
+SMOLLM2 = replace(
+    configurator.load(Config, [str(ROOT / "config/prune_smollm2.py")]), device="cpu", eval_interval=5, **CONSTANT
+)
 SOURCES = {
     "A": Source("data/embedded", PRUNE, CONTINUE,
                 {"4th": shape(4, 96, 160, 2), "8th": shape(3, 64, 160, 2), "16th": shape(2, 64, 104, 2)},

@@ -151,12 +151,12 @@ def headline(results: Results, name: str) -> str:
 def claim(on_mean: list[str], on_worst: list[str]) -> str:
     """PLAN.md's rule."""
     if {"missing", "one seed"} & set(on_mean):
-        return "nothing can be concluded, seeds are missing"
+        return "too few seeds, nothing can be concluded"
     if set(on_mean) == {"better"} and "worse" not in on_worst:
         return "the paper's claim holds at this scale"
     if "worse" in on_mean:
         return "the paper's claim fails at this scale"
-    return "the paper's claim as a whole is neither confirmed nor refuted at this scale; comparison by comparison:"
+    return "the paper's claim as a whole is neither confirmed nor refuted at this scale"
 
 
 def arms_table(results: Results) -> str:
@@ -169,12 +169,14 @@ def arms_table(results: Results) -> str:
                      *(results.mean(arm, loss_of("pruned", over=over)) for over in (np.mean, np.max)), mean, worst,
                      f"{math.exp(mean):.2f} / {math.exp(worst):.2f}",
                      " / ".join(f"{results.mean(arm, b):.4f}" for b in bits),
+                     f"{results.mean(arm, lambda r: sum(s['step_s'] for s in r['stages'])):.0f}",
                      *(("", "") if arm == "constant" else (str(d), d.verdict))])  # fmt: skip
     head = ["arm", "seeds", "pruned: mean", "worst", "continued: mean", "worst", "perplexity, mean / worst",
-            "bits per byte, mean / worst", "mean - constant [95 %]", "verdict"]  # fmt: skip
+            "bits per byte, mean / worst", "training, s", "mean - constant [95 %]", "verdict"]  # fmt: skip
     source = results.source["loss"]["final"]["heldout"]
-    return (f"The source: mean {np.mean(source):.4f}, worst {np.max(source):.4f}. Loss in nats a token.\n\n"
-            + table(head, rows))  # fmt: skip
+    tokens = sorted({sum(stage["tokens"] for stage in r["stages"]) for r in results.runs.values()})
+    return (f"Loss in nats a token; the source has mean {np.mean(source):.4f}, worst {np.max(source):.4f}. "
+            f"Training tokens of an arm: {', '.join(f'{n:,}' for n in tokens)}.\n\n{table(head, rows)}")  # fmt: skip
 
 
 def shift_table(results: Results) -> str:
@@ -253,8 +255,9 @@ def cost_sentence(results: Results) -> str:
     share = results.mean("paper", pruning("mix_s")) / results.mean("paper", pruning("step_s", "eval_s", "mix_s"))
     update_s = results.mean("paper", pruning("mix_s", per="updates"))
     there = PAPER_UPDATES * update_s / (3600 * PAPER_HOURS)
-    return (f"Mix and fits take {100 * share:.2f} % of the pruning time here, "
-            f"{'under' if share < 0.01 else 'over'} 1 %. An update does not depend on the model's size: the paper's {PAPER_UPDATES} would take "
+    over_or_under = "under" if share < 0.01 else "over"
+    return (f"Mix and fits take {100 * share:.2f} % of paper's pruning time here, {over_or_under} 1 %. "
+            f"An update costs the same at any model's size: the published {PAPER_UPDATES} would take "
             f"{100 * there:.2f} % of the {PAPER_HOURS} h that `--plan` gives its pruning stage on 8 H100.")  # fmt: skip
 
 
@@ -297,19 +300,19 @@ def save(figure, path: Path) -> None:
 
 
 def plot_arms(results: Results, path: Path) -> None:
-    """Each arm minus constant, interval and seeds."""
-    arms = [a for a in ARMS if a != "constant" and results.difference(a, "constant", loss_of()).values][::-1]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 1.6 + 0.28 * len(arms)), sharey=True, layout="constrained")
+    """Each mix minus constant, at the same target: seeds, mean and interval."""
+    mixes = [a for a, arm in ARMS.items() if a != "constant" and (arm.start, arm.target) == ("masks", "4th")]
+    arms = [a for a in mixes if results.seeds(a)][::-1]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 1.7 + 0.28 * len(arms)), sharey=True, layout="constrained")
     for axis, (what, over) in zip(axes, (("mean of domains", np.mean), ("worst domain", np.max)), strict=True):
         for y, arm in enumerate(arms):
             d = results.difference(arm, "constant", loss_of(over=over))
             colour = {"better": "C2", "worse": "C3"}.get(d.verdict, "0.4")
-            axis.plot(d.values, [y] * len(d.values), ".", color=colour, alpha=0.4, ms=5)
+            axis.plot(d.values, [y] * len(d.values), ".", color=colour, alpha=0.4, ms=6)
             axis.errorbar(d.mean, y, xerr=[[d.mean - d.low], [d.high - d.mean]], fmt="o", color=colour, capsize=3, ms=4)
         axis.axvline(0, color="k", lw=0.8)
-        axis.set_xscale("symlog", linthresh=0.02)
-        axis.set_title(f"{what}, arm minus constant", fontsize=10)
-        axis.set_xlabel("nats per token (linear within 0.02, then logarithmic)")
+        axis.set_title(what, fontsize=10)
+        axis.set_xlabel("nats per token, arm minus constant")
         axis.grid(alpha=0.3)
     axes[0].set_yticks(range(len(arms)), [f"{arm} ({len(results.seeds(arm))})" for arm in arms], fontsize=9)
     figure.suptitle("Loss after continuing: seeds (dots, their number in brackets), mean, 95 % interval", fontsize=11)
@@ -337,7 +340,7 @@ def plot_reference(results: Results, path: Path) -> None:
 
 
 def plot_targets(results: Results, path: Path) -> None:
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7, 5), layout="constrained")
     for name, style in (("constant", "o-"), ("paper", "s--")):
         sizes = [(arm, share) for arm, share in ((name, 1 / 4), (f"{name}_8th", 1 / 8), (f"{name}_16th", 1 / 16))
                  if results.seeds(arm)]  # fmt: skip
@@ -355,7 +358,7 @@ def plot_targets(results: Results, path: Path) -> None:
     axis.set_xlabel("target's share of the source's parameters that are not embeddings")
     axis.set_ylabel("loss after continuing (nats per token)")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9)
     save(figure, path)
 
 
@@ -374,7 +377,8 @@ def plot_mix(results: Results, path: Path) -> None:
         axis.axvline(courses[0][0]["steps"], color="0.6", lw=0.8, ls=":")
         axis.set_title(domain, fontsize=10)
         axis.grid(alpha=0.3)
-    figure.supxlabel("step (dotted: pruning ends)", fontsize=10)
+    for axis in axes[1]:
+        axis.set_xlabel("step (dotted: pruning ends)")
     figure.supylabel("share of the training tokens (%)", fontsize=10)
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)

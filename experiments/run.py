@@ -222,9 +222,7 @@ def read_results(path: str | Path) -> dict[str, dict]:
             record = json.loads(line)
             records[record["run"]] = record
         except (ValueError, KeyError, TypeError):
-            raise train.RunError(
-                f"{path}:{number}: not the record of a run: delete the line, its run is made again"
-            ) from None
+            raise train.RunError(f"{path}:{number}: not a run's record: delete the line, to make it again") from None
     return records
 
 
@@ -240,17 +238,10 @@ def in_own_process(name: str, opt: Options) -> dict | None:
     """The record of a run, None where it failed; what it said is in its log."""
     folder = Path(opt.out, name)
     folder.mkdir(parents=True, exist_ok=True)
-    command = [
-        sys.executable,
-        "-m",
-        "experiments.run",
-        f"--only={name}",
-        f"--out={opt.out}",
-        f"--shorten={opt.shorten}",
-    ]
+    options = [f"--only={name}", f"--out={opt.out}", f"--shorten={opt.shorten}"]
     with open(folder / "log.txt", "a") as log:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log,
-                                   env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+        process = subprocess.Popen([sys.executable, "-m", "experiments.run", *options], stdin=subprocess.PIPE,
+                                   stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
         if process.wait():
             return None
     return json.loads((folder / "record.json").read_text())
@@ -289,11 +280,14 @@ def same_source(done: dict[str, dict]) -> None:
 
 
 def in_parallel(names: list[str], opt: Options) -> Iterator[tuple[str, dict | None]]:
-    """(name, record or None) of each run as it ends."""
-    with ThreadPoolExecutor(opt.workers) as pool:
+    """(name, record or None) of each run as it ends; where the caller stops, no other run is begun."""
+    pool = ThreadPoolExecutor(opt.workers)
+    try:
         jobs = {pool.submit(in_own_process, name, opt): name for name in names}
         for job in as_completed(jobs):
             yield jobs[job], job.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def main(opt: Options) -> bool:
@@ -315,10 +309,9 @@ def main(opt: Options) -> bool:
         source = SOURCES[name]
         views.build(source.data, out / name / "views", source.prune.seq_len, source.windows, source.corrupted_windows)
     missing = [name for name in arms if name not in done]
-    wanted = {
-        name.partition("/")[0] for name in missing if not Path(source_folder(name.partition("/")[0], opt.out)).exists()
-    }
-    first = [name for name in sources if name not in done or name.partition("/")[0] in wanted]
+    needed = {name.partition("/")[0] for name in missing}  # a source whose weights are gone is trained again
+    gone = {f"{name}/source" for name in needed if not Path(source_folder(name, opt.out)).exists()}
+    first = [name for name in sources if name not in done or name in gone]
     print(f"{opt.study}: {len(first)} sources and {len(missing)} of {len(arms)} runs to do", flush=True)
     for names in (first, missing):  # runs need their source
         start = time.time()
@@ -355,3 +348,5 @@ if __name__ == "__main__":
         start(configurator.load(Options, sys.argv[1:]))
     except (configurator.ConfigError, DataError, llama.CheckpointError, train.TargetError, train.RunError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped: the same command goes on")

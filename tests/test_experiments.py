@@ -216,8 +216,8 @@ def test_mixing_takes_every_other_run_from_the_next_domain():
 
 def made_up(run_name, loss_M, source="A", **more):
     """A record as the runner writes it."""
-    stage = {"stage": "prune", "domains": DOMAINS, "tokens": 1000, "steps": 8, "updates": 4, "step_s": 2.0, "eval_s": 0.5,
-             "mix_s": 0.1, "threads": 1, "ratio": [[0, [1 / 6] * 6], [8, [1 / 6] * 6]]}  # fmt: skip
+    stage = {"stage": "prune", "domains": DOMAINS, "tokens": 1000, "steps": 8, "updates": 4, "threads": 1,
+             "step_s": 2.0, "eval_s": 0.5, "mix_s": 0.1, "ratio": [[0, [1 / 6] * 6], [8, [1 / 6] * 6]]}  # fmt: skip
     loss_M = list(map(float, loss_M))
     loss = {"final": dict.fromkeys(views.EVALUATION, loss_M), "pruned": {"heldout": loss_M}}
     hashes = dict.fromkeys(("source", "data", "heldout", "model"), "0" * 64)
@@ -275,7 +275,7 @@ def test_the_claim_needs_both_means_better_and_no_worse_worst_domain():
     assert "neither" in report.claim(["better", "better"], ["worse", "better"])
     assert "neither" in report.claim(["better", "no difference seen"], ["better", "better"])
     assert "fails" in report.claim(["better", "worse"], ["better", "better"])
-    assert "seeds are missing" in report.claim(["better", "missing"], ["better", "better"])
+    assert "too few seeds" in report.claim(["better", "missing"], ["better", "better"])
 
 
 def test_the_worst_mix_is_that_of_the_ball():
@@ -301,13 +301,14 @@ def test_the_report_of_every_run_has_every_part_and_nothing_missing(tmp_path):
     assert {p.stem for p in (tmp_path / "figures").iterdir()} == {"arms", "mix", "targets", "reference"}
 
 
-def test_the_report_of_a_few_runs_says_what_is_missing(tmp_path):
+def test_the_report_of_a_few_runs_says_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "save", lambda figure, _: report.plt.close(figure))  # drawing takes longest
     (tmp_path / "r.jsonl").write_text(
         "".join(json.dumps(r) + "\n" for r in records_of({"constant": [3.0, 3.1], "paper": [2.9]}).values())
     )
     report.main(report.Options(str(tmp_path / "r.jsonl"), str(tmp_path)))
     page = (tmp_path / "RESULTS.md").read_text()
-    assert "nothing can be concluded, seeds are missing" in page
+    assert "too few seeds, nothing can be concluded" in page
     assert "source A: seeds missing of constant 6, sheared 8, paper 7" in page
 
 
@@ -336,6 +337,7 @@ def tiny(data, tmp_path, monkeypatch):
 
 
 def test_tiny_runs_end_to_end_are_recorded_once_and_reported(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "save", lambda figure, _: report.plt.close(figure))
     assert run.main(tiny)
     records = run.read_results(tiny.results)
     assert list(records) == ["A/source", "A/constant/1", "A/paper/1", "A/oneshot/1"]
@@ -381,10 +383,18 @@ def test_results_of_other_settings_or_another_source_are_not_mixed(tiny, monkeyp
     monkeypatch.setattr(run, "in_own_process", lambda name, opt: fake_record(name, opt, name[:3]))
     with pytest.raises(train.RunError, match=r"A/constant/1: its source is not that of A/source"):
         run.main(tiny)
-    monkeypatch.setattr(arms, "CONSTANT", {})
     monkeypatch.setitem(arms.SOURCES, "A", replace(arms.SOURCES["A"], pretrain=replace(arms.PRETRAIN, lr=1.0)))
     with pytest.raises(train.RunError, match=r"A/source was made with other settings"):
         run.main(tiny)
+
+
+def test_nothing_more_is_begun_once_the_runner_has_to_stop(tiny, monkeypatch):
+    begun = []
+    monkeypatch.setattr(run, "in_own_process", lambda name, opt: begun.append(name) or fake_record(name, opt, name[:3]))
+    monkeypatch.setitem(arms.STUDIES, "evidence", {"A": {"constant": 500}})
+    with pytest.raises(train.RunError, match="its source is not that of"):
+        run.main(tiny)
+    assert len(begun) < 400
 
 
 def test_two_runners_do_not_share_a_folder(tiny, monkeypatch):
@@ -397,7 +407,8 @@ def test_two_runners_do_not_share_a_folder(tiny, monkeypatch):
     assert run.main(tiny)
 
 
-def test_a_stage_that_was_killed_goes_on_from_its_checkpoint(tiny, tmp_path, monkeypatch):
+def test_a_stage_that_was_killed_goes_on_from_its_checkpoint(tiny, monkeypatch):
+    monkeypatch.setitem(arms.STUDIES, "evidence", {"A": {"constant": 1}})
     run.main(tiny)
     whole = run.read_results(tiny.results)["A/constant/1"]
     real_main, killed = train.main, []
