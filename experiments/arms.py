@@ -159,6 +159,5 @@ def source_folder(name: str, out: str) -> str:
 
 
 def source_config(name: str, out: str) -> Config:
-    return replace(
-        SOURCES[name].pretrain, data=f"{out}/{name}/views/plain", out_dir=f"{out}/{name}/source", resume=True
-    )
+    folders = {"data": f"{out}/{name}/views/plain", "out_dir": f"{out}/{name}/source"}
+    return replace(SOURCES[name].pretrain, **folders, resume=True)

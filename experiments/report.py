@@ -85,11 +85,8 @@ class Results:
     def seeds(self, arm: str) -> list[int]:
         return sorted(seed for name, seed in self.runs if name == arm)
 
-    def values(self, arm: str, metric: Metric) -> list[float]:
-        return [metric(self.runs[arm, seed]) for seed in self.seeds(arm)]
-
     def mean(self, arm: str, metric: Metric) -> float:
-        values = self.values(arm, metric)
+        values = [metric(self.runs[arm, seed]) for seed in self.seeds(arm)]
         return float(np.mean(values)) if values else math.nan
 
     def difference(self, arm: str, base: str, metric: Metric) -> Difference:

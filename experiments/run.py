@@ -19,7 +19,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -53,10 +53,13 @@ class Options:
     only: str = ""  # one run, as A/paper/3 or A/source, in this process; its record goes to its folder
 
 
+FOUND_OUT = train.FREE | {"domains", "ratios", "reference_losses", "init_from"}  # by the run, or no matter
+
+
 def settings(configs: list[train.Config]) -> list[dict]:
-    """As they come back from JSON, without what a run finds out for itself."""
-    plain = [asdict(replace(cfg, domains=(), reference_losses=(), ratios=())) for cfg in configs]
-    return json.loads(json.dumps(plain))
+    """What shapes a run's stages, as it comes back from JSON; the data is named by its view."""
+    kept = [{k: v for k, v in asdict(cfg).items() if k not in FOUND_OUT} for cfg in configs]
+    return json.loads(json.dumps([{**cfg, "data": Path(cfg["data"]).name} for cfg in kept]))
 
 
 def planned(name: str, opt: Options) -> list[train.Config]:
@@ -263,8 +266,12 @@ def forget_weights(folder: Path) -> None:
 
 
 def check_recorded(done: dict[str, dict], names: list[str], opt: Options) -> None:
-    for name in names:
-        if name in done and done[name]["config"] != settings(planned(name, opt)):
+    """Raises RunError for a record of other settings; one that its Config did not have yet is at its default."""
+    for name in (name for name in names if name in done):
+        now, then = settings(planned(name, opt)), done[name]["config"]
+        if len(now) != len(then) or any(
+            old.get(k, v) != v for new, old in zip(now, then, strict=True) for k, v in new.items()
+        ):
             raise train.RunError(f"{opt.results}: {name} was made with other settings than experiments/arms.py has: "
                                  "give other --results and --out, or delete its line to make it again")  # fmt: skip
 

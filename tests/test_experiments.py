@@ -1,6 +1,8 @@
 """The evidence: its arms, its runner, one-shot pruning, the altered texts, and the report's arithmetic."""
 
+import io
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -323,7 +325,7 @@ def tiny_source():
     )
     return arms.Source("", prune, replace(arms.CONTINUE, **common, max_steps=4),
                        dict.fromkeys(("4th", "8th", "16th"), arms.shape(1, 8, 16, 2)), pretrain,
-                       windows=20, corrupted_windows=10)  # fmt: skip
+                       windows=8, corrupted_windows=4)  # fmt: skip
 
 
 @pytest.fixture
@@ -337,10 +339,10 @@ def tiny(data, tmp_path, monkeypatch):
 
 
 def test_tiny_runs_end_to_end_are_recorded_once_and_reported(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "save", lambda figure, _: report.plt.close(figure))
+    monkeypatch.setitem(arms.STUDIES, "evidence", {"A": {"paper": 1, "oneshot": 1}})
     assert run.main(tiny)
     records = run.read_results(tiny.results)
-    assert list(records) == ["A/source", "A/constant/1", "A/paper/1", "A/oneshot/1"]
+    assert list(records) == ["A/source", "A/paper/1", "A/oneshot/1"]
     paper = records["A/paper/1"]
     assert [stage["tokens"] for stage in paper["stages"]] == [24 * 64, 4 * 64]
     assert sum(records["A/oneshot/1"]["stages"][0]["tokens_M"]) == 28 * 64
@@ -427,10 +429,23 @@ def test_a_stage_that_was_killed_goes_on_from_its_checkpoint(tiny, monkeypatch):
     assert again["loss"] == whole["loss"]
 
 
-def test_a_run_ends_when_its_runner_is_gone():
-    process = subprocess.Popen(
-        [sys.executable, "-c", "from experiments.run import leave_with_parent; leave_with_parent()"],
-        stdin=subprocess.PIPE, cwd=Path(__file__).parents[1],
-    )  # fmt: skip
-    process.stdin.close()
-    assert process.wait(timeout=60) == 1
+def test_a_run_ends_when_its_runner_is_gone(monkeypatch):
+    ended = []
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))  # the pipe from a runner that is gone
+    monkeypatch.setattr(os, "_exit", ended.append)
+    run.leave_with_parent()
+    assert ended == [1]
+
+
+def test_a_run_has_a_process_of_its_own_with_one_thread_and_a_pipe_to_its_runner(tmp_path, monkeypatch):
+    script = (
+        "import os, sys, json; name = sys.argv[-3].split('=')[1]; print(name); folder = sys.argv[-2].split('=')[1]\n"
+    )
+    script += "threads = os.environ['OMP_NUM_THREADS']; blocks = os.isatty(0) or os.fstat(0).st_mode // 0o10000 == 1\n"
+    script += "json.dump([name, threads, blocks], open(f'{folder}/{name}/record.json', 'w')); sys.exit(name == 'bad')"
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **more: popen(
+        [sys.executable, "-c", script, *command[3:]], **more))  # fmt: skip
+    assert run.in_own_process("good", run.Options(out=str(tmp_path))) == ["good", "1", True]
+    assert run.in_own_process("bad", run.Options(out=str(tmp_path))) is None
+    assert (tmp_path / "bad/log.txt").read_text() == "bad\n"
