@@ -1,4 +1,4 @@
-"""make report: RESULTS.md and its figures from experiments/results.jsonl alone; no sentence in it is typed beforehand.
+"""make report: RESULTS.md and its figures from experiments/results.jsonl alone; every verdict in it is computed.
 
 Differences are paired by seed; intervals and verdicts follow PLAN.md. Whatever runs are missing are named.
 """
@@ -173,7 +173,7 @@ def arms_table(results: Results) -> str:
     source = results.source["loss"]["final"]["heldout"]
     tokens = sorted({sum(stage["tokens"] for stage in r["stages"]) for r in results.runs.values()})
     return (f"Loss in nats a token; the source has mean {np.mean(source):.4f}, worst {np.max(source):.4f}. "
-            f"Training tokens of an arm: {', '.join(f'{n:,}' for n in tokens)}.\n\n{table(head, rows)}")  # fmt: skip
+            f"Training tokens of an arm: {', '.join(f'{int(n):,}' for n in tokens)}.\n\n{table(head, rows)}")  # fmt: skip
 
 
 def shift_table(results: Results) -> str:

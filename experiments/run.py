@@ -35,7 +35,7 @@ from evaluate import evaluate
 from experiments import views
 from experiments.arms import ARMS, SOURCES, STUDIES, Run, runs, shortened, source_config, source_folder, stages
 from experiments.oneshot import one_shot
-from prune import Masks
+from prune import Masks, target_config
 
 CALIBRATION = 64  # training windows that one-shot pruning looks at
 HISTORY = 16  # points of the mix's course that are recorded for a stage
@@ -133,7 +133,7 @@ def prune_at_once(cfg: train.Config, source: str, target: dict, data: Path) -> N
     batch = loader.next_batch(0, loader.size_M / loader.size_M.sum(), CALIBRATION)
     tokens = torch.from_numpy(loader.read(batch)).long()[:, :-1]
     model = llama.load(source)
-    small = one_shot(model, train.target_config(model.config, **target), tokens)
+    small = one_shot(model, target_config(model.config, **target), tokens)
     small.save(cfg.init_from)
 
 
