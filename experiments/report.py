@@ -171,9 +171,9 @@ def arms_table(results: Results) -> str:
     head = ["arm", "seeds", "pruned: mean", "worst", "continued: mean", "worst", "perplexity, mean / worst",
             "bits per byte, mean / worst", "training, s", "mean - constant [95 %]", "verdict"]  # fmt: skip
     source = results.source["loss"]["final"]["heldout"]
-    tokens = sorted({sum(stage["tokens"] for stage in r["stages"]) for r in results.runs.values()})
+    tokens = sorted({int(sum(stage["tokens"] for stage in r["stages"])) for r in results.runs.values()})
     return (f"Loss in nats a token; the source has mean {np.mean(source):.4f}, worst {np.max(source):.4f}. "
-            f"Training tokens of an arm: {', '.join(f'{int(n):,}' for n in tokens)}.\n\n{table(head, rows)}")  # fmt: skip
+            f"Training tokens of an arm: {', '.join(f'{n:,}' for n in tokens)}.\n\n{table(head, rows)}")  # fmt: skip
 
 
 def shift_table(results: Results) -> str:
