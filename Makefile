@@ -1,11 +1,12 @@
 # make demo: prune a small Llama on real text, from nothing; make test: prove the pieces;
-# make kernels: compile the GPU kernels for chips that are not here and check the machine code.
+# make kernels: compile the GPU kernels for chips that are not here and check the machine code;
+# make evidence: every run of experiments/PLAN.md, hours; make report: its tables and figures from what is there.
 # Each creates .venv and installs what it needs on the first call.
 
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test test-full chaos kernels bench lint clean
+.PHONY: demo test test-full chaos kernels bench evidence evidence-smollm2 report lint clean
 
 demo: .venv/run
 	$(PY) data/embedded/prepare.py
@@ -25,6 +26,17 @@ bench: .venv/dev
 
 chaos: .venv/dev
 	$(PY) tests/chaos.py
+
+evidence: .venv/run
+	$(PY) data/embedded/prepare.py
+	$(PY) -m experiments.run
+
+evidence-smollm2: .venv/dev
+	$(PY) data/smollm2/prepare.py
+	$(PY) -m experiments.run --study=smollm2
+
+report: .venv/run
+	$(PY) -m experiments.report
 
 lint: .venv/dev
 	$(PY) -m ruff check .

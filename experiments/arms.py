@@ -1,0 +1,163 @@
+"""Every run of PLAN.md: which source, which arm, which seed, and the settings of its stages for train.py.
+
+An arm is a line in ARMS that says what differs from the constant mix; a study is sources and the seeds of each arm.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import configurator
+from train import Config
+
+ROOT = Path(__file__).parents[1]
+CONSTANT = {"mix": "constant", "dynamic_reference": False, "dynamic_ratio": False}
+COMMON = Config(
+    seq_len=128, batch_size=8, micro_batch_size=8, eval_sequences=4, device="cpu", log_interval=64, **CONSTANT
+)
+PRETRAIN = replace(COMMON, batch_size=32, micro_batch_size=16, max_steps=1600, lr=2e-3, lr_warmup=80, eval_interval=400,
+                   save_interval=200)  # fmt: skip  # 32 * 128 = 4,096 tokens a step
+PRUNE = replace(COMMON, stage="prune", max_steps=256, lr=1e-3, lr_warmup=26, mask_lr=0.5, sparsity_warmup=51,
+                eval_interval=4, save_interval=128)  # fmt: skip  # 8 * 128 = 1,024 tokens a step
+CONTINUE = replace(COMMON, stage="continue", max_steps=384, lr=2e-3, lr_warmup=12, eval_interval=8, save_interval=128)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to prune: trained by `pretrain`, or already in `folder`."""
+
+    data: str  # a prepared data set
+    prune: Config
+    go_on: Config
+    targets: dict[str, dict]  # settings of the shape, by size
+    pretrain: Config | None = None
+    folder: str = ""
+    windows: int = 128  # held-out windows a domain
+    corrupted_windows: int = 48
+
+
+@dataclass(frozen=True)
+class Arm:
+    mix: dict  # settings of every stage
+    target: str = "4th"
+    start: str = "masks"  # masks: prune, continue | only_masks | random, oneshot: all steps in one stage
+    view: str = "plain"  # of the data: views.py
+    evaluate: float = 1.0  # times as often
+
+
+def shape(n_layers: int, hidden_size: int, intermediate_size: int, n_heads: int) -> dict:
+    return {"n_layers": n_layers, "hidden_size": hidden_size, "intermediate_size": intermediate_size,
+            "n_heads": n_heads}  # fmt: skip
+
+
+SMOLLM2 = replace(
+    configurator.load(Config, [str(ROOT / "config/prune_smollm2.py")]), device="cpu", eval_interval=5, **CONSTANT
+)
+SOURCES = {
+    "A": Source("data/embedded", PRUNE, CONTINUE,
+                {"4th": shape(4, 96, 160, 2), "8th": shape(3, 64, 160, 2), "16th": shape(2, 64, 104, 2)},
+                replace(PRETRAIN, **shape(6, 128, 320, 4), n_kv_heads=2, head_dim=32, seed=1)),
+    "B": Source("data/embedded", PRUNE, CONTINUE, {"4th": shape(2, 112, 224, 3)},
+                replace(PRETRAIN, **shape(3, 160, 448, 5), n_kv_heads=5, head_dim=32, tied_embeddings=True, seed=2)),
+    "smollm2": Source(
+        SMOLLM2.data, SMOLLM2,
+        replace(SMOLLM2, stage="continue", max_steps=320, lr_warmup=10, eval_interval=10, **shape(0, 0, 0, 0)),
+        {"4th": {name: getattr(SMOLLM2, name) for name in shape(0, 0, 0, 0)}},
+        folder=SMOLLM2.init_from, windows=32, corrupted_windows=8),
+}  # fmt: skip
+
+FIXED = {"dynamic_reference": False, "dynamic_ratio": False}
+DYNAMIC = {"mix": "dro", "dynamic_reference": True, "dynamic_ratio": True}
+ARMS = {
+    "constant": Arm({}),
+    "sheared": Arm({"mix": "sheared", **FIXED}),
+    "paper": Arm(DYNAMIC),
+    "bandit": Arm({"mix": "bandit", **FIXED}),
+    "dro_fixed": Arm({"mix": "dro", **FIXED}),
+    "dro_dynamic": Arm({**DYNAMIC, "dynamic_ratio": False}),
+    "paper_train_loss": Arm({**DYNAMIC, "mix_loss": "train"}),
+    "paper_noclip": Arm({**DYNAMIC, "clip_reference": False}),
+    "uniform": Arm({"ratios": "uniform"}),
+    "random": Arm({}, start="random"),
+    "oneshot": Arm({}, start="oneshot"),
+    "masks_only": Arm({}, start="only_masks"),
+    "random_paper": Arm(DYNAMIC, start="random"),
+    "constant_8th": Arm({}, target="8th"),
+    "paper_8th": Arm(DYNAMIC, target="8th"),
+    "constant_16th": Arm({}, target="16th"),
+    "paper_16th": Arm(DYNAMIC, target="16th"),
+    "paper_merged": Arm(DYNAMIC, view="merged"),
+    "paper_split": Arm(DYNAMIC, view="split"),
+    "paper_often": Arm(DYNAMIC, evaluate=4),
+    "paper_seldom": Arm(DYNAMIC, evaluate=1 / 4),
+}
+HEADLINE = ("constant", "sheared", "paper")
+STUDIES = {  # source: arms and the number of their seeds
+    "evidence": {"A": {arm: 8 if arm in HEADLINE else 3 for arm in ARMS}, "B": dict.fromkeys(HEADLINE, 5)},
+    "smollm2": {"smollm2": dict.fromkeys(HEADLINE, 1)},
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    source: str
+    arm: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.source}/{self.arm}/{self.seed}"
+
+
+def runs(study: str, at_most: int = 99) -> list[Run]:
+    """All arms of a study, seed by seed, so that a part of them can be compared already."""
+    all_runs = [Run(source, arm, seed) for source, arms in STUDIES[study].items()
+                for arm, seeds in arms.items() for seed in range(1, min(seeds, at_most) + 1)]  # fmt: skip
+    return sorted(all_runs, key=lambda run: run.seed)
+
+
+def stages(run: Run, out: str, domains: tuple[str, ...] = (), reference: tuple[float, ...] = ()) -> list[Config]:
+    """The settings of the run's stages, in their order, in folders below `out`.
+
+    domains: of the run's view of the data. reference: losses for the arms that need any, nats, one a domain.
+    """
+    source, arm = SOURCES[run.source], ARMS[run.arm]
+    folder, views = f"{out}/{run}", f"{out}/{run.source}/views"
+    settings = {**arm.mix, "data": f"{views}/{arm.view}", "domains": domains}
+    if settings.get("ratios") == "uniform":
+        settings["ratios"] = (1 / len(domains),) * len(domains)
+    if settings.get("mix", "constant") != "constant" and arm.start != "random":
+        settings["reference_losses"] = reference
+    target, all_steps = source.targets[arm.target], source.prune.max_steps + source.go_on.max_steps
+
+    def stage(base: Config, name: str, init_from: str, number: int, **more) -> Config:
+        interval = max(1, int(base.eval_interval / arm.evaluate))
+        return replace(base, **settings, **more, out_dir=f"{folder}/{name}", init_from=init_from, resume=True,
+                       eval_interval=interval, seed=10 * run.seed + number)  # fmt: skip
+
+    start_folder = source_folder(run.source, out)
+    if arm.start == "random":
+        heads = {name: getattr(source.pretrain, name) for name in ("head_dim", "rope_theta", "tied_embeddings")}
+        heads["n_kv_heads"] = target["n_heads"] * source.pretrain.n_kv_heads // source.pretrain.n_heads
+        return [stage(source.go_on, "pretrain", "", 1, stage="pretrain", max_steps=all_steps, **target, **heads)]
+    if arm.start == "oneshot":
+        return [stage(source.go_on, "continue", f"{folder}/oneshot", 2, max_steps=all_steps)]
+    if arm.start == "only_masks":
+        return [stage(source.prune, "prune", start_folder, 1, max_steps=all_steps, **target)]
+    return [stage(source.prune, "prune", start_folder, 1, **target),
+            stage(source.go_on, "continue", f"{folder}/prune/model", 2)]  # fmt: skip
+
+
+def shortened(cfg: Config, by: int) -> Config:
+    """For rehearsals: as many evaluations as `by` steps fewer allow."""
+    if by == 1:
+        return cfg
+    fewer = {name: getattr(cfg, name) // by for name in ("max_steps", "lr_warmup", "sparsity_warmup")}
+    return replace(cfg, **fewer, eval_interval=max(1, cfg.eval_interval // by))
+
+
+def source_folder(name: str, out: str) -> str:
+    return SOURCES[name].folder or f"{out}/{name}/source/model"
+
+
+def source_config(name: str, out: str) -> Config:
+    folders = {"data": f"{out}/{name}/views/plain", "out_dir": f"{out}/{name}/source"}
+    return replace(SOURCES[name].pretrain, **folders, resume=True)

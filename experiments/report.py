@@ -1,0 +1,451 @@
+"""make report: RESULTS.md and its figures from experiments/results.jsonl alone; every verdict in it is computed.
+
+Differences are paired by seed; intervals and verdicts follow PLAN.md. Whatever runs are missing are named.
+"""
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only: no display is needed
+import matplotlib.pyplot as plt
+import numpy as np
+
+import configurator
+from dro import chi_square_ratio
+from experiments.arms import ARMS, HEADLINE, STUDIES
+from experiments.run import read_results
+from experiments.views import CORRUPTIONS
+from train import RunError
+
+RESAMPLES = 10_000
+RHO = 0.1  # radius of the chi-square ball of the worst mix
+PAPER = """The paper's own figures, at its scale and not re-run here: perplexity -5.59 % and downstream +1.52 % on
+average against Sheared LLaMA re-run, a 55.4 % win rate after instruction tuning, multilingual downstream +2.95 %."""
+
+PAPER_UPDATES, PAPER_HOURS = 64, 0.6  # of its pruning stage; hours of `train.py config/prune.py --plan`
+INTRODUCTION = """Made by `make report` from results.jsonl; PLAN.md says what was asked and how a verdict is found.
+Differences are arm minus arm, paired by seed: below zero is better."""
+SHIFTS = "Loss after continuing, nats a token. Corrupted text has tokens of its own: compare arms on it, not texts."
+EXPLORATORY = "Loss after continuing, nats a token. Exploratory: of three seeds an interval is about the range."
+
+Metric = Callable[[dict], float]  # of a run's record
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two arms, paired by seed: mean and 95 % interval."""
+
+    values: list[float]
+    low: float
+    high: float
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.values))
+
+    @property
+    def verdict(self) -> str:
+        if not self.values:
+            return "missing"
+        if len(self.values) < 2:
+            return "one seed"
+        return "better" if self.high < 0 else "worse" if self.low > 0 else "no difference seen"
+
+    def __str__(self) -> str:
+        if not self.values:
+            return "-"
+        if len(self.values) < 2:
+            return f"{self.mean:+.4f}"
+        return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+
+
+def bootstrap(values: list[float], resamples: int = RESAMPLES) -> tuple[float, float]:
+    """95 % interval of the mean: percentile bootstrap, widened by sqrt(n / (n - 1)) (Hesterberg 2015)."""
+    n, mean = len(values), np.mean(values)
+    if n < 2:
+        return math.nan, math.nan
+    draws = np.random.default_rng(0).integers(n, size=(resamples, n))
+    means = mean + (np.asarray(values)[draws].mean(axis=1) - mean) * math.sqrt(n / (n - 1))
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
+class Results:
+    """The records of one source, and what is asked of them."""
+
+    def __init__(self, records: dict[str, dict], source: str) -> None:
+        self.source = records.get(f"{source}/source")
+        self.runs = {(r["arm"], r["seed"]): r for r in records.values() if r["source"] == source and "arm" in r}
+
+    def seeds(self, arm: str) -> list[int]:
+        return sorted(seed for name, seed in self.runs if name == arm)
+
+    def mean(self, arm: str, metric: Metric) -> float:
+        values = [metric(self.runs[arm, seed]) for seed in self.seeds(arm)]
+        return float(np.mean(values)) if values else math.nan
+
+    def difference(self, arm: str, base: str, metric: Metric) -> Difference:
+        """arm - base over the seeds that both have."""
+        both = [s for s in self.seeds(arm) if s in self.seeds(base)]
+        values = [metric(self.runs[arm, s]) - metric(self.runs[base, s]) for s in both]
+        return Difference(values, *(bootstrap(values) if values else (math.nan, math.nan)))
+
+
+# ---- metrics
+
+
+def loss_of(when: str = "final", text: str = "heldout", over: Callable = np.mean) -> Metric:
+    return lambda record: float(over(record["loss"][when][text])) if when in record["loss"] else math.nan
+
+
+def bits_of(bytes_per_token: list[float], over: Callable) -> Metric:
+    scale_M = 1 / math.log(2) / np.array(bytes_per_token)
+    return loss_of(over=lambda loss_M: over(np.array(loss_M) * scale_M))
+
+
+def weighted(ratio_M: list[float]) -> Callable:
+    return lambda loss_M: float(np.dot(ratio_M, loss_M))
+
+
+def worst_mix(p0_M: list[float]) -> Callable:
+    """Loss under the worst mix of the ball around p0: max q . loss with chi-square divergence <= RHO."""
+
+    def worst(loss_M: list[float]) -> float:
+        loss_M = np.array(loss_M)
+        return float(chi_square_ratio(loss_M, 0 * loss_M, p0_M, RHO, floor=0.0, clamp_to_min=False) @ loss_M)
+
+    return worst
+
+
+# ---- text
+
+
+def table(head: list[str], rows: list[list]) -> str:
+    def text(x) -> str:
+        return "-" if isinstance(x, float) and math.isnan(x) else f"{x:.4f}" if isinstance(x, float) else str(x)
+
+    lines = [head, ["---"] * len(head), *([text(x) for x in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def headline(results: Results, name: str) -> str:
+    rows, verdicts = [], {"mean of domains": [], "worst domain": []}
+    for base in ("sheared", "constant"):
+        for what, over in (("mean of domains", np.mean), ("worst domain", np.max)):
+            d = results.difference("paper", base, loss_of(over=over))
+            change = f"{100 * math.expm1(d.mean):+.2f} %" if d.values else "-"
+            verdicts[what].append(d.verdict)
+            rows.append([f"paper - {base}", what, str(d), change, len(d.values), d.verdict])
+    head = ["difference", "loss after continuing", "nats [95 %]", "perplexity", "seeds", "verdict"]
+    return f"**Source {name}: {claim(*verdicts.values())}.**\n\n{table(head, rows)}"
+
+
+def claim(on_mean: list[str], on_worst: list[str]) -> str:
+    """PLAN.md's rule."""
+    if {"missing", "one seed"} & set(on_mean):
+        return "too few seeds, nothing can be concluded"
+    if set(on_mean) == {"better"} and "worse" not in on_worst:
+        return "the paper's claim holds at this scale"
+    if "worse" in on_mean:
+        return "the paper's claim fails at this scale"
+    return "the paper's claim as a whole is neither confirmed nor refuted at this scale"
+
+
+def arms_table(results: Results) -> str:
+    bits = [bits_of(results.source["bytes_per_token"], over) for over in (np.mean, np.max)]
+    rows = []
+    for arm in (a for a in ARMS if results.seeds(a)):
+        mean, worst = (results.mean(arm, loss_of(over=over)) for over in (np.mean, np.max))
+        d = results.difference(arm, "constant", loss_of())
+        rows.append([arm, len(results.seeds(arm)),
+                     *(results.mean(arm, loss_of("pruned", over=over)) for over in (np.mean, np.max)), mean, worst,
+                     f"{math.exp(mean):.2f} / {math.exp(worst):.2f}",
+                     " / ".join(f"{results.mean(arm, b):.4f}" for b in bits),
+                     f"{results.mean(arm, lambda r: sum(s['step_s'] for s in r['stages'])):.0f}",
+                     *(("", "") if arm == "constant" else (str(d), d.verdict))])  # fmt: skip
+    head = ["arm", "seeds", "pruned: mean", "worst", "continued: mean", "worst", "perplexity, mean / worst",
+            "bits per byte, mean / worst", "training, s", "mean - constant [95 %]", "verdict"]  # fmt: skip
+    source = results.source["loss"]["final"]["heldout"]
+    tokens = sorted({int(sum(stage["tokens"] for stage in r["stages"])) for r in results.runs.values()})
+    return (f"Loss in nats a token; the source has mean {np.mean(source):.4f}, worst {np.max(source):.4f}. "
+            f"Training tokens of an arm: {', '.join(f'{n:,}' for n in tokens)}.\n\n{table(head, rows)}")  # fmt: skip
+
+
+def shift_table(results: Results) -> str:
+    domains, p0 = results.source["domains"], results.source["p0"]
+    shifts = {f"{domain} alone": loss_of(over=lambda loss_M, m=m: loss_M[m]) for m, domain in enumerate(domains)}
+    shifts |= {"uniform": loss_of(), "training mix": loss_of(over=weighted(p0)),
+               f"worst mix within {RHO} of it": loss_of(over=worst_mix(p0))}  # fmt: skip
+    shifts |= {f"{name} text, mean of domains": loss_of(text=name) for name in CORRUPTIONS}
+    rows = []
+    for name, metric in shifts.items():
+        against = [results.difference("paper", base, metric) for base in ("sheared", "constant")]
+        rows.append([name, *(results.mean(arm, metric) for arm in HEADLINE),
+                     *(x for d in against for x in (str(d), d.verdict))])  # fmt: skip
+    return table(["evaluated on", *HEADLINE, "paper - sheared", "verdict", "paper - constant", "verdict"], rows)
+
+
+def reference_errors(results: Results, stage: str, clip: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Shares of the stage seen (n,), and |predicted - reached| in nats (n, histories * domains)."""
+    laws = [r["law"][stage][str(clip)] for r in results.runs.values() if "law" in r and stage in r["law"]]
+    laws = [law for law in laws if law["predicted"]]
+    if not laws:
+        return np.empty(0), np.empty((0, 0))
+    shares = np.array([share for share, _ in max((law["predicted"] for law in laws), key=len)])
+    errors = []
+    for law in laws:
+        at = dict((round(share, 6), loss_M) for share, loss_M in law["predicted"])
+        rows = [at.get(round(share, 6), [math.nan] * len(law["reached"])) for share in shares]
+        errors.append(np.abs(np.array(rows) - np.array(law["reached"])))
+    return shares, np.concatenate(errors, axis=1)
+
+
+def reference_table(results: Results) -> str:
+    rows = []
+    for stage in ("prune", "continue"):
+        for clip in (True, False):
+            shares, errors = reference_errors(results, stage, clip)
+            if len(shares):
+                at = [int(np.abs(shares - share).argmin()) for share in (0.25, 0.5, 0.75, 1.0)]
+                rows.append([stage, "published clip" if clip else "no clip", f"{100 * shares[0]:.0f} %",
+                             *(float(np.nanmean(errors[i])) for i in at), errors.shape[1]])  # fmt: skip
+    head = ["stage", "reference", "first fit", "error at 25 % seen", "at 50 %", "at 75 %", "at the end", "curves"]
+    return table(head, rows) if rows else "No histories yet."
+
+
+def pruning(*keys: str, per: str = "") -> Metric:
+    """Seconds that these take in the pruning stage, in total or for each of something."""
+    return lambda r: sum(r["stages"][0][key] for key in keys) / (r["stages"][0][per] if per else 1)
+
+
+def ratio_to_constant(results: Results, arm: str, metric: Metric) -> str:
+    both = [s for s in results.seeds(arm) if s in results.seeds("constant")]
+    ratios = [metric(results.runs[arm, s]) / metric(results.runs["constant", s]) for s in both]
+    return f"{np.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})" if ratios else "-"
+
+
+def cost_table(results: Results) -> str:
+    rows = []
+    for arm in (a for a in ARMS if results.seeds(a) and ARMS[a].start == "masks"):
+        total = results.mean(arm, pruning("step_s", "eval_s", "mix_s"))
+        token_s, memory = pruning("step_s", per="tokens"), lambda r: r["peak_bytes"][0] / 2**20
+        rows.append([arm, len(results.seeds(arm)),
+                     f"{1e6 * results.mean(arm, token_s):.0f}", ratio_to_constant(results, arm, token_s),
+                     f"{100 * results.mean(arm, pruning('eval_s')) / total:.1f} %",
+                     f"{1e3 * results.mean(arm, pruning('mix_s', per='updates')):.1f}",
+                     f"{100 * results.mean(arm, pruning('mix_s')) / total:.2f} %",
+                     f"{results.mean(arm, memory):.0f}", ratio_to_constant(results, arm, memory)])  # fmt: skip
+    head = ["arm", "seeds", "us a training token", "of constant's, median (range)", "evaluation, share of the time",
+            "mix and fits, ms an update", "share of the time", "peak memory, MiB", "of constant's"]  # fmt: skip
+    return table(head, rows)
+
+
+def cost_sentence(results: Results) -> str:
+    """Is the mix under 1 % here, and would it be at the paper's size, where an update costs the same?"""
+    if not results.seeds("paper"):
+        return ""
+    share = results.mean("paper", pruning("mix_s")) / results.mean("paper", pruning("step_s", "eval_s", "mix_s"))
+    update_s = results.mean("paper", pruning("mix_s", per="updates"))
+    there = PAPER_UPDATES * update_s / (3600 * PAPER_HOURS)
+    over_or_under = "under" if share < 0.01 else "over"
+    return (f"Mix and fits take {100 * share:.2f} % of paper's pruning time here, {over_or_under} 1 %. "
+            f"An update costs the same at any model's size: the published {PAPER_UPDATES} would take "
+            f"{100 * there:.2f} % of the {PAPER_HOURS} h that `--plan` gives its pruning stage on 8 H100.")  # fmt: skip
+
+
+QUESTIONS = {  # arms and what each is compared with, in loss after continuing
+    "Smaller targets": [("constant_8th", "random"), ("paper_8th", "random"), ("constant_16th", "random"),
+                        ("paper_16th", "random"), ("paper_8th", "constant_8th"), ("paper_16th", "constant_16th")],
+    "The mix when pretraining from scratch": [("random_paper", "random")],
+    "Domains merged or split": [("paper_merged", "paper"), ("paper_split", "paper"), ("paper_merged", "constant"),
+                                ("paper_split", "constant")],
+    "The mix updated more and less often": [("paper_often", "paper"), ("paper_seldom", "paper")],
+    "Parts of the method": [("dro_fixed", "constant"), ("dro_dynamic", "dro_fixed"), ("paper", "dro_dynamic"),
+                            ("paper_train_loss", "paper"), ("paper_noclip", "paper"), ("bandit", "sheared")],
+    "Robust, or merely flatter": [("paper", "uniform"), ("uniform", "constant")],
+    "Pruning itself": [("constant", "random"), ("constant", "oneshot"), ("constant", "masks_only")],
+}  # fmt: skip
+
+
+def questions(results: Results) -> str:
+    parts = []
+    for question, pairs in QUESTIONS.items():
+        rows = []
+        for arm, base in pairs:
+            mean, worst = (results.difference(arm, base, loss_of(over=over)) for over in (np.mean, np.max))
+            rows.append([f"{arm} - {base}", len(mean.values), str(mean), mean.verdict, str(worst), worst.verdict])
+        head = ["difference", "seeds", "mean of domains [95 %]", "verdict", "worst domain [95 %]", "verdict"]
+        parts.append(f"### {question}\n\n{table(head, rows)}")
+        if question == "Smaller targets" and results.seeds("random"):
+            fallen = [arm for arm, base in pairs if base == "random" and results.seeds(arm)
+                      and results.mean(arm, loss_of()) >= results.mean("random", loss_of())]  # fmt: skip
+            parts.append(f"Collapsed, by the plan's rule: {', '.join(fallen) or 'none'}.")
+    return "\n\n".join(parts)
+
+
+# ---- figures
+
+
+def save(figure, path: Path) -> None:
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_arms(results: Results, path: Path) -> None:
+    """Each mix minus constant, at the same target: seeds, mean and interval."""
+    mixes = [a for a, arm in ARMS.items() if a != "constant" and (arm.start, arm.target) == ("masks", "4th")]
+    arms = [a for a in mixes if results.seeds(a)][::-1]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 1.7 + 0.28 * len(arms)), sharey=True, layout="constrained")
+    for axis, (what, over) in zip(axes, (("mean of domains", np.mean), ("worst domain", np.max)), strict=True):
+        for y, arm in enumerate(arms):
+            d = results.difference(arm, "constant", loss_of(over=over))
+            colour = {"better": "C2", "worse": "C3"}.get(d.verdict, "0.4")
+            axis.plot(d.values, [y] * len(d.values), ".", color=colour, alpha=0.4, ms=6)
+            axis.errorbar(d.mean, y, xerr=[[d.mean - d.low], [d.high - d.mean]], fmt="o", color=colour, capsize=3, ms=4)
+        axis.axvline(0, color="k", lw=0.8)
+        axis.set_title(what, fontsize=10)
+        axis.set_xlabel("nats per token, arm minus constant")
+        axis.grid(alpha=0.3)
+    axes[0].set_yticks(range(len(arms)), [f"{arm} ({len(results.seeds(arm))})" for arm in arms], fontsize=9)
+    figure.suptitle("Loss after continuing: seeds (dots, their number in brackets), mean, 95 % interval", fontsize=11)
+    save(figure, path)
+
+
+def plot_reference(results: Results, path: Path) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
+    for axis, stage in zip(axes, ("prune", "continue"), strict=True):
+        for clip, label in ((True, "published clip"), (False, "no clip")):
+            shares, errors = reference_errors(results, stage, clip)
+            if len(shares):
+                low, middle, high = np.nanquantile(errors, (0.25, 0.5, 0.75), axis=1)
+                (line,) = axis.plot(100 * shares, middle, label=f"{label}: median, quartiles")
+                axis.fill_between(100 * shares, low, high, color=line.get_color(), alpha=0.2)
+        axis.set_yscale("log")
+        axis.set_title(stage)
+        axis.set_xlabel("share of the stage seen (%)")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("|predicted - reached| (nats per token)")
+    handles, labels = axes[1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9)
+    figure.suptitle("Error of the predicted loss at the end of the stage, over domains, arms and seeds", fontsize=11)
+    save(figure, path)
+
+
+def plot_targets(results: Results, path: Path) -> None:
+    figure, axis = plt.subplots(figsize=(7, 5), layout="constrained")
+    for name, style in (("constant", "o-"), ("paper", "s--")):
+        sizes = [(arm, share) for arm, share in ((name, 1 / 4), (f"{name}_8th", 1 / 8), (f"{name}_16th", 1 / 16))
+                 if results.seeds(arm)]  # fmt: skip
+        for over, colour in ((np.mean, "C0"), (np.max, "C1")):
+            what = "mean of domains" if over is np.mean else "worst domain"
+            losses = [results.mean(arm, loss_of(over=over)) for arm, _ in sizes]
+            axis.plot([share for _, share in sizes], losses, style, color=colour, label=f"{name}, {what}")
+    for over, colour in ((np.mean, "C0"), (np.max, "C1")):
+        if results.seeds("random"):
+            what = "mean" if over is np.mean else "worst"
+            level = results.mean("random", loss_of(over=over))
+            axis.axhline(level, color=colour, ls=":", label=f"quarter, from random weights, {what}")
+    axis.set_xscale("log", base=2)
+    axis.set_xticks([1 / 16, 1 / 8, 1 / 4], ["1/16", "1/8", "1/4"])
+    axis.set_xlabel("target's share of the source's parameters that are not embeddings")
+    axis.set_ylabel("loss after continuing (nats per token)")
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9)
+    save(figure, path)
+
+
+def plot_mix(results: Results, path: Path) -> None:
+    domains = results.source["domains"]
+    figure, axes = plt.subplots(2, 3, figsize=(10, 5), sharex=True, sharey=True, layout="constrained")
+    for axis, (m, domain) in zip(axes.flat, enumerate(domains), strict=False):
+        for arm in (a for a in (*HEADLINE, "dro_fixed", "paper_noclip") if results.seeds(a)):
+            courses = [results.runs[arm, seed]["stages"] for seed in results.seeds(arm)]
+            x, before = [], 0
+            for stage in courses[0]:
+                x += [before + step for step, _ in stage["ratio"]]
+                before += stage["steps"]
+            y = np.mean([[ratio[m] for stage in stages for _, ratio in stage["ratio"]] for stages in courses], axis=0)
+            axis.plot(x, 100 * y, label=arm)
+        axis.axvline(courses[0][0]["steps"], color="0.6", lw=0.8, ls=":")
+        axis.set_title(domain, fontsize=10)
+        axis.grid(alpha=0.3)
+    for axis in axes[1]:
+        axis.set_xlabel("step (dotted: pruning ends)")
+    figure.supylabel("share of the training tokens (%)", fontsize=10)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
+    figure.suptitle("The mix, mean over seeds", fontsize=11)
+    save(figure, path)
+
+
+# ---- the page
+
+
+def missing(records: dict[str, dict]) -> str:
+    lines = []
+    for study in STUDIES.values():
+        for source, arms in study.items():
+            results = Results(records, source)
+            gone = [f"{arm} {n - len(results.seeds(arm))}" for arm, n in arms.items() if len(results.seeds(arm)) < n]
+            lines += [f"- source {source}: seeds missing of {', '.join(gone)}"] if gone else []
+    return "\n".join(lines) or "Nothing."
+
+
+def provenance(records: dict[str, dict]) -> str:
+    hashes = {f"{r['source']}: {r['hashes']['source'][:12]}" for r in records.values()}
+    seconds = sum(r["seconds"] for r in records.values())
+    threads = {str(stage["threads"]) for r in records.values() for stage in r["stages"]}
+    versions = {" ".join(f"{name} {v}" for name, v in r["versions"].items()) for r in records.values()}
+    return (f"{len(records)} runs, {seconds / 3600:.1f} hours of processes of {', '.join(sorted(threads))} thread(s); "
+            f"commits {', '.join(sorted({r['commit'] for r in records.values()}))}; {', '.join(sorted(versions))}; "
+            f"source weights {', '.join(sorted(hashes))}.")  # fmt: skip
+
+
+def page(records: dict[str, dict], figures: Path) -> str:
+    """RESULTS.md; draws the figures on the way."""
+    figures.mkdir(parents=True, exist_ok=True)
+    parts = ["# Results", INTRODUCTION, "## Headline"]
+    sources = [s for s in ("A", "B", "smollm2") if Results(records, s).source]
+    parts += [headline(Results(records, s), s) for s in sources]
+    parts.append(PAPER)
+    for s in sources:
+        results = Results(records, s)
+        parts += [f"## Source {s}: all arms", arms_table(results)]
+        if s == "A" and results.seeds("constant"):
+            for draw in (plot_arms, plot_mix, plot_targets, plot_reference):
+                draw(results, figures / f"{draw.__name__.removeprefix('plot_')}.png")
+            parts += [f"![Every arm against constant]({figures.name}/arms.png)", f"![The mix]({figures.name}/mix.png)"]
+        parts += [f"## Source {s}: shifts", SHIFTS, shift_table(results)]
+        parts += [f"## Source {s}: reference losses", reference_table(results)]
+        parts += [f"![Error of the reference losses]({figures.name}/reference.png)"] if s == "A" else []
+        parts += [f"## Source {s}: costs of pruning", cost_sentence(results), cost_table(results)]
+        if s == "A":
+            parts += ["## Open questions", EXPLORATORY, questions(results), f"![Sizes]({figures.name}/targets.png)"]
+    parts += ["## Missing", missing(records), "## Made with", provenance(records)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+@dataclass(frozen=True)
+class Options:
+    results: str = "experiments/results.jsonl"
+    out: str = "experiments"  # RESULTS.md and figures/
+
+
+def main(opt: Options) -> None:
+    records = read_results(opt.results)
+    if not records:
+        raise RunError(f"{opt.results}: no results yet: make evidence makes them")
+    Path(opt.out, "RESULTS.md").write_text(page(records, Path(opt.out, "figures")))
+    print(Path(opt.out, "RESULTS.md"))
+
+
+if __name__ == "__main__":
+    try:
+        main(configurator.load(Options, sys.argv[1:]))
+    except (configurator.ConfigError, RunError) as error:
+        sys.exit(f"error: {error}")
