@@ -12,11 +12,11 @@ init_from = "data/smollm2/model"
 data = "data/smollm2/data"
 n_layers, hidden_size, intermediate_size, n_heads = 24, 512, 1088, 6
 seq_len = 256
-batch_size = micro_batch_size = 1  # 256 tokens and one mask sample a step: the masks need steps more than tokens
-max_steps = 640  # 0.16 M tokens, 19 minutes at the source's 140 tokens/s: enough to see it work, not to recover
-lr, lr_warmup = 3e-4, 32
-mask_lr = 1.0  # the Lagrangian alone, without text, comes to rest at its target by step 160
-sparsity_warmup = 160
-eval_interval = 40  # 16 evaluations
-eval_sequences = 1  # 6 * 256 tokens forward against 40 * 256 forward and backward
-save_interval = 320
+batch_size = micro_batch_size = 2  # 512 tokens and one mask sample a step: the masks need steps more than tokens
+max_steps = 240  # 0.12 M tokens: enough to see it work, not to recover
+lr, lr_warmup = 3e-4, 8
+mask_lr = 2.0  # the Lagrangian alone, without text, comes to rest at its target by step 100
+sparsity_warmup = 40
+eval_interval = 20  # 13 evaluations
+eval_sequences = 1  # 6 * 256 tokens forward against 20 * 512 forward and backward
+save_interval = 120
