@@ -144,7 +144,9 @@ class HuggingFace:
             raise DataError(f"{path}: no such tokenizer: expected a tokenizer.json")
         try:
             self.model = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises nothing narrower, and a panic of its Rust is no Exception
             raise DataError(f"{path}: not a tokenizer.json ({error}): copy it again from the model") from None
         self.model.encode_special_tokens = True  # "special" added tokens are read as text
         self.model.no_truncation()
@@ -169,7 +171,9 @@ class HuggingFace:
         """Raises ValueError for a text that the tokenizer has no tokens for."""
         try:
             return self.model.encode(text, add_special_tokens=False).ids
-        except Exception as error:  # the library raises nothing narrower
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # as above
             raise ValueError(f"the tokenizer cannot encode it ({error})") from None
 
     def decode(self, tokens: list[int]) -> str:
