@@ -151,7 +151,7 @@ class HuggingFace:
         self.model.encode_special_tokens = True  # "special" added tokens are read as text
         self.model.no_truncation()
         self.model.no_padding()
-        self.vocab_size = max(self.model.get_vocab().values()) + 1  # ids may leave gaps
+        self.vocab_size = max(self.model.get_vocab().values(), default=-1) + 1  # ids may leave gaps
         config = read_config(Path(path).with_name(CONFIG_FILE))
         self.eos = self._token(path, eos or config.get("eos_token"))
         if self.eos is None:

@@ -249,6 +249,11 @@ def test_a_sentencepiece_model_that_is_not_utf8_is_refused(tmp_path):
         tokenizer.SentencePiece(tmp_path / "a.model")
 
 
+@pytest.mark.parametrize("prepared", ["tokenizer_json"], indirect=True)
+def test_a_tokenizer_without_a_vocabulary_is_refused(prepared):
+    assert "no end-of-text token is known" in prepared(b'{"model": {"vocab": [], "merges": []}}')
+
+
 def test_a_text_that_a_tokenizer_cannot_encode_is_a_bad_record(tmp_path):
     here = hostile.Prepared("tokenizer_json", tmp_path)
     assert here(with_value(here.seeds[0], "nowhere", "model", "unk_token")) == ""
