@@ -144,12 +144,14 @@ class HuggingFace:
             raise DataError(f"{path}: no such tokenizer: expected a tokenizer.json")
         try:
             self.model = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises nothing narrower, and a panic of its Rust is no Exception
             raise DataError(f"{path}: not a tokenizer.json ({error}): copy it again from the model") from None
         self.model.encode_special_tokens = True  # "special" added tokens are read as text
         self.model.no_truncation()
         self.model.no_padding()
-        self.vocab_size = max(self.model.get_vocab().values()) + 1  # ids may leave gaps
+        self.vocab_size = max(self.model.get_vocab().values(), default=-1) + 1  # ids may leave gaps
         config = read_config(Path(path).with_name(CONFIG_FILE))
         self.eos = self._token(path, eos or config.get("eos_token"))
         if self.eos is None:
@@ -169,7 +171,9 @@ class HuggingFace:
         """Raises ValueError for a text that the tokenizer has no tokens for."""
         try:
             return self.model.encode(text, add_special_tokens=False).ids
-        except Exception as error:  # the library raises nothing narrower
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # as above
             raise ValueError(f"the tokenizer cannot encode it ({error})") from None
 
     def decode(self, tokens: list[int]) -> str:

@@ -108,6 +108,7 @@ FOUND = {  # reader: value, path in the JSON of its first seed; what the message
         ({"a": 1}, ("eos_token_id",), "token id {'a': 1}: must be a whole number"),
         ({"rope_type": ["linear"]}, ("rope_scaling",), "unhashable"),
     ],
+    "tokenizer_json": [("abc", ("model", "continuing_subword_prefix"), "not a tokenizer.json")],  # the library panics
     "params": [
         (8.5, ("dim",), "dim = 8.5: expected a positive number"),
         (3, ("n_heads",), "dim is not a multiple of 2 * n_heads"),
@@ -246,6 +247,18 @@ def test_a_sentencepiece_model_that_is_not_utf8_is_refused(tmp_path):
     (tmp_path / "a.model").write_bytes(content[:9] + b"\x12" + content[10:])
     with pytest.raises(shards.DataError, match="not a sentencepiece model"):
         tokenizer.SentencePiece(tmp_path / "a.model")
+
+
+@pytest.mark.parametrize("prepared", ["tokenizer_json"], indirect=True)
+def test_a_tokenizer_without_a_vocabulary_is_refused(prepared):
+    assert "no end-of-text token is known" in prepared(b'{"model": {"vocab": [], "merges": []}}')
+
+
+def test_a_text_that_a_tokenizer_cannot_encode_is_a_bad_record(tmp_path):
+    here = hostile.Prepared("tokenizer_json", tmp_path)
+    assert here(with_value(here.seeds[0], "nowhere", "model", "unk_token")) == ""
+    with pytest.raises(ValueError, match="the tokenizer cannot encode it"):
+        tokenizer.open_tokenizer(here.folder / "tokenizer.json").encode(hostile.TEXT)
 
 
 @pytest.mark.parametrize("prepared", ["consolidated"], indirect=True)
