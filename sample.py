@@ -19,7 +19,7 @@ import configurator
 import model as llama
 from configurator import ConfigError
 from data.shards import DataError, read_meta
-from data.tokenizer import load_tokenizer, open_tokenizer
+from data.tokenizer import encoded, load_tokenizer, open_tokenizer, read_tokenizer_json
 from evaluate import check_device, load_any
 
 INCOMPLETE = "\ufffd"  # what decoders put in the place of bytes that are not a character yet
@@ -39,17 +39,13 @@ class TokenizerJson:
     """A Hugging Face tokenizer.json, with what it adds around a text (such as BOS)."""
 
     def __init__(self, path: Path) -> None:
-        try:
-            import tokenizers  # noqa: PLC0415 (only folders with a tokenizer.json need it)
-        except ImportError:
-            raise DataError(f"{path}: reading it needs the package tokenizers: pip install tokenizers") from None
-        try:
-            self.model = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the package raises nothing narrower
-            raise DataError(f"{path}: not a readable tokenizer.json ({error}): copy it again from the model") from None
+        self.path, self.model = path, read_tokenizer_json(path)
 
     def encode(self, text: str) -> list[int]:
-        return self.model.encode(text).ids
+        try:
+            return encoded(self.model, text, add_special_tokens=True)
+        except ValueError as error:
+            raise DataError(f"{self.path}: {error}: write something else") from None
 
     def decode(self, tokens: list[int]) -> str:
         return self.model.decode(tokens)

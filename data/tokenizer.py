@@ -134,20 +134,35 @@ def read_ranks(path: str | Path) -> dict[bytes, int]:
     return ranks
 
 
+def read_tokenizer_json(path: str | Path) -> tokenizers.Tokenizer:
+    """Raises DataError."""
+    if not Path(path).is_file():
+        raise DataError(f"{path}: no such tokenizer: expected a tokenizer.json")
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises nothing narrower, and a panic of its Rust is no Exception
+        raise DataError(f"{path}: not a tokenizer.json ({error}): copy it again from the model") from None
+
+
+def encoded(model: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+    """Raises ValueError for a text that the tokenizer has no tokens for."""
+    try:
+        return model.encode(text, add_special_tokens=add_special_tokens).ids
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # as above
+        raise ValueError(f"the tokenizer cannot encode it ({error})") from None
+
+
 class HuggingFace:
     """A tokenizer.json. BOS and EOS: of the tokenizer_config.json beside it, or else its end-of-text token."""
 
     END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 
     def __init__(self, path: str | Path, bos: str | None = None, eos: str | None = None):
-        if not Path(path).is_file():
-            raise DataError(f"{path}: no such tokenizer: expected a tokenizer.json")
-        try:
-            self.model = tokenizers.Tokenizer.from_file(str(path))
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # the library raises nothing narrower, and a panic of its Rust is no Exception
-            raise DataError(f"{path}: not a tokenizer.json ({error}): copy it again from the model") from None
+        self.model = read_tokenizer_json(path)
         self.model.encode_special_tokens = True  # "special" added tokens are read as text
         self.model.no_truncation()
         self.model.no_padding()
@@ -169,12 +184,7 @@ class HuggingFace:
 
     def encode(self, text: str) -> list[int]:
         """Raises ValueError for a text that the tokenizer has no tokens for."""
-        try:
-            return self.model.encode(text, add_special_tokens=False).ids
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # as above
-            raise ValueError(f"the tokenizer cannot encode it ({error})") from None
+        return encoded(self.model, text, add_special_tokens=False)
 
     def decode(self, tokens: list[int]) -> str:
         tokens = [token for token in tokens if token not in (self.bos, self.eos)]
