@@ -21,6 +21,7 @@ import evaluate
 import model as llama
 import plot
 import train
+from data.loader import DomainLoader
 from data.shards import DataError, write_meta, write_shard
 from kernels import dispatch, masked_swiglu, pack
 from kernels.masked_linear import masked_linear, packed_linear
@@ -211,6 +212,17 @@ def assert_same_run(one, other):
     assert all(torch.allclose(ends[0][name], ends[1][name], atol=1e-4) for name in ends[0])
 
 
+def domains_seen(cfg, steps, ranks):
+    """How many domains each rank had tokens of, at each step."""
+    loader = DomainLoader(cfg.data, cfg.domains, cfg.seq_len, cfg.seed, "train")
+    seen = []
+    for r in steps:
+        batch = loader.next_batch(r["step"] - 1, np.array(r["ratio"]), cfg.batch_size)
+        micro_batch_of_row = np.arange(cfg.batch_size) // cfg.micro_batch_size
+        seen.append([len(set(batch.domain_N[micro_batch_of_row % ranks == rank])) for rank in range(ranks)])
+    return np.array(seen)
+
+
 @pytest.fixture(scope="session")
 def alone(data, source, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "one"
@@ -239,6 +251,8 @@ def test_many_ranks_take_the_same_steps_as_one(ranks, parallel, data, source, al
     assert_same_run(alone, tmp_path / "many")
     alive = [r["sparsity"]["layer"] for r in metrics(tmp_path / "many", "train")]
     assert max(alive) > 0.2  # blocks were skipped indeed
+    seen = domains_seen(cfg, metrics(tmp_path / "many", "train"), ranks)
+    assert seen.min() == 1  # at some step a rank had no token of a domain
 
 
 @pytest.mark.full
