@@ -257,11 +257,8 @@ def leave_with_parent() -> None:
 
 
 def forget_weights(folder: Path) -> None:
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_dir():
-            if not any(path.iterdir()):
-                path.rmdir()
-        elif path.name not in ("metrics.jsonl", "log.txt"):
+    for path in folder.rglob("*"):
+        if path.is_file() and path.name not in ("metrics.jsonl", "log.txt"):
             path.unlink()
 
 
