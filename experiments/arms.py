@@ -62,7 +62,7 @@ SOURCES = {
         SMOLLM2.data, SMOLLM2,
         replace(SMOLLM2, stage="continue", max_steps=320, lr_warmup=10, eval_interval=10, **shape(0, 0, 0, 0)),
         {"4th": {name: getattr(SMOLLM2, name) for name in shape(0, 0, 0, 0)}},
-        folder=SMOLLM2.init_from, windows=32, corrupted_windows=8),
+        folder=SMOLLM2.init_from, windows=16, corrupted_windows=8),
 }  # fmt: skip
 
 FIXED = {"dynamic_reference": False, "dynamic_ratio": False}

@@ -17,8 +17,9 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -257,11 +258,8 @@ def leave_with_parent() -> None:
 
 
 def forget_weights(folder: Path) -> None:
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_dir():
-            if not any(path.iterdir()):
-                path.rmdir()
-        elif path.name not in ("metrics.jsonl", "log.txt"):
+    for path in folder.rglob("*"):
+        if path.is_file() and path.name not in ("metrics.jsonl", "log.txt"):
             path.unlink()
 
 
@@ -286,8 +284,8 @@ def same_source(done: dict[str, dict]) -> None:
                                      "or the machine changed: begin anew with other --results and --out")  # fmt: skip
 
 
-def in_parallel(names: list[str], opt: Options) -> Iterator[tuple[str, dict | None]]:
-    """(name, record or None) of each run as it ends; where the caller stops, no other run is begun."""
+def in_parallel(names: list[str], opt: Options) -> Generator[tuple[str, dict | None], None, None]:
+    """(name, record or None) of each run as it ends; once it is closed no other run is begun."""
     pool = ThreadPoolExecutor(opt.workers)
     try:
         jobs = {pool.submit(in_own_process, name, opt): name for name in names}
@@ -321,21 +319,21 @@ def main(opt: Options) -> bool:
     first = [name for name in sources if name not in done or name in gone]
     print(f"{opt.study}: {len(first)} sources and {len(missing)} of {len(arms)} runs to do", flush=True)
     for names in (first, missing):  # runs need their source
-        start = time.time()
-        for n, (name, record) in enumerate(in_parallel(names, opt), start=1):
-            if record is None:
-                print(f"{name}: failed, see {out / name / 'log.txt'}", flush=True)
-                continue
-            same_source(done | {name: record})
-            if name not in done:
-                add_result(results, record)
-            done[name] = record
-            if names is missing:
-                forget_weights(out / name)
-            left = (time.time() - start) / n * (len(names) - n)
-            loss = np.mean(record["loss"]["final"]["heldout"])
-            print(f"{n}/{len(names)} {name}: {record['seconds']:.0f} s, loss {loss:.4f}", end="; ")
-            print(f"{left / 60:.0f} min left", flush=True)
+        begun = time.time()
+        with closing(in_parallel(names, opt)) as ended:
+            for n, (name, record) in enumerate(ended, start=1):
+                if record is None:
+                    print(f"{name}: failed, see {out / name / 'log.txt'}", flush=True)
+                    continue
+                same_source(done | {name: record})
+                if name not in done:
+                    add_result(results, record)
+                done[name] = record
+                if names is missing:
+                    forget_weights(out / name)
+                left_s, loss = (time.time() - begun) / n * (len(names) - n), np.mean(record["loss"]["final"]["heldout"])
+                print(f"{n}/{len(names)} {name}: {record['seconds']:.0f} s, loss {loss:.4f}", end="; ")
+                print(f"{left_s / 60:.0f} min left", flush=True)
     return all(name in done for name in sources + arms)
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -265,6 +266,7 @@ def test_differences_are_taken_within_a_seed():
 @pytest.mark.parametrize(
     ("values", "verdict"),
     [([-0.1, -0.2, -0.1], "better"), ([0.1, 0.2, 0.1], "worse"), ([-0.1, 0.2, 0.1], "no difference seen"),
+     ([0.1, -0.3, -0.1], "no difference seen"),
      ([0.1], "one seed"), ([], "missing")],
 )  # fmt: skip
 def test_verdicts_follow_from_the_interval(values, verdict):
@@ -285,6 +287,14 @@ def test_the_worst_mix_is_that_of_the_ball():
     mean = p0 @ loss
     deviation = np.sqrt(p0 @ (loss - mean) ** 2)  # where no ratio reaches 0: mean + sqrt(2 rho) sd
     assert np.isclose(report.worst_mix(p0.tolist())(loss.tolist()), mean + np.sqrt(2 * report.RHO) * deviation)
+
+
+def test_the_worst_mix_may_leave_a_domain_out():
+    p0, loss = np.array([0.1, 0.45, 0.45]), np.array([0.1, 2.0, 2.1])
+    first, second = np.meshgrid(np.linspace(0, 0.2, 401), np.linspace(0.3, 0.7, 401))
+    q = np.stack([first, second, 1 - first - second], axis=-1)  # (401, 401, 3)
+    inside = (q >= 0).all(-1) & (((q - p0) ** 2 / p0).sum(-1) / 2 <= report.RHO)
+    assert np.isclose(report.worst_mix(p0.tolist())(loss.tolist()), (q @ loss)[inside].max(), atol=1e-3)
 
 
 def test_the_report_of_every_run_has_every_part_and_nothing_missing(tmp_path):
@@ -392,11 +402,19 @@ def test_results_of_other_settings_or_another_source_are_not_mixed(tiny, monkeyp
 
 def test_nothing_more_is_begun_once_the_runner_has_to_stop(tiny, monkeypatch):
     begun = []
-    monkeypatch.setattr(run, "in_own_process", lambda name, opt: begun.append(name) or fake_record(name, opt, name[:3]))
-    monkeypatch.setitem(arms.STUDIES, "evidence", {"A": {"constant": 500}})
-    with pytest.raises(train.RunError, match="its source is not that of"):
+
+    def slow(name, opt):
+        begun.append(name)
+        time.sleep(0.01)
+        return fake_record(name, opt, name[:3])
+
+    monkeypatch.setattr(run, "in_own_process", slow)
+    monkeypatch.setitem(arms.STUDIES, "evidence", {"A": {"constant": 100}})
+    with pytest.raises(train.RunError, match="its source is not that of") as error:
         run.main(tiny)
-    assert len(begun) < 400
+    n = len(begun)
+    time.sleep(0.1)
+    assert n == len(begun) < 50, error  # which holds on to main's frame, as a traceback does
 
 
 def test_two_runners_do_not_share_a_folder(tiny, monkeypatch):
