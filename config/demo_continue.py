@@ -10,3 +10,4 @@ lr = 2e-3
 lr_warmup = 20
 eval_interval = 10
 eval_sequences = 2
+seed = 19  # not that of the stage before: its text would come again, in the same order

@@ -60,7 +60,7 @@ SOURCES = {
                 replace(PRETRAIN, **shape(3, 160, 448, 5), n_kv_heads=5, head_dim=32, tied_embeddings=True, seed=2)),
     "smollm2": Source(
         SMOLLM2.data, SMOLLM2,
-        replace(SMOLLM2, stage="continue", max_steps=320, lr_warmup=10, eval_interval=10, **shape(0, 0, 0, 0)),
+        replace(SMOLLM2, stage="continue", max_steps=480, lr_warmup=10, eval_interval=10, **shape(0, 0, 0, 0)),
         {"4th": {name: getattr(SMOLLM2, name) for name in shape(0, 0, 0, 0)}},
         folder=SMOLLM2.init_from, windows=16, corrupted_windows=8),
 }  # fmt: skip

@@ -258,8 +258,10 @@ def leave_with_parent() -> None:
 
 
 def forget_weights(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file() and path.name not in ("metrics.jsonl", "log.txt"):
+    for path in sorted(folder.rglob("*"), reverse=True):  # a folder after what is in it
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+        elif path.is_file() and path.name not in ("metrics.jsonl", "log.txt"):
             path.unlink()
 
 
