@@ -97,25 +97,27 @@ def main(kills: int, seed: int) -> None:
     if start([*run, f"--out_dir={out / 'whole'}"]).wait():
         sys.exit("error: the run failed: make demo says why")
     killed = [*run, f"--out_dir={out / 'killed'}", "--resume"]
-    names = sorted(MOMENTS)
-    for kill in range(kills):
-        if kill % 2:
-            where, life_s = "at a random time", rng.uniform(0, 25)
+    names, lives, done = sorted(MOMENTS), 0, 0
+    while done < kills:
+        lives += 1
+        if lives % 2:
+            where, life_s = "at a random time", rng.uniform(3, 15)  # it starts for some seconds, then 2 or 3 steps each
             process = start(killed)
             try:
                 process.wait(life_s)
             except subprocess.TimeoutExpired:
                 process.kill()
         else:
-            where = names[kill // 2 % len(names)]
+            where = names[lives // 2 % len(names)]
             function, at_most = MOMENTS[where]
             process = start(killed, function, rng.randint(1, at_most))
         status = process.wait()
         if status not in (0, -signal.SIGKILL):
-            sys.exit(f"error: kill {kill + 1}: the run ended with {status}: {process.stderr.read()[-2000:]}")
+            sys.exit(f"error: {where}: the run ended with {status}: {process.stderr.read()[-2000:]}")
+        done += status != 0
         steps = [folder.name for folder in checkpoint.checkpoints(out / "killed")]
-        outcome = "killed" if status else "not reached, the stage came to its end"
-        print(f"{kill + 1:3d} {where}: {outcome}; checkpoints: {', '.join(steps) or 'none'}", flush=True)
+        outcome = f"kill {done}" if status else "no kill, the stage came to its end"
+        print(f"{where}: {outcome}; checkpoints: {', '.join(steps) or 'none'}", flush=True)
     if start(killed).wait():
         sys.exit("error: the killed run could not be brought to its end")
     found = differences(out / "whole", out / "killed")
