@@ -315,7 +315,7 @@ def torch_kernels_afterwards():
 
 
 @pytest.mark.usefixtures("torch_kernels_afterwards")
-@pytest.mark.parametrize("linear", [packed_linear, masked_linear])
+@pytest.mark.parametrize("linear", [packed_linear, pytest.param(masked_linear, marks=pytest.mark.full)])
 def test_triton_kernels_prune_like_torch(linear, data, tmp_path, monkeypatch):
     """20 steps as small as they get: Triton's interpreter takes half a second for each."""
     monkeypatch.setattr(dispatch, "packed_linear", linear)  # what dispatch.use takes until something is measured
