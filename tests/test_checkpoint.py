@@ -457,7 +457,7 @@ HARM = {
 }
 
 
-@pytest.mark.parametrize("harm", ["killed", *(pytest.param(harm, marks=pytest.mark.full) for harm in ("fails", "hangs"))])
+@pytest.mark.parametrize("harm", ["killed", *(pytest.param(h, marks=pytest.mark.full) for h in ("fails", "hangs"))])
 def test_a_rank_that_dies_ends_the_others_with_its_error_on_top(harm, data, source, tmp_path):  # noqa: F811
     (tmp_path / "harmed.py").write_text(AT_STEP_25.format(root=str(ROOT), harm=HARM[harm][0]))
     cfg = prune_tiny(data, tmp_path / "r", source, rank_timeout=5 if harm == "hangs" else 60, **RANKS)
