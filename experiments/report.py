@@ -63,6 +63,14 @@ class Difference:
             return f"{self.mean:+.4f}"
         return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
 
+    @property
+    def in_perplexity(self) -> str:
+        """Of a difference of losses in nats: the ratio of perplexities, as a change."""
+        if not self.values:
+            return "-"
+        mean, low, high = (f"{100 * math.expm1(nats):+.2f}" for nats in (self.mean, self.low, self.high))
+        return f"{mean} %" if len(self.values) < 2 else f"{mean} % [{low}, {high}]"
+
 
 def bootstrap(values: list[float], resamples: int = RESAMPLES) -> tuple[float, float]:
     """95 % interval of the mean: percentile bootstrap, widened by sqrt(n / (n - 1)) (Hesterberg 2015)."""
@@ -103,9 +111,9 @@ def loss_of(when: str = "final", text: str = "heldout", over: Callable = np.mean
     return lambda record: float(over(record["loss"][when][text])) if when in record["loss"] else math.nan
 
 
-def bits_of(bytes_per_token: list[float], over: Callable) -> Metric:
+def bits_of(bytes_per_token: list[float], over: Callable, when: str = "final") -> Metric:
     scale_M = 1 / math.log(2) / np.array(bytes_per_token)
-    return loss_of(over=lambda loss_M: over(np.array(loss_M) * scale_M))
+    return loss_of(when, over=lambda loss_M: over(np.array(loss_M) * scale_M))
 
 
 def weighted(ratio_M: list[float]) -> Callable:
@@ -134,15 +142,25 @@ def table(head: list[str], rows: list[list]) -> str:
 
 
 def headline(results: Results, name: str) -> str:
-    rows, verdicts = [], {"mean of domains": [], "worst domain": []}
+    verdicts = [[results.difference("paper", base, loss_of(over=over)).verdict for base in ("sheared", "constant")]
+                for over in (np.mean, np.max)]  # fmt: skip
+    return (f"**Source {name}: {claim(*verdicts)}.**\n\n{measures_table(results, 'final')}\n\n"
+            f"The same after pruning, before continuing:\n\n{measures_table(results, 'pruned')}")  # fmt: skip
+
+
+def measures_table(results: Results, when: str) -> str:
+    """Paper against its two bases in loss, perplexity and bits per byte; the verdict is the loss's."""
+    rows = []
     for base in ("sheared", "constant"):
         for what, over in (("mean of domains", np.mean), ("worst domain", np.max)):
-            d = results.difference("paper", base, loss_of(over=over))
-            change = f"{100 * math.expm1(d.mean):+.2f} %" if d.values else "-"
-            verdicts[what].append(d.verdict)
-            rows.append([f"paper - {base}", what, str(d), change, len(d.values), d.verdict])
-    head = ["difference", "loss after continuing", "nats [95 %]", "perplexity", "seeds", "verdict"]
-    return f"**Source {name}: {claim(*verdicts.values())}.**\n\n{table(head, rows)}"
+            loss = results.difference("paper", base, loss_of(when, over=over))
+            bits = results.difference("paper", base, bits_of(results.source["bytes_per_token"], over, when))
+            rows.append(
+                [f"paper - {base}", what, str(loss), loss.in_perplexity, str(bits), len(loss.values), loss.verdict]
+            )
+    head = ["difference", "over", "loss, nats a token [95 %]", "perplexity [95 %]", "bits per byte [95 %]", "seeds",
+            "verdict on loss"]  # fmt: skip
+    return table(head, rows)
 
 
 def claim(on_mean: list[str], on_worst: list[str]) -> str:

@@ -263,6 +263,25 @@ def test_differences_are_taken_within_a_seed():
     assert results.difference("constant", "paper", report.loss_of()).verdict == "worse"
 
 
+def test_a_difference_of_losses_is_a_ratio_of_perplexities():
+    ratio = report.Difference([np.log(0.98)] * 2, np.log(0.97), np.log(1.01)).in_perplexity
+    assert ratio == "-2.00 % [-3.00, +1.00]"
+
+
+def test_losses_and_bits_are_compared_after_pruning_and_after_continuing():
+    records = records_of({"sheared": [2.0, 2.0], "constant": [2.0, 2.0]})
+    for seed in (1, 2):
+        loss = {"final": {"heldout": [1.9] * 5 + [2.1]}, "pruned": {"heldout": [1.7] * 6}}
+        records[f"A/paper/{seed}"] = made_up(f"A/paper/{seed}", [0] * 6, loss=loss)
+    results = report.Results(records, "A")
+    after, before = (report.measures_table(results, when).splitlines()[2:] for when in ("final", "pruned"))
+    bits = 1 / np.log(2) / 3  # of a nat, at three bytes a token
+    for line, nats, verdict in ((after[0], -0.4 / 6, "better"), (after[1], 0.1, "worse"), (before[3], -0.3, "better")):
+        cells = line.strip("| ").split(" | ")
+        assert np.allclose([float(cells[i].split()[0]) for i in (2, 4)], [nats, nats * bits], atol=1e-4)
+        assert cells[-1] == verdict
+
+
 @pytest.mark.parametrize(
     ("values", "verdict"),
     [([-0.1, -0.2, -0.1], "better"), ([0.1, 0.2, 0.1], "worse"), ([-0.1, 0.2, 0.1], "no difference seen"),
