@@ -42,6 +42,7 @@ class Arm:
     start: str = "masks"  # masks: prune, continue | only_masks | random, oneshot: all steps in one stage
     view: str = "plain"  # of the data: views.py
     evaluate: float = 1.0  # times as often
+    carries_mix: bool = False  # continued training begins with the mix that pruning ended with
 
 
 def shape(n_layers: int, hidden_size: int, intermediate_size: int, n_heads: int) -> dict:
@@ -69,7 +70,7 @@ FIXED = {"dynamic_reference": False, "dynamic_ratio": False}
 DYNAMIC = {"mix": "dro", "dynamic_reference": True, "dynamic_ratio": True}
 ARMS = {
     "constant": Arm({}),
-    "sheared": Arm({"mix": "sheared", **FIXED}),
+    "sheared": Arm({"mix": "sheared", **FIXED}, carries_mix=True),
     "paper": Arm(DYNAMIC),
     "bandit": Arm({"mix": "bandit", **FIXED}),
     "dro_fixed": Arm({"mix": "dro", **FIXED}),

@@ -11,7 +11,6 @@ deleted when a run is recorded; its metrics.jsonl stay in --out, and the sources
 import fcntl
 import json
 import os
-import resource
 import subprocess
 import sys
 import threading
@@ -20,7 +19,7 @@ import warnings
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +103,7 @@ def summary(cfg: train.Config) -> dict:
         "n_parameters": header["n_parameters"],
         "step_s": sum(r["step_s"] for r in steps), "median_step_s": float(np.median([r["step_s"] for r in steps])),
         "eval_s": sum(r["eval_s"] for r in evals), "mix_s": sum(r["mix_s"] for r in evals),
+        "largest_share_M": np.max([r["ratio"] for r in evals], axis=0).round(4).tolist(),
         "ratio": [[evals[i]["step"], np.round(evals[i]["ratio"], 4).tolist()] for i in points], **mask,
     }  # fmt: skip
 
@@ -158,18 +158,21 @@ def arm_record(run: Run, opt: Options, data: Path) -> dict:
     view, seq_len = data / arm.view, source.prune.seq_len
     reference = reference_losses(source_model, view, source.prune)
     configs = [shortened(cfg, opt.shorten) for cfg in stages(run, opt.out, domains_of(view), reference)]
-    loss, peaks = {}, []
+    loss, peaks, resumed, carried = {}, [], [], {}
     if arm.start == "oneshot":
         prune_at_once(configs[0], source_model, source.targets[arm.target], data)
         loss["pruned"] = measured(configs[0].init_from, data, seq_len, ("heldout",))
     for cfg in configs:
-        train.main(cfg)
-        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        resumed.append(Path(cfg.out_dir, "metrics.jsonl").exists())
+        train.main(replace(cfg, **carried))
+        peaks.append(peak_bytes())
         if cfg.stage == "prune":
             loss["pruned"] = measured(f"{cfg.out_dir}/model", data, seq_len, ("heldout",))
+        if arm.carries_mix:
+            carried = {"ratios": last_ratio(cfg)}
     loss["final"] = measured(f"{configs[-1].out_dir}/model", data, seq_len, views.EVALUATION)
     record = {"arm": run.arm, "seed": run.seed, "reference_losses": reference, "loss": loss, "peak_bytes": peaks,
-              "stages": [summary(cfg) for cfg in configs]}  # fmt: skip
+              "resumed": resumed, "stages": [summary(cfg) for cfg in configs]}  # fmt: skip
     if run.arm in ("constant", "paper") and run.seed <= LAW_SEEDS:
         record["law"] = {cfg.stage: {str(clip): predictions(cfg, clip) for clip in (True, False)} for cfg in configs}
     return record
@@ -193,6 +196,18 @@ def execute(name: str, opt: Options) -> dict:
         "source": weights_hash(source_folder(source, opt.out)), "model": weights_hash(model),
     }  # fmt: skip
     return record | {"seconds": time.time() - start, "cpu_s": time.process_time()}
+
+
+def last_ratio(cfg: train.Config) -> tuple[float, ...]:
+    """The mix that a finished stage ended with."""
+    evals = [r for r in train.read_metrics(Path(cfg.out_dir, "metrics.jsonl")) if r.get("kind") == "eval"]
+    return tuple(evals[-1]["ratio"])
+
+
+def peak_bytes() -> int:
+    """Of this process so far. Not getrusage's, which begins at the peak of the process that started this one."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024
 
 
 def reference_losses(folder: str, view: Path, cfg: train.Config) -> tuple[float, ...]:

@@ -220,7 +220,8 @@ def test_mixing_takes_every_other_run_from_the_next_domain():
 def made_up(run_name, loss_M, source="A", **more):
     """A record as the runner writes it."""
     stage = {"stage": "prune", "domains": DOMAINS, "tokens": 1000, "steps": 8, "updates": 4, "threads": 1,
-             "step_s": 2.0, "eval_s": 0.5, "mix_s": 0.1, "ratio": [[0, [1 / 6] * 6], [8, [1 / 6] * 6]]}  # fmt: skip
+             "step_s": 2.0, "eval_s": 0.5, "mix_s": 0.1, "ratio": [[0, [1 / 6] * 6], [8, [1 / 6] * 6]],
+             "largest_share_M": [1 / 6] * 6}  # fmt: skip
     loss_M = list(map(float, loss_M))
     loss = {"final": dict.fromkeys(views.EVALUATION, loss_M), "pruned": {"heldout": loss_M}}
     hashes = dict.fromkeys(("source", "data", "heldout", "model"), "0" * 64)
@@ -387,6 +388,31 @@ def test_tiny_runs_end_to_end_are_recorded_once_and_reported(tiny, tmp_path, mon
     monkeypatch.setattr(run, "in_own_process", lambda name, _: pytest.fail(f"{name} made again"))
     assert run.main(tiny)
     assert Path(tiny.results).read_text() == before
+
+
+def test_sheared_continues_with_the_mix_that_pruning_ended_with_and_others_begin_again(tiny, monkeypatch):
+    begun, real_main = {}, train.main
+
+    def main(cfg):
+        begun[cfg.mix, cfg.stage] = cfg.ratios
+        return real_main(cfg)
+
+    monkeypatch.setattr(train, "main", main)
+    monkeypatch.setitem(arms.STUDIES, "evidence", {"A": {"sheared": 1, "paper": 1}})
+    run.main(tiny)
+    pruned = run.read_results(tiny.results)["A/sheared/1"]["stages"][0]
+    last = pruned["ratio"][-1][1]
+    assert max(pruned["largest_share_M"]) >= max(last)
+    assert np.allclose(begun["sheared", "continue"], last, atol=1e-4)
+    assert begun["sheared", "prune"] == begun["dro", "prune"] == begun["dro", "continue"] == ()
+
+
+def test_peak_memory_is_this_process_s_own_and_not_the_runner_s():
+    code = "from experiments.run import peak_bytes; print(peak_bytes())"
+    ballast = bytearray(2**30)  # as much as getrusage would report for every process started from here on
+    ballast[:: 2**12] = b"x" * len(ballast[:: 2**12])
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 2**26 < int(child.stdout) < 2**30
 
 
 def fake_record(name, opt, source_hash="0"):
