@@ -31,7 +31,15 @@ PAPER_UPDATES, PAPER_HOURS = 64, 0.6  # of its pruning stage; hours of `train.py
 INTRODUCTION = """Made by `make report` from results.jsonl; PLAN.md says what was asked and how a verdict is found.
 Differences are arm minus arm, paired by seed: below zero is better."""
 SHIFTS = "Loss after continuing, nats a token. Corrupted text has tokens of its own: compare arms on it, not texts."
-EXPLORATORY = "Loss after continuing, nats a token. Exploratory: of three seeds an interval is about the range."
+EXPLORATORY = """All but the headline's differences are exploratory: of three seeds an interval is about the range, and
+of dozens of comparisons some are off zero by chance."""
+QUESTIONED = "Loss after continuing, nats a token. Exploratory, as said above."
+REFERENCE = """Loss that the law predicts for the end of the stage minus the loss reached there, nats a token, mean over
+the histories of constant and paper, seeds 1 to 3."""
+
+REFERENCES = {True: "published clip", False: "no clip"}
+TIMES = ("step_s", "eval_s", "mix_s")  # of a stage: training, evaluation, mix with fits
+PRUNING, ALL_STAGES = slice(1), slice(None)
 
 Metric = Callable[[dict], float]  # of a run's record
 
@@ -179,87 +187,134 @@ def arms_table(results: Results) -> str:
     rows = []
     for arm in (a for a in ARMS if results.seeds(a)):
         mean, worst = (results.mean(arm, loss_of(over=over)) for over in (np.mean, np.max))
-        d = results.difference(arm, "constant", loss_of())
         rows.append([arm, len(results.seeds(arm)),
                      *(results.mean(arm, loss_of("pruned", over=over)) for over in (np.mean, np.max)), mean, worst,
                      f"{math.exp(mean):.2f} / {math.exp(worst):.2f}",
-                     " / ".join(f"{results.mean(arm, b):.4f}" for b in bits),
-                     f"{results.mean(arm, lambda r: sum(s['step_s'] for s in r['stages'])):.0f}",
-                     *(("", "") if arm == "constant" else (str(d), d.verdict))])  # fmt: skip
+                     " / ".join(f"{results.mean(arm, b):.4f}" for b in bits), largest_share(results, arm)])  # fmt: skip
     head = ["arm", "seeds", "pruned: mean", "worst", "continued: mean", "worst", "perplexity, mean / worst",
-            "bits per byte, mean / worst", "training, s", "mean - constant [95 %]", "verdict"]  # fmt: skip
+            "bits per byte, mean / worst", "largest share of a domain"]  # fmt: skip
     source = results.source["loss"]["final"]["heldout"]
     tokens = sorted({int(sum(stage["tokens"] for stage in r["stages"])) for r in results.runs.values()})
     return (f"Loss in nats a token; the source has mean {np.mean(source):.4f}, worst {np.max(source):.4f}. "
             f"Training tokens of an arm: {', '.join(f'{n:,}' for n in tokens)}.\n\n{table(head, rows)}")  # fmt: skip
 
 
-def shift_table(results: Results) -> str:
-    domains, p0 = results.source["domains"], results.source["p0"]
-    shifts = {f"{domain} alone": loss_of(over=lambda loss_M, m=m: loss_M[m]) for m, domain in enumerate(domains)}
-    shifts |= {"uniform": loss_of(), "training mix": loss_of(over=weighted(p0)),
-               f"worst mix within {RHO} of it": loss_of(over=worst_mix(p0))}  # fmt: skip
-    shifts |= {f"{name} text, mean of domains": loss_of(text=name) for name in CORRUPTIONS}
+def largest_share(results: Results, arm: str) -> str:
+    """Of all domains, stages and seeds."""
+    share, domain, stage, seed = max(
+        (share, domain, stage["stage"], seed)
+        for seed in results.seeds(arm)
+        for stage in results.runs[arm, seed]["stages"]
+        for domain, share in zip(stage["domains"], stage["largest_share_M"], strict=True)
+    )
+    return f"{100 * share:.0f} % {domain} (seed {seed}, {stage})"
+
+
+def differences_table(results: Results) -> str:
+    """Every arm minus constant, after pruning and after continuing."""
     rows = []
-    for name, metric in shifts.items():
+    for arm in (a for a in ARMS if a != "constant" and results.seeds(a)):
+        measured = [results.difference(arm, "constant", loss_of(when, over=over))
+                    for when in ("pruned", "final") for over in (np.mean, np.max)]  # fmt: skip
+        pruned = ("-", "-") if any(map(math.isnan, measured[0].values)) else map(str, measured[:2])
+        after = (x for d in measured[2:] for x in (str(d), d.verdict))
+        rows.append([arm, len(measured[2].values), *pruned, *after])
+    head = ["arm - constant", "seeds", "pruned: mean [95 %]", "worst", "continued: mean [95 %]", "verdict", "worst",
+            "verdict"]  # fmt: skip
+    return table(head, rows)
+
+
+def shifts(results: Results) -> dict[str, Metric]:
+    domains, p0 = results.source["domains"], results.source["p0"]
+    mixes = {f"{domain} alone": loss_of(over=lambda loss_M, m=m: loss_M[m]) for m, domain in enumerate(domains)}
+    mixes |= {"uniform": loss_of(), "training mix": loss_of(over=weighted(p0)),
+              f"worst mix within {RHO} of it": loss_of(over=worst_mix(p0))}  # fmt: skip
+    return mixes | {f"{name} text, mean of domains": loss_of(text=name) for name in CORRUPTIONS}
+
+
+def shift_table(results: Results) -> str:
+    rows = []
+    for name, metric in shifts(results).items():
         against = [results.difference("paper", base, metric) for base in ("sheared", "constant")]
         rows.append([name, *(results.mean(arm, metric) for arm in HEADLINE),
                      *(x for d in against for x in (str(d), d.verdict))])  # fmt: skip
     return table(["evaluated on", *HEADLINE, "paper - sheared", "verdict", "paper - constant", "verdict"], rows)
 
 
+def shifts_of_arms(results: Results) -> str:
+    metrics = shifts(results)
+    arms = [arm for arm in ARMS if results.seeds(arm)]
+    return table(["arm", *metrics], [[arm, *(results.mean(arm, m) for m in metrics.values())] for arm in arms])
+
+
 def reference_errors(results: Results, stage: str, clip: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Shares of the stage seen (n,), and |predicted - reached| in nats (n, histories * domains)."""
+    """Shares of the stage seen (n,), and predicted - reached loss in nats (n, histories, domains); nan: no law yet."""
     laws = [r["law"][stage][str(clip)] for r in results.runs.values() if "law" in r and stage in r["law"]]
     laws = [law for law in laws if law["predicted"]]
     if not laws:
-        return np.empty(0), np.empty((0, 0))
+        return np.empty(0), np.empty((0, 0, 0))
     shares = np.array([share for share, _ in max((law["predicted"] for law in laws), key=len)])
     errors = []
     for law in laws:
         at = dict((round(share, 6), loss_M) for share, loss_M in law["predicted"])
         rows = [at.get(round(share, 6), [math.nan] * len(law["reached"])) for share in shares]
-        errors.append(np.abs(np.array(rows) - np.array(law["reached"])))
-    return shares, np.concatenate(errors, axis=1)
+        errors.append(np.array(rows) - np.array(law["reached"]))
+    return shares, np.stack(errors, axis=1)
 
 
 def reference_table(results: Results) -> str:
     rows = []
     for stage in ("prune", "continue"):
-        for clip in (True, False):
+        for clip, name in REFERENCES.items():
             shares, errors = reference_errors(results, stage, clip)
-            if len(shares):
-                at = [int(np.abs(shares - share).argmin()) for share in (0.25, 0.5, 0.75, 1.0)]
-                rows.append([stage, "published clip" if clip else "no clip", f"{100 * shares[0]:.0f} %",
-                             *(float(np.nanmean(errors[i])) for i in at), errors.shape[1]])  # fmt: skip
-    head = ["stage", "reference", "first fit", "error at 25 % seen", "at 50 %", "at 75 %", "at the end", "curves"]
+            for seen in (0.25, 0.5, 0.75, 1.0) if len(shares) else ():
+                error = errors[np.abs(shares - seen).argmin()]  # (histories, domains)
+                rows.append([f"{stage}, first fit at {100 * shares[0]:.0f} %", name, f"{100 * seen:.0f} %",
+                             float(np.nanmean(np.abs(error))),
+                             *(f"{x:+.4f}" for x in np.nanmean(error, axis=0))])  # fmt: skip
+    head = ["stage", "reference", "seen", "mean size of the error", *results.source["domains"]]
     return table(head, rows) if rows else "No histories yet."
 
 
-def pruning(*keys: str, per: str = "") -> Metric:
-    """Seconds that these take in the pruning stage, in total or for each of something."""
-    return lambda r: sum(r["stages"][0][key] for key in keys) / (r["stages"][0][per] if per else 1)
+def seconds(*keys: str, stages: slice, per: str = "") -> Metric:
+    """What these take in some stages, in total or for each of something."""
+
+    def total(record: dict) -> float:
+        return sum(stage[key] for key in keys for stage in record["stages"][stages]) / (
+            sum(stage[per] for stage in record["stages"][stages]) if per else 1
+        )
+
+    return total
+
+
+def memory(stages: slice) -> Metric:
+    """Peak of the process in MiB; nan for a stage that was resumed, since the process did not do all of it."""
+    return lambda r: math.nan if any(r["resumed"][stages]) else max(r["peak_bytes"][stages]) / 2**20
 
 
 def ratio_to_constant(results: Results, arm: str, metric: Metric) -> str:
     both = [s for s in results.seeds(arm) if s in results.seeds("constant")]
     ratios = [metric(results.runs[arm, s]) / metric(results.runs["constant", s]) for s in both]
+    ratios = [r for r in ratios if not math.isnan(r)]
     return f"{np.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})" if ratios else "-"
 
 
-def cost_table(results: Results) -> str:
+def cost_table(results: Results, stages: slice) -> str:
+    """Of the stages before the end of the slice, every arm that has a stage of the kind."""
     rows = []
-    for arm in (a for a in ARMS if results.seeds(a) and ARMS[a].start == "masks"):
-        total = results.mean(arm, pruning("step_s", "eval_s", "mix_s"))
-        token_s, memory = pruning("step_s", per="tokens"), lambda r: r["peak_bytes"][0] / 2**20
-        rows.append([arm, len(results.seeds(arm)),
-                     f"{1e6 * results.mean(arm, token_s):.0f}", ratio_to_constant(results, arm, token_s),
-                     f"{100 * results.mean(arm, pruning('eval_s')) / total:.1f} %",
-                     f"{1e3 * results.mean(arm, pruning('mix_s', per='updates')):.1f}",
-                     f"{100 * results.mean(arm, pruning('mix_s')) / total:.2f} %",
-                     f"{results.mean(arm, memory):.0f}", ratio_to_constant(results, arm, memory)])  # fmt: skip
-    head = ["arm", "seeds", "us a training token", "of constant's, median (range)", "evaluation, share of the time",
-            "mix and fits, ms an update", "share of the time", "peak memory, MiB", "of constant's"]  # fmt: skip
+    for arm in (a for a in ARMS if results.seeds(a) and (stages == ALL_STAGES or ARMS[a].start == "masks")):
+        total, training = seconds(*TIMES, stages=stages), seconds("step_s", stages=stages, per="tokens")
+        took = results.mean(arm, total)
+        peaks = [memory(stages)(results.runs[arm, seed]) for seed in results.seeds(arm)]
+        rows.append([arm, len(results.seeds(arm)), f"{took:.0f}", ratio_to_constant(results, arm, total),
+                     f"{1e6 * results.mean(arm, training):.0f}", ratio_to_constant(results, arm, training),
+                     f"{100 * results.mean(arm, seconds('eval_s', stages=stages)) / took:.1f} %",
+                     f"{1e3 * results.mean(arm, seconds('mix_s', stages=stages, per='updates')):.1f}",
+                     f"{100 * results.mean(arm, seconds('mix_s', stages=stages)) / took:.2f} %",
+                     "-" if np.isnan(peaks).all() else f"{np.nanmean(peaks):.0f}",
+                     ratio_to_constant(results, arm, memory(stages))])  # fmt: skip
+    head = ["arm", "seeds", "seconds", "of constant's, median (range)", "us a training token", "of constant's",
+            "evaluation, share", "mix and fits, ms each", "share", "peak memory, MiB", "of constant's"]  # fmt: skip
     return table(head, rows)
 
 
@@ -267,8 +322,9 @@ def cost_sentence(results: Results) -> str:
     """Is the mix under 1 % here, and would it be at the paper's size, where an update costs the same?"""
     if not results.seeds("paper"):
         return ""
-    share = results.mean("paper", pruning("mix_s")) / results.mean("paper", pruning("step_s", "eval_s", "mix_s"))
-    update_s = results.mean("paper", pruning("mix_s", per="updates"))
+    mix, total = seconds("mix_s", stages=PRUNING), seconds(*TIMES, stages=PRUNING)
+    share = results.mean("paper", mix) / results.mean("paper", total)
+    update_s = results.mean("paper", seconds("mix_s", stages=PRUNING, per="updates"))
     there = PAPER_UPDATES * update_s / (3600 * PAPER_HOURS)
     over_or_under = "under" if share < 0.01 else "over"
     return (f"Mix and fits take {100 * share:.2f} % of paper's pruning time here, {over_or_under} 1 %. "
@@ -300,8 +356,9 @@ def questions(results: Results) -> str:
         head = ["difference", "seeds", "mean of domains [95 %]", "verdict", "worst domain [95 %]", "verdict"]
         parts.append(f"### {question}\n\n{table(head, rows)}")
         if question == "Smaller targets" and results.seeds("random"):
-            fallen = [arm for arm, base in pairs if base == "random" and results.seeds(arm)
-                      and results.mean(arm, loss_of()) >= results.mean("random", loss_of())]  # fmt: skip
+            level = results.mean("random", loss_of())
+            targets = ("constant", "paper", *(arm for arm, base in pairs if base == "random"))
+            fallen = [arm for arm in targets if results.seeds(arm) and results.mean(arm, loss_of()) >= level]
             parts.append(f"Collapsed, by the plan's rule: {', '.join(fallen) or 'none'}.")
     return "\n\n".join(parts)
 
@@ -335,22 +392,27 @@ def plot_arms(results: Results, path: Path) -> None:
 
 
 def plot_reference(results: Results, path: Path) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
-    for axis, stage in zip(axes, ("prune", "continue"), strict=True):
-        for clip, label in ((True, "published clip"), (False, "no clip")):
+    """Predicted minus reached loss by domain: median and range over the histories."""
+    domains = results.source["domains"]
+    figure, axes = plt.subplots(2, len(domains), figsize=(12, 5), sharex=True, sharey="row", layout="constrained")
+    for row, stage in zip(axes, ("prune", "continue"), strict=True):
+        for clip, name in REFERENCES.items():
             shares, errors = reference_errors(results, stage, clip)
-            if len(shares):
-                low, middle, high = np.nanquantile(errors, (0.25, 0.5, 0.75), axis=1)
-                (line,) = axis.plot(100 * shares, middle, label=f"{label}: median, quartiles")
-                axis.fill_between(100 * shares, low, high, color=line.get_color(), alpha=0.2)
-        axis.set_yscale("log")
-        axis.set_title(stage)
-        axis.set_xlabel("share of the stage seen (%)")
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("|predicted - reached| (nats per token)")
-    handles, labels = axes[1].get_legend_handles_labels()
+            for m, axis in enumerate(row if len(shares) else ()):
+                low, middle, high = np.nanquantile(errors[:, :, m], (0, 0.5, 1), axis=1)
+                (line,) = axis.plot(100 * shares, middle, label=f"{name}: median and range")
+                axis.fill_between(100 * shares, low, high, color=line.get_color(), alpha=0.2, lw=0)
+        for axis in row:
+            axis.axhline(0, color="k", lw=0.8)
+            axis.grid(alpha=0.3)
+        row[0].set_ylabel(stage)
+    for axis, domain in zip(axes[0], domains, strict=True):
+        axis.set_title(domain, fontsize=10)
+    figure.supxlabel("share of the stage seen (%)", fontsize=10)
+    figure.supylabel("predicted - reached (nats per token)", fontsize=10)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9)
-    figure.suptitle("Error of the predicted loss at the end of the stage, over domains, arms and seeds", fontsize=11)
+    figure.suptitle("Error of the predicted loss at the end of the stage", fontsize=11)
     save(figure, path)
 
 
@@ -416,10 +478,11 @@ def missing(records: dict[str, dict]) -> str:
 
 def provenance(records: dict[str, dict]) -> str:
     hashes = {f"{r['source']}: {r['hashes']['source'][:12]}" for r in records.values()}
-    seconds = sum(r["seconds"] for r in records.values())
+    hours = sum(seconds(*TIMES, stages=ALL_STAGES)(r) for r in records.values()) / 3600
     threads = {str(stage["threads"]) for r in records.values() for stage in r["stages"]}
     versions = {" ".join(f"{name} {v}" for name, v in r["versions"].items()) for r in records.values()}
-    return (f"{len(records)} runs, {seconds / 3600:.1f} hours of processes of {', '.join(sorted(threads))} thread(s); "
+    return (f"{len(records)} runs, {hours:.1f} hours of training with its evaluations, at {', '.join(sorted(threads))} "
+            f"thread(s) a run; "
             f"commits {', '.join(sorted({r['commit'] for r in records.values()}))}; {', '.join(sorted(versions))}; "
             f"source weights {', '.join(sorted(hashes))}.")  # fmt: skip
 
@@ -433,17 +496,18 @@ def page(records: dict[str, dict], figures: Path) -> str:
     parts.append(PAPER)
     for s in sources:
         results = Results(records, s)
-        parts += [f"## Source {s}: all arms", arms_table(results)]
+        parts += [f"## Source {s}: all arms", arms_table(results), EXPLORATORY, differences_table(results)]
         if s == "A" and results.seeds("constant"):
             for draw in (plot_arms, plot_mix, plot_targets, plot_reference):
                 draw(results, figures / f"{draw.__name__.removeprefix('plot_')}.png")
             parts += [f"![Every arm against constant]({figures.name}/arms.png)", f"![The mix]({figures.name}/mix.png)"]
-        parts += [f"## Source {s}: shifts", SHIFTS, shift_table(results)]
-        parts += [f"## Source {s}: reference losses", reference_table(results)]
+        parts += [f"## Source {s}: shifts", SHIFTS, shift_table(results), shifts_of_arms(results)]
+        parts += [f"## Source {s}: reference losses", REFERENCE, reference_table(results)]
         parts += [f"![Error of the reference losses]({figures.name}/reference.png)"] if s == "A" else []
-        parts += [f"## Source {s}: costs of pruning", cost_sentence(results), cost_table(results)]
+        parts += [f"## Source {s}: costs", "Pruning, the first stage:", cost_table(results, PRUNING),
+                  cost_sentence(results), "All stages:", cost_table(results, ALL_STAGES)]  # fmt: skip
         if s == "A":
-            parts += ["## Open questions", EXPLORATORY, questions(results), f"![Sizes]({figures.name}/targets.png)"]
+            parts += ["## Open questions", QUESTIONED, questions(results), f"![Sizes]({figures.name}/targets.png)"]
     parts += ["## Missing", missing(records), "## Made with", provenance(records)]
     return "\n\n".join(part for part in parts if part) + "\n"
 

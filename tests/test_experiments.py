@@ -227,7 +227,7 @@ def made_up(run_name, loss_M, source="A", **more):
     hashes = dict.fromkeys(("source", "data", "heldout", "model"), "0" * 64)
     record = {"run": run_name, "source": source, "commit": "abc", "versions": {"torch": "2"}, "hashes": hashes,
               "loss": loss, "stages": [stage, {**stage, "stage": "continue"}], "seconds": 9.0,
-              "peak_bytes": [2**28, 2**28]}  # fmt: skip
+              "peak_bytes": [2**28, 2**29], "resumed": [False, False]}  # fmt: skip
     if run_name.endswith("source"):
         record |= {"domains": DOMAINS, "p0": [0.3, 0.2, 0.2, 0.1, 0.1, 0.1], "bytes_per_token": [3.0] * 6, "stages": []}
     else:
@@ -331,6 +331,37 @@ def test_the_report_of_every_run_has_every_part_and_nothing_missing(tmp_path):
     assert "nan" not in page
     assert all(f"| {arm} |" in page for arm in arms.ARMS)
     assert {p.stem for p in (tmp_path / "figures").iterdir()} == {"arms", "mix", "targets", "reference"}
+
+
+def test_the_largest_share_is_that_of_all_domains_stages_and_seeds():
+    records = records_of({"sheared": [2.0, 2.0]})
+    records["A/sheared/2"]["stages"][1] |= {"largest_share_M": [0.1, 0.1, 0.9, 0.2, 0.3, 0.4]}
+    assert report.largest_share(report.Results(records, "A"), "sheared") == "90 % apidoc (seed 2, continue)"
+
+
+def test_costs_are_of_the_stages_asked_for_and_memory_of_runs_that_were_not_resumed():
+    records = records_of({"constant": [2.0, 2.0], "paper": [2.0, 2.0]})
+    records["A/paper/1"]["stages"][1] |= {"step_s": 4.0}
+    records["A/paper/2"] |= {"resumed": [False, True]}
+    results = report.Results(records, "A")
+
+    def cells(stages):
+        return [cell.strip() for cell in report.cost_table(results, stages).splitlines()[-1].split("|")[1:-1]]
+
+    assert cells(report.PRUNING)[:4] == ["paper", "2", "3", "1.000 (1.000 to 1.000)"]
+    assert cells(report.ALL_STAGES)[3] == "1.192 (1.000 to 1.385)"  # 7.2 / 5.2 s in one of two
+    assert cells(report.PRUNING)[-2:] == ["256", "1.000 (1.000 to 1.000)"]
+    assert cells(report.ALL_STAGES)[-2:] == ["512", "1.000 (1.000 to 1.000)"]  # of seed 1 alone
+
+
+def test_errors_of_the_law_keep_their_sign_by_domain():
+    records = records_of({"constant": [2.0], "paper": [2.0]})
+    for name, gap in (("A/constant/1", 0.1), ("A/paper/1", -0.3)):
+        law = {"predicted": [[0.5, [3 + gap, *[3.0] * 5]], [1.0, [3.0] * 6]], "reached": [3.0] * 6}
+        records[name]["law"] = {s: {"True": law, "False": law} for s in ("prune", "continue")}
+    rows = report.reference_table(report.Results(records, "A")).splitlines()
+    at_half = [cell.strip() for cell in rows[3].split("|")[1:-1]]
+    assert at_half[2:6] == ["50 %", f"{0.4 / 12:.4f}", "-0.1000", "+0.0000"]
 
 
 def test_the_report_of_a_few_runs_says_what_is_missing(tmp_path, monkeypatch):
