@@ -149,22 +149,26 @@ def table(head: list[str], rows: list[list]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def headline(results: Results, name: str) -> str:
+def conclusion(results: Results, name: str) -> str:
     verdicts = [[results.difference("paper", base, loss_of(over=over)).verdict for base in ("sheared", "constant")]
                 for over in (np.mean, np.max)]  # fmt: skip
-    return (f"**Source {name}: {claim(*verdicts)}.**\n\n{measures_table(results, 'final')}\n\n"
-            f"The same after pruning, before continuing:\n\n{measures_table(results, 'pruned')}"
-            f"{merely_flatter(results)}")  # fmt: skip
+    return f"**Source {name}: {claim(*verdicts)}.**"
 
 
-def merely_flatter(results: Results) -> str:
-    """The control: a constant mix with equal shares gains on the headline metric too."""
-    mean, worst = (results.difference("paper", "uniform", loss_of(over=over)) for over in (np.mean, np.max))
-    if not mean.values:
-        return ""
-    return ("\n\nControl, exploratory: the metric weighs domains equally, and so does uniform, a constant mix. "
-            f"paper - uniform after continuing, seeds {len(mean.values)}: mean of domains {mean}, {mean.verdict}; "
-            f"worst domain {worst}, {worst.verdict}.")  # fmt: skip
+def headline_table(all_results: dict[str, Results]) -> str:
+    """Paper against its two bases, and against uniform: a constant mix that the metric, which weighs domains equally,
+    favours as well."""
+    rows = []
+    for name, results in all_results.items():
+        for base in ("sheared", "constant", "uniform"):
+            mean, worst = (results.difference("paper", base, loss_of(over=over)) for over in (np.mean, np.max))
+            if mean.values or base != "uniform":
+                control = " (control)" if base == "uniform" else ""
+                rows.append([f"{name}: paper - {base}{control}", len(mean.values), str(mean), mean.in_perplexity,
+                             mean.verdict, str(worst), worst.verdict])  # fmt: skip
+    head = ["source: difference after continuing", "seeds", "mean of domains, nats a token [95 %]", "perplexity [95 %]",
+            "verdict", "worst domain, nats a token [95 %]", "verdict"]  # fmt: skip
+    return table(head, rows)
 
 
 def measures_table(results: Results, when: str) -> str:
@@ -503,10 +507,13 @@ def page(records: dict[str, dict], figures: Path) -> str:
     figures.mkdir(parents=True, exist_ok=True)
     parts = ["# Results", INTRODUCTION, "## Headline"]
     sources = [s for s in ("A", "B", "smollm2") if Results(records, s).source and Results(records, s).runs]
-    parts += [headline(Results(records, s), s) for s in sources]
-    parts.append(PAPER)
+    parts += [conclusion(Results(records, s), s) for s in sources]
+    parts += [headline_table({s: Results(records, s) for s in sources}), PAPER]
     for s in sources:
         results = Results(records, s)
+        parts += [f"## Source {s}: the headline in every measure"]
+        parts += ["After continuing:", measures_table(results, "final")]
+        parts += ["After pruning, before continuing:", measures_table(results, "pruned")]
         parts += [f"## Source {s}: all arms", arms_table(results), EXPLORATORY, differences_table(results)]
         if s == "A" and results.seeds("constant"):
             for draw in (plot_arms, plot_mix, plot_targets, plot_reference):

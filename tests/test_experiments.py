@@ -333,6 +333,15 @@ def test_the_report_of_every_run_has_every_part_and_nothing_missing(tmp_path):
     assert {p.stem for p in (tmp_path / "figures").iterdir()} == {"arms", "mix", "targets", "reference"}
 
 
+def test_the_headline_compares_with_both_bases_and_the_control():
+    losses = {"paper": [2.9, 2.8], "sheared": [3.0, 3.0], "constant": [2.8, 2.9], "uniform": [2.7, 2.6]}
+    rows = report.headline_table({"A": report.Results(records_of(losses), "A")}).splitlines()[2:]
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    assert [row[0] for row in cells] == ["A: paper - sheared", "A: paper - constant", "A: paper - uniform (control)"]
+    assert [row[4] for row in cells] == ["better", "no difference seen", "worse"]
+    assert cells[0][3].startswith("-13.93 %")  # of -0.15 nats
+
+
 def test_the_largest_share_is_that_of_all_domains_stages_and_seeds():
     records = records_of({"sheared": [2.0, 2.0]})
     records["A/sheared/2"]["stages"][1] |= {"largest_share_M": [0.1, 0.1, 0.9, 0.2, 0.3, 0.4]}

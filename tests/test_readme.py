@@ -1,4 +1,5 @@
-"""The README's tables of messages have a row for every message in the code, and no row for one that is not there.
+"""The README's tables of messages have a row for every message in the code, and no row for one that is not there;
+its table of the evidence is the report's.
 
 Outside: AssertionError, and ValueError and KernelError for the arguments of pure functions (OUTSIDE), which no command
 can get wrong; and messages with fewer than two words of their own, which pass on another's.
@@ -134,3 +135,11 @@ def test_dots_stand_for_anything_and_nothing_else_does():
     assert pattern("domain ...: no (...) text").fullmatch("domain ...: no (...) text")
     assert not pattern("domain ...: no (...) text").fullmatch("domain ...: no [...] text")
     assert pattern("warning: no tokenizer").fullmatch("no tokenizer")
+
+
+def test_the_table_of_the_evidence_is_the_report_s():
+    evidence = (ROOT / "README.md").read_text().partition("\n## Does the mix help?\n")[2].partition("\n## ")[0]
+    report = (ROOT / "experiments/RESULTS.md").read_text()
+    lines = [line for line in evidence.splitlines() if line.startswith(("|", "**Source"))]
+    assert len(lines) > 4
+    assert set(lines) <= set(report.splitlines())
