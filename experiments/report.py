@@ -315,7 +315,7 @@ def ratio_to_constant(results: Results, arm: str, metric: Metric) -> str:
 
 
 def cost_table(results: Results, stages: slice) -> str:
-    """Of the stages before the end of the slice, every arm that has a stage of the kind."""
+    """Of these stages, arm by arm; only arms that start with masks have PRUNING and continued training apart."""
     rows = []
     for arm in (a for a in ARMS if results.seeds(a) and (stages == ALL_STAGES or ARMS[a].start == "masks")):
         total, training = seconds(*TIMES, stages=stages), seconds("step_s", stages=stages, per="tokens")
