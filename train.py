@@ -671,6 +671,8 @@ def run(cfg: Config, signals: StopSignals, held: ExitStack) -> dict:
 def command_line(arguments: list[str]) -> int:
     """Exit status. An error ends in one line, said once where all ranks have the same."""
     rank, status = int(os.environ.get("RANK", "0")), 1
+    if "RANK" in os.environ:  # torchrun sends SIGTERM as soon as another rank is gone: this one's error comes first
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         main(configurator.load(Config, arguments))
     except Stopped as stopped:

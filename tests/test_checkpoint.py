@@ -468,6 +468,27 @@ def test_a_rank_that_dies_ends_the_others_with_its_error_on_top(harm, data, sour
     assert metrics(tmp_path / "r", "train")[-1]["step"] == 30
 
 
+STOPPED_WHILE_SAYING_WHY = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import train
+first = train.is_first_to_say
+def asked_to_stop(message):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return first(message)
+train.is_first_to_say = asked_to_stop
+sys.exit(train.command_line(sys.argv[1:]))
+"""
+
+
+def test_a_rank_says_its_error_though_torchrun_stops_it_for_another_that_is_gone(tmp_path):
+    (tmp_path / "stopped.py").write_text(STOPPED_WHILE_SAYING_WHY.format(root=str(ROOT)))
+    command = [sys.executable, tmp_path / "stopped.py", f"--data={tmp_path / 'none'}", f"--out_dir={tmp_path / 'r'}"]
+    done = subprocess.run([*command, "--device=cpu"], env=os.environ | {"RANK": "0", "WORLD_SIZE": "1"},
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 1 and done.stderr.startswith("error: "), (done.returncode, done.stderr)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_a_signal_to_one_rank_ends_them_all_after_the_same_step(parallel, data, source, tmp_path):  # noqa: F811
