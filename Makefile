@@ -1,10 +1,12 @@
 # make demo: prune a small Llama on real text, from nothing; make test: prove the pieces;
 # make kernels: compile the GPU kernels for chips that are not here and check the machine code;
-# make evidence: every run of experiments/PLAN.md, hours; make report: its tables and figures from what is there.
+# make evidence: every run of experiments/PLAN.md made anew in out/evidence, hours; resumes when killed;
+# make report: tables and figures of the published runs, or of yours, as far as they are: RESULTS=out/evidence/results.jsonl
 # Each creates .venv and installs what it needs on the first call.
 
 PYTHON ?= python3
 PY := .venv/bin/python
+RESULTS ?= experiments/results.jsonl
 
 .PHONY: demo test test-full chaos kernels bench evidence evidence-smollm2 report lint clean
 
@@ -30,13 +32,15 @@ chaos: .venv/dev
 evidence: .venv/run
 	$(PY) data/embedded/prepare.py
 	$(PY) -m experiments.run
+	$(PY) -m experiments.report --results=out/evidence/results.jsonl
 
 evidence-smollm2: .venv/dev
 	$(PY) data/smollm2/prepare.py
 	$(PY) -m experiments.run --study=smollm2
+	$(PY) -m experiments.report --results=out/evidence/results.jsonl
 
 report: .venv/run
-	$(PY) -m experiments.report
+	$(PY) -m experiments.report --results=$(RESULTS)
 
 lint: .venv/dev
 	$(PY) -m ruff check .

@@ -39,7 +39,8 @@ class Source:
 class Arm:
     mix: dict  # settings of every stage
     target: str = "4th"
-    start: str = "masks"  # masks: prune, continue | only_masks | random, oneshot: all steps in one stage
+    start: str = "masks"  # masks: prune, continue | only_masks, random, oneshot: all steps in one stage | oneshot_same:
+    # one-shot, and then as many steps as continue has
     view: str = "plain"  # of the data: views.py
     evaluate: float = 1.0  # times as often
     carries_mix: bool = False  # continued training begins with the mix that pruning ended with
@@ -72,6 +73,7 @@ ARMS = {
     "constant": Arm({}),
     "sheared": Arm({"mix": "sheared", **FIXED}, carries_mix=True),
     "paper": Arm(DYNAMIC),
+    "sheared_law": Arm({"mix": "sheared", "dynamic_ratio": False}, carries_mix=True),
     "bandit": Arm({"mix": "bandit", **FIXED}),
     "dro_fixed": Arm({"mix": "dro", **FIXED}),
     "dro_dynamic": Arm({**DYNAMIC, "dynamic_ratio": False}),
@@ -80,6 +82,7 @@ ARMS = {
     "uniform": Arm({"ratios": "uniform"}),
     "random": Arm({}, start="random"),
     "oneshot": Arm({}, start="oneshot"),
+    "oneshot_384": Arm({}, start="oneshot_same"),
     "masks_only": Arm({}, start="only_masks"),
     "random_paper": Arm(DYNAMIC, start="random"),
     "constant_8th": Arm({}, target="8th"),
@@ -141,6 +144,8 @@ def stages(run: Run, out: str, domains: tuple[str, ...] = (), reference: tuple[f
         return [stage(source.go_on, "pretrain", "", 1, stage="pretrain", max_steps=all_steps, **target, **heads)]
     if arm.start == "oneshot":
         return [stage(source.go_on, "continue", f"{folder}/oneshot", 2, max_steps=all_steps)]
+    if arm.start == "oneshot_same":
+        return [stage(source.go_on, "continue", f"{folder}/oneshot", 2)]
     if arm.start == "only_masks":
         return [stage(source.prune, "prune", start_folder, 1, max_steps=all_steps, **target)]
     return [stage(source.prune, "prune", start_folder, 1, **target),

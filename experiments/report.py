@@ -3,6 +3,7 @@
 Differences are paired by seed; intervals and verdicts follow PLAN.md. Whatever runs are missing are named.
 """
 
+import copy
 import math
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import matplotlib
 matplotlib.use("Agg")  # files only: no display is needed
 import matplotlib.pyplot as plt
 import numpy as np
+from scipy import stats
 
 import configurator
 from dro import chi_square_ratio
@@ -29,10 +31,12 @@ average against Sheared LLaMA re-run, a 55.4 % win rate after instruction tuning
 
 PAPER_UPDATES, PAPER_HOURS = 64, 0.6  # of its pruning stage; hours of `train.py config/prune.py --plan`
 INTRODUCTION = """Made by `make report` from results.jsonl; PLAN.md says what was asked and how a verdict is found.
-Differences are arm minus arm, paired by seed: below zero is better."""
+Differences are arm minus arm, paired by seed: below zero is better. The plan's bootstrap covers less than its 95 %
+where seeds are few (of normal values about 80 % with 3 seeds, 88 % with 5, 90 % with 8): a verdict that the interval of
+Student's t does not share says so, (not by t)."""
 SHIFTS = "Loss after continuing, nats a token. Corrupted text has tokens of its own: compare arms on it, not texts."
 EXPLORATORY = """All but the headline's differences are exploratory: of three seeds an interval is about the range, and
-of dozens of comparisons some are off zero by chance."""
+of dozens of comparisons some are off zero by chance. Compare arms on the same seeds."""
 QUESTIONED = "Loss after continuing, nats a token. Exploratory, as said above."
 REFERENCE = """Loss that the law predicts for the end of the stage minus the loss reached there, nats a token, mean over
 the histories of constant and paper, seeds 1 to 3."""
@@ -63,6 +67,14 @@ class Difference:
         if len(self.values) < 2:
             return "one seed"
         return "better" if self.high < 0 else "worse" if self.low > 0 else "no difference seen"
+
+    @property
+    def verdict_and_t(self) -> str:
+        """The plan's verdict, and whether the 95 % interval of Student's t holds zero all the same."""
+        if self.verdict not in ("better", "worse"):
+            return self.verdict
+        half = stats.t.ppf(0.975, len(self.values) - 1) * stats.sem(self.values)
+        return self.verdict + " (not by t)" * bool(abs(self.mean) <= half)
 
     def __str__(self) -> str:
         if not self.values:
@@ -100,6 +112,24 @@ class Results:
 
     def seeds(self, arm: str) -> list[int]:
         return sorted(seed for name, seed in self.runs if name == arm)
+
+    def arms(self) -> list[str]:
+        return [arm for arm in ARMS if self.seeds(arm)]
+
+    def on(self, seeds: list[int]) -> "Results":
+        few = copy.copy(self)
+        few.runs = {(arm, seed): r for (arm, seed), r in self.runs.items() if seed in seeds}
+        return few
+
+    def rows(self) -> list[tuple[str, str, "Results"]]:
+        """Label, arm and results of every arm with all its seeds, and again with those that all arms have."""
+        common = sorted(set.intersection(*(set(self.seeds(arm)) for arm in self.arms())))
+        rows = []
+        for arm in self.arms():
+            rows.append((arm, arm, self))
+            if common and self.seeds(arm) != common:
+                rows.append((f"{arm}, seeds {common[0]} to {common[-1]}", arm, self.on(common)))
+        return rows
 
     def mean(self, arm: str, metric: Metric) -> float:
         values = [metric(self.runs[arm, seed]) for seed in self.seeds(arm)]
@@ -156,16 +186,17 @@ def conclusion(results: Results, name: str) -> str:
 
 
 def headline_table(all_results: dict[str, Results]) -> str:
-    """Paper against its two bases, and against uniform: a constant mix that the metric, which weighs domains equally,
-    favours as well."""
+    """Paper against its two bases, and two controls: the bases against each other; and uniform, a constant mix that
+    the metric, which weighs domains equally, favours as well."""
+    pairs = [("paper", "sheared", ""), ("paper", "constant", ""), ("sheared", "constant", " (control)"),
+             ("paper", "uniform", " (control)")]  # fmt: skip
     rows = []
     for name, results in all_results.items():
-        for base in ("sheared", "constant", "uniform"):
-            mean, worst = (results.difference("paper", base, loss_of(over=over)) for over in (np.mean, np.max))
-            if mean.values or base != "uniform":
-                control = " (control)" if base == "uniform" else ""
-                rows.append([f"{name}: paper - {base}{control}", len(mean.values), str(mean), mean.in_perplexity,
-                             mean.verdict, str(worst), worst.verdict])  # fmt: skip
+        for arm, base, control in pairs:
+            mean, worst = (results.difference(arm, base, loss_of(over=over)) for over in (np.mean, np.max))
+            if mean.values or not control:
+                rows.append([f"{name}: {arm} - {base}{control}", len(mean.values), str(mean), mean.in_perplexity,
+                             mean.verdict_and_t, str(worst), worst.verdict_and_t])  # fmt: skip
     head = ["source: difference after continuing", "seeds", "mean of domains, nats a token [95 %]", "perplexity [95 %]",
             "verdict", "worst domain, nats a token [95 %]", "verdict"]  # fmt: skip
     return table(head, rows)
@@ -178,9 +209,8 @@ def measures_table(results: Results, when: str) -> str:
         for what, over in (("mean of domains", np.mean), ("worst domain", np.max)):
             loss = results.difference("paper", base, loss_of(when, over=over))
             bits = results.difference("paper", base, bits_of(results.source["bytes_per_token"], over, when))
-            rows.append(
-                [f"paper - {base}", what, str(loss), loss.in_perplexity, str(bits), len(loss.values), loss.verdict]
-            )
+            rows.append([f"paper - {base}", what, str(loss), loss.in_perplexity, str(bits), len(loss.values),
+                         loss.verdict_and_t])  # fmt: skip
     head = ["difference", "over", "loss, nats a token [95 %]", "perplexity [95 %]", "bits per byte [95 %]", "seeds",
             "verdict on loss"]  # fmt: skip
     return table(head, rows)
@@ -197,21 +227,38 @@ def claim(on_mean: list[str], on_worst: list[str]) -> str:
     return "the paper's claim as a whole is neither confirmed nor refuted at this scale"
 
 
+def worst_domains(results: Results, arm: str, scale_M: list[float]) -> str:
+    """Whose loss times its scale is the largest of all after continuing, in one seed or another."""
+    of_seeds = (results.runs[arm, seed]["loss"]["final"]["heldout"] for seed in results.seeds(arm))
+    worst = {int(np.argmax(np.multiply(loss_M, scale_M))) for loss_M in of_seeds}
+    return " or ".join(results.source["domains"][m] for m in sorted(worst))
+
+
 def arms_table(results: Results) -> str:
-    bits = [bits_of(results.source["bytes_per_token"], over) for over in (np.mean, np.max)]
+    density_M = results.source["bytes_per_token"]
     rows = []
-    for arm in (a for a in ARMS if results.seeds(a)):
-        mean, worst = (results.mean(arm, loss_of(over=over)) for over in (np.mean, np.max))
-        rows.append([arm, len(results.seeds(arm)),
-                     *(results.mean(arm, loss_of("pruned", over=over)) for over in (np.mean, np.max)), mean, worst,
+    for label, arm, r in results.rows():
+        mean, worst = (r.mean(arm, loss_of(over=over)) for over in (np.mean, np.max))
+        bits = [f"{r.mean(arm, bits_of(density_M, over)):.4f}" for over in (np.mean, np.max)]
+        pruned = (r.mean(arm, loss_of("pruned", over=over)) for over in (np.mean, np.max))
+        rows.append([label, len(r.seeds(arm)), *(pruned if ARMS[arm].start == "masks" else ("-", "-")), mean,
+                     f"{worst:.4f} {worst_domains(r, arm, [1.0] * len(density_M))}",
                      f"{math.exp(mean):.2f} / {math.exp(worst):.2f}",
-                     " / ".join(f"{results.mean(arm, b):.4f}" for b in bits), largest_share(results, arm)])  # fmt: skip
+                     f"{' / '.join(bits)} {worst_domains(r, arm, 1 / np.array(density_M))}",
+                     largest_share(r, arm), largest_miss(r, arm)])  # fmt: skip
     head = ["arm", "seeds", "pruned: mean", "worst", "continued: mean", "worst", "perplexity, mean / worst",
-            "bits per byte, mean / worst", "largest share of a domain"]  # fmt: skip
+            "bits per byte, mean / worst", "largest share of a domain", "largest miss of a target"]  # fmt: skip
     source = results.source["loss"]["final"]["heldout"]
     tokens = sorted({int(sum(stage["tokens"] for stage in r["stages"])) for r in results.runs.values()})
     return (f"Loss in nats a token; the source has mean {np.mean(source):.4f}, worst {np.max(source):.4f}. "
             f"Training tokens of an arm: {', '.join(f'{n:,}' for n in tokens)}.\n\n{table(head, rows)}")  # fmt: skip
+
+
+def largest_miss(results: Results, arm: str) -> str:
+    """Of all masks and seeds at the end of pruning: |expected - target sparsity|."""
+    gaps = [(results.runs[arm, seed]["stages"][0]["sparsity_gap"], seed) for seed in results.seeds(arm)
+            if "sparsity_gap" in results.runs[arm, seed]["stages"][0]]  # fmt: skip
+    return "{:.3f} (seed {})".format(*max(gaps)) if gaps else "-"
 
 
 def largest_share(results: Results, arm: str) -> str:
@@ -228,12 +275,12 @@ def largest_share(results: Results, arm: str) -> str:
 def differences_table(results: Results) -> str:
     """Every arm minus constant, after pruning and after continuing."""
     rows = []
-    for arm in (a for a in ARMS if a != "constant" and results.seeds(a)):
-        measured = [results.difference(arm, "constant", loss_of(when, over=over))
+    for label, arm, r in (row for row in results.rows() if row[1] != "constant"):
+        measured = [r.difference(arm, "constant", loss_of(when, over=over))
                     for when in ("pruned", "final") for over in (np.mean, np.max)]  # fmt: skip
-        pruned = ("-", "-") if any(map(math.isnan, measured[0].values)) else map(str, measured[:2])
-        after = (x for d in measured[2:] for x in (str(d), d.verdict))
-        rows.append([arm, len(measured[2].values), *pruned, *after])
+        pruned = map(str, measured[:2]) if ARMS[arm].start == "masks" else ("-", "-")
+        after = (x for d in measured[2:] for x in (str(d), d.verdict_and_t))
+        rows.append([label, len(measured[2].values), *pruned, *after])
     head = ["arm - constant", "seeds", "pruned: mean [95 %]", "worst", "continued: mean [95 %]", "verdict", "worst",
             "verdict"]  # fmt: skip
     return table(head, rows)
@@ -252,14 +299,14 @@ def shift_table(results: Results) -> str:
     for name, metric in shifts(results).items():
         against = [results.difference("paper", base, metric) for base in ("sheared", "constant")]
         rows.append([name, *(results.mean(arm, metric) for arm in HEADLINE),
-                     *(x for d in against for x in (str(d), d.verdict))])  # fmt: skip
+                     *(x for d in against for x in (str(d), d.verdict_and_t))])  # fmt: skip
     return table(["evaluated on", *HEADLINE, "paper - sheared", "verdict", "paper - constant", "verdict"], rows)
 
 
 def shifts_of_arms(results: Results) -> str:
     metrics = shifts(results)
-    arms = [arm for arm in ARMS if results.seeds(arm)]
-    return table(["arm", *metrics], [[arm, *(results.mean(arm, m) for m in metrics.values())] for arm in arms])
+    rows = [[label, *(r.mean(arm, m) for m in metrics.values())] for label, arm, r in results.rows()]
+    return table(["arm", *metrics], rows)
 
 
 def reference_errors(results: Results, stage: str, clip: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -317,7 +364,7 @@ def ratio_to_constant(results: Results, arm: str, metric: Metric) -> str:
 def cost_table(results: Results, stages: slice) -> str:
     """Of these stages, arm by arm; only arms that start with masks have PRUNING and continued training apart."""
     rows = []
-    for arm in (a for a in ARMS if results.seeds(a) and (stages == ALL_STAGES or ARMS[a].start == "masks")):
+    for arm in (a for a in results.arms() if stages == ALL_STAGES or ARMS[a].start == "masks"):
         total, training = seconds(*TIMES, stages=stages), seconds("step_s", stages=stages, per="tokens")
         took = results.mean(arm, total)
         peaks = [memory(stages)(results.runs[arm, seed]) for seed in results.seeds(arm)]
@@ -355,9 +402,12 @@ QUESTIONS = {  # arms and what each is compared with, in loss after continuing
                                 ("paper_split", "constant")],
     "The mix updated more and less often": [("paper_often", "paper"), ("paper_seldom", "paper")],
     "Parts of the method": [("dro_fixed", "constant"), ("dro_dynamic", "dro_fixed"), ("paper", "dro_dynamic"),
-                            ("paper_train_loss", "paper"), ("paper_noclip", "paper"), ("bandit", "sheared")],
+                            ("paper_train_loss", "paper"), ("paper_noclip", "paper")],
+    "Other updates": [("bandit", "sheared"), ("bandit", "paper"), ("sheared_law", "sheared"),
+                      ("sheared_law", "constant"), ("paper", "sheared_law")],
     "Robust, or merely flatter": [("paper", "uniform"), ("uniform", "constant")],
-    "Pruning itself": [("constant", "random"), ("constant", "oneshot"), ("constant", "masks_only")],
+    "Pruning itself": [("constant", "random"), ("constant", "oneshot"), ("constant", "oneshot_384"),
+                        ("oneshot", "oneshot_384"), ("constant", "masks_only")],
 }  # fmt: skip
 
 
@@ -367,7 +417,8 @@ def questions(results: Results) -> str:
         rows = []
         for arm, base in pairs:
             mean, worst = (results.difference(arm, base, loss_of(over=over)) for over in (np.mean, np.max))
-            rows.append([f"{arm} - {base}", len(mean.values), str(mean), mean.verdict, str(worst), worst.verdict])
+            rows.append([f"{arm} - {base}", len(mean.values), str(mean), mean.verdict_and_t, str(worst),
+                         worst.verdict_and_t])  # fmt: skip
         head = ["difference", "seeds", "mean of domains [95 %]", "verdict", "worst domain [95 %]", "verdict"]
         parts.append(f"### {question}\n\n{table(head, rows)}")
         if question == "Smaller targets" and results.seeds("random"):
@@ -388,21 +439,23 @@ def save(figure, path: Path) -> None:
 
 def plot_arms(results: Results, path: Path) -> None:
     """Each mix minus constant, at the same target: seeds, mean and interval."""
-    mixes = [a for a, arm in ARMS.items() if a != "constant" and (arm.start, arm.target) == ("masks", "4th")]
-    arms = [a for a in mixes if results.seeds(a)][::-1]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 1.7 + 0.28 * len(arms)), sharey=True, layout="constrained")
+    rows = [row for row in results.rows() if row[1] != "constant"
+            and (ARMS[row[1]].start, ARMS[row[1]].target) == ("masks", "4th")][::-1]  # fmt: skip
+    figure, axes = plt.subplots(1, 2, figsize=(11, 1.9 + 0.28 * len(rows)), sharey=True, layout="constrained")
     for axis, (what, over) in zip(axes, (("mean of domains", np.mean), ("worst domain", np.max)), strict=True):
-        for y, arm in enumerate(arms):
-            d = results.difference(arm, "constant", loss_of(over=over))
+        for y, (_, arm, r) in enumerate(rows):
+            d = r.difference(arm, "constant", loss_of(over=over))
             colour = {"better": "C2", "worse": "C3"}.get(d.verdict, "0.4")
             axis.plot(d.values, [y] * len(d.values), ".", color=colour, alpha=0.4, ms=6)
             axis.errorbar(d.mean, y, xerr=[[d.mean - d.low], [d.high - d.mean]], fmt="o", color=colour, capsize=3, ms=4)
         axis.axvline(0, color="k", lw=0.8)
         axis.set_title(what, fontsize=10)
-        axis.set_xlabel("nats per token, arm minus constant")
+        axis.set_xlabel("nats per token, arm minus constant (left: better)")
         axis.grid(alpha=0.3)
-    axes[0].set_yticks(range(len(arms)), [f"{arm} ({len(results.seeds(arm))})" for arm in arms], fontsize=9)
-    figure.suptitle("Loss after continuing: seeds (dots, their number in brackets), mean, 95 % interval", fontsize=11)
+    labels = [label if "," in label else f"{label} ({len(r.seeds(arm))})" for label, arm, r in rows]
+    axes[0].set_yticks(range(len(rows)), labels, fontsize=9)
+    figure.suptitle("Loss after continuing: seeds (dots, their number in brackets), mean, 95 % interval; "
+                    "green: better, red: worse, grey: no difference seen", fontsize=10)  # fmt: skip
     save(figure, path)
 
 
@@ -432,6 +485,9 @@ def plot_reference(results: Results, path: Path) -> None:
 
 
 def plot_targets(results: Results, path: Path) -> None:
+    """On the seeds that all of these arms have."""
+    arms = [a for a in results.arms() if a.startswith(("constant", "paper_8th", "paper_16th")) or a == "paper"]
+    results = results.on(set.intersection(*(set(results.seeds(a)) for a in arms)))
     figure, axis = plt.subplots(figsize=(7, 5), layout="constrained")
     for name, style in (("constant", "o-"), ("paper", "s--")):
         sizes = [(arm, share) for arm, share in ((name, 1 / 4), (f"{name}_8th", 1 / 8), (f"{name}_16th", 1 / 16))
@@ -458,7 +514,7 @@ def plot_mix(results: Results, path: Path) -> None:
     domains = results.source["domains"]
     figure, axes = plt.subplots(2, 3, figsize=(10, 5), sharex=True, sharey=True, layout="constrained")
     for axis, (m, domain) in zip(axes.flat, enumerate(domains), strict=False):
-        for arm in (a for a in (*HEADLINE, "dro_fixed", "paper_noclip") if results.seeds(a)):
+        for arm in (a for a in (*HEADLINE, "dro_fixed", "bandit") if results.seeds(a)):
             courses = [results.runs[arm, seed]["stages"] for seed in results.seeds(arm)]
             x, before = [], 0
             for stage in courses[0]:
@@ -474,7 +530,7 @@ def plot_mix(results: Results, path: Path) -> None:
     figure.supylabel("share of the training tokens (%)", fontsize=10)
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
-    figure.suptitle("The mix, mean over seeds", fontsize=11)
+    figure.suptitle("The mix at 16 moments of each stage, mean over seeds", fontsize=11)
     save(figure, path)
 
 
@@ -496,8 +552,9 @@ def provenance(records: dict[str, dict]) -> str:
     hours = sum(seconds(*TIMES, stages=ALL_STAGES)(r) for r in records.values()) / 3600
     threads = {str(stage["threads"]) for r in records.values() for stage in r["stages"]}
     versions = {" ".join(f"{name} {v}" for name, v in r["versions"].items()) for r in records.values()}
-    return (f"{len(records)} runs, {hours:.1f} hours of training with its evaluations, at {', '.join(sorted(threads))} "
-            f"thread(s) a run; "
+    sources = sum("arm" not in r for r in records.values())
+    return (f"{len(records) - sources} runs and {sources} sources, {hours:.1f} hours of training with its evaluations, "
+            f"at {', '.join(sorted(threads))} thread(s) a run; "
             f"commits {', '.join(sorted({r['commit'] for r in records.values()}))}; {', '.join(sorted(versions))}; "
             f"source weights {', '.join(sorted(hashes))}.")  # fmt: skip
 
@@ -532,16 +589,16 @@ def page(records: dict[str, dict], figures: Path) -> str:
 
 @dataclass(frozen=True)
 class Options:
-    results: str = "experiments/results.jsonl"
-    out: str = "experiments"  # RESULTS.md and figures/
+    results: str = "experiments/results.jsonl"  # RESULTS.md and figures/ go into its folder
 
 
 def main(opt: Options) -> None:
     records = read_results(opt.results)
     if not records:
         raise RunError(f"{opt.results}: no results yet: make evidence makes them")
-    Path(opt.out, "RESULTS.md").write_text(page(records, Path(opt.out, "figures")))
-    print(Path(opt.out, "RESULTS.md"))
+    out = Path(opt.results).parent
+    (out / "RESULTS.md").write_text(page(records, out / "figures"))
+    print(out / "RESULTS.md")
 
 
 if __name__ == "__main__":

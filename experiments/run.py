@@ -1,8 +1,10 @@
-"""make evidence: train the sources, then every run of PLAN.md that experiments/results.jsonl does not hold yet.
+"""make evidence: train the sources, then every run of PLAN.md that is not recorded yet.
 
     python -m experiments.run                       # all of it; killed at any point, it goes on when run again
     python -m experiments.run --study=smollm2       # the real model
-    python -m experiments.run --shorten=32 --seeds=1 --out=out/short --results=out/short/results.jsonl   # a rehearsal
+    python -m experiments.run --shorten=32 --seeds=1 --out=out/short   # a rehearsal
+
+Records go to results.jsonl in --out; the published ones are experiments/results.jsonl.
 
 Each run is a process of its own with one thread: its stages are train.py's, its record one JSON line. Weights are
 deleted when a run is recorded; its metrics.jsonl stay in --out, and the sources.
@@ -30,6 +32,7 @@ import model as llama
 import train
 from data.loader import DomainLoader
 from data.shards import DataError, read_meta, sha256
+from data.tokenizer import load_tokenizer
 from dro import Mix
 from evaluate import evaluate
 from experiments import views
@@ -45,8 +48,7 @@ LAW_SEEDS = 3  # of constant and paper, whose histories the law is fitted to aft
 @dataclass(frozen=True)
 class Options:
     study: str = "evidence"  # evidence | smollm2
-    out: str = "out/evidence"  # weights while they are needed, metrics.jsonl of every stage, logs
-    results: str = "experiments/results.jsonl"
+    out: str = "out/evidence"  # results.jsonl, metrics.jsonl of every stage, logs; weights while they are needed
     workers: int = 2  # runs at a time
     shorten: int = 1  # divides all steps, for a rehearsal
     seeds: int = 99  # at most so many of each arm
@@ -86,6 +88,12 @@ def measured(folder: str, data: Path, seq_len: int, sets: tuple[str, ...]) -> di
         val = DomainLoader(data / name, domains_of(data / name), seq_len, 0, "val")
         loss[name] = evaluate(model, val, int(val.size_M.max()), 16, "cpu").round(6).tolist()
     return loss
+
+
+def bytes_per_token(val: DomainLoader, tokenizer) -> list[float]:
+    """UTF-8 bytes of what is predicted in all windows of each domain."""
+    windows = [val.read(val.fixed_batch(m, int(size)))[:, 1:] for m, size in enumerate(val.size_M)]
+    return [sum(len(tokenizer.decode(w.tolist()).encode()) for w in ws) / ws.size for ws in windows]
 
 
 def summary(cfg: train.Config) -> dict:
@@ -146,9 +154,10 @@ def source_record(name: str, opt: Options, data: Path) -> dict:
     seq_len = SOURCES[name].prune.seq_len
     val = DomainLoader(data / "heldout", domains_of(data / "heldout"), seq_len, 0, "val")
     size_M = DomainLoader(data / "plain", val.domains, seq_len, 0, "train").size_M
+    tokenizer = load_tokenizer(read_meta(SOURCES[name].data), SOURCES[name].data)
     loss = measured(source_folder(name, opt.out), data, seq_len, views.EVALUATION)
     return {"domains": val.domains, "p0": (size_M / size_M.sum()).tolist(),
-            "bytes_per_token": [w.bytes_per_token for w in val.windows],
+            "bytes_per_token": bytes_per_token(val, tokenizer),
             "stages": [summary(cfg) for cfg in configs], "loss": {"final": loss}}  # fmt: skip
 
 
@@ -159,7 +168,7 @@ def arm_record(run: Run, opt: Options, data: Path) -> dict:
     reference = reference_losses(source_model, view, source.prune)
     configs = [shortened(cfg, opt.shorten) for cfg in stages(run, opt.out, domains_of(view), reference)]
     loss, peaks, resumed, carried = {}, [], [], {}
-    if arm.start == "oneshot":
+    if arm.start.startswith("oneshot"):
         prune_at_once(configs[0], source_model, source.targets[arm.target], data)
         loss["pruned"] = measured(configs[0].init_from, data, seq_len, ("heldout",))
     for cfg in configs:
@@ -287,8 +296,8 @@ def check_recorded(done: dict[str, dict], names: list[str], opt: Options) -> Non
         if len(now) != len(then) or any(
             old.get(k, v) != v for new, old in zip(now, then, strict=True) for k, v in new.items()
         ):
-            raise train.RunError(f"{opt.results}: {name} was made with other settings than experiments/arms.py has: "
-                                 "give other --results and --out, or delete its line to make it again")  # fmt: skip
+            raise train.RunError(f"{opt.out}/results.jsonl: {name} was made with other settings than "
+                                 "experiments/arms.py has: give another --out, or delete its line")  # fmt: skip
 
 
 def same_source(done: dict[str, dict]) -> None:
@@ -298,7 +307,7 @@ def same_source(done: dict[str, dict]) -> None:
         for what in ("source", "data", "heldout"):
             if record["hashes"][what] != of_source["hashes"][what]:
                 raise train.RunError(f"{record['run']}: its {what} is not that of {record['source']}/source: the text "
-                                     "or the machine changed: begin anew with other --results and --out")  # fmt: skip
+                                     "or the machine changed: begin anew with another --out")  # fmt: skip
 
 
 def in_parallel(names: list[str], opt: Options) -> Generator[tuple[str, dict | None], None, None]:
@@ -314,11 +323,11 @@ def in_parallel(names: list[str], opt: Options) -> Generator[tuple[str, dict | N
 
 def main(opt: Options) -> bool:
     """Make the runs that are missing; True when all are there. Raises RunError, DataError, CheckpointError."""
-    out, results = Path(opt.out), Path(opt.results)
+    out = Path(opt.out)
+    results = out / "results.jsonl"
     if opt.study not in STUDIES:
         raise configurator.ConfigError(f"study = {opt.study!r}: must be one of {', '.join(STUDIES)}")
-    for folder in (out, results.parent):
-        folder.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     lock = open(out / "lock", "w")  # noqa: SIM115 (held until the process ends)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -326,6 +335,8 @@ def main(opt: Options) -> bool:
         raise train.RunError(f"{out}: another runner is at work there") from None
     arms, sources = [str(run) for run in runs(opt.study, opt.seeds)], [f"{name}/source" for name in STUDIES[opt.study]]
     done = read_results(results)
+    for name in (name for name in arms if name in done):
+        forget_weights(out / name)  # of a run that ended just before the runner was killed
     check_recorded(done, sources + arms, opt)
     for name in STUDIES[opt.study]:
         source = SOURCES[name]
@@ -334,7 +345,7 @@ def main(opt: Options) -> bool:
     needed = {name.partition("/")[0] for name in missing}  # a source whose weights are gone is trained again
     gone = {f"{name}/source" for name in needed if not Path(source_folder(name, opt.out)).exists()}
     first = [name for name in sources if name not in done or name in gone]
-    print(f"{opt.study}: {len(first)} sources and {len(missing)} of {len(arms)} runs to do", flush=True)
+    print(f"{opt.study}, in {out}: {len(first)} sources and {len(missing)} of {len(arms)} runs to do", flush=True)
     for names in (first, missing):  # runs need their source
         begun = time.time()
         with closing(in_parallel(names, opt)) as ended:
@@ -370,5 +381,7 @@ if __name__ == "__main__":
         start(configurator.load(Options, sys.argv[1:]))
     except (configurator.ConfigError, DataError, llama.CheckpointError, train.TargetError, train.RunError) as error:
         sys.exit(f"error: {error}")
+    except train.Stopped as stopped:
+        sys.exit(str(stopped))
     except KeyboardInterrupt:
         sys.exit("stopped: the same command goes on")

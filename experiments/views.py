@@ -4,12 +4,13 @@ The validation text of each domain is cut in two: the first quarter steers the m
 rest come `heldout` and three corruptions of it, whose domains keep their names. All of it follows from the text alone.
 """
 
+import json
 import re
 from pathlib import Path
 
 import numpy as np
 
-from data.shards import open_shard, read_meta, sha256, write_meta, write_shard
+from data.shards import DataError, open_shard, read_meta, sha256, write_meta, write_shard
 from data.tokenizer import load_tokenizer
 
 STEERING = 4  # one in so many validation tokens steers the mix
@@ -23,10 +24,14 @@ Text = tuple[np.ndarray, float]  # tokens (n,), and UTF-8 bytes a token
 
 
 def build(data: str, out: Path, seq_len: int, windows: int, corrupted_windows: int) -> None:
-    """Write every view of the data set into folders below out, once. Raises DataError."""
-    if (out / "mixed" / "meta.json").exists():  # the last one
+    """Write every view of the data set into folders below out, once. Raises DataError; also for views of another."""
+    made_of, meta, rng = out / "made_of.json", read_meta(data), np.random.default_rng(0)
+    settings = {"data": sha256(Path(data, "meta.json")), "seq_len": seq_len, "windows": [windows, corrupted_windows],
+                "constants": [STEERING, MERGED, NOISE, RUN]}  # fmt: skip
+    if made_of.exists():
+        if json.loads(made_of.read_text()) != json.loads(json.dumps(settings)):
+            raise DataError(f"{out} was made of other text or with other settings: give another --out")
         return
-    meta, rng = read_meta(data), np.random.default_rng(0)
     tokenizer, text = load_tokenizer(meta, data), {}
     for domain, splits in meta["domains"].items():
         for split in ("train", "val"):
@@ -46,6 +51,7 @@ def build(data: str, out: Path, seq_len: int, windows: int, corrupted_windows: i
     views["mixed"] = mixed(few)
     for name, domains in views.items():
         write_view(out / name, meta, domains)
+    made_of.write_text(json.dumps(settings))
 
 
 def write_view(folder: Path, meta: dict, domains: dict[str, dict[str, Text]]) -> None:

@@ -15,7 +15,7 @@ import torch
 
 import train
 from data.loader import DomainLoader
-from data.shards import write_meta, write_shard
+from data.shards import DataError, write_meta, write_shard
 from experiments import arms, oneshot, report, run, views
 from model import Llama, LlamaConfig
 from prune import subnetwork, target_config
@@ -34,11 +34,12 @@ def test_every_arm_could_start_and_has_the_same_budget(name):
     for cfg in stages:
         train.check(cfg)
     budget = 655_360 if source != "smollm2" else 720 * 512
+    budget -= arms.PRUNE.max_steps * 1024 if arm == "oneshot_384" else 0  # it takes continued training alone
     assert sum(cfg.max_steps * cfg.batch_size * cfg.seq_len for cfg in stages) == budget
 
 
 def test_the_plan_s_number_of_runs_and_seeds():
-    assert len(arms.runs("evidence")) == 93
+    assert len(arms.runs("evidence")) == 93 + 6  # planned, and added afterwards
     seeds = {arm: sum(r.arm == arm and r.source == "A" for r in ALL_RUNS) for arm in arms.ARMS}
     assert min(seeds[arm] for arm in arms.HEADLINE) == 8
     assert min(seeds.values()) == 3
@@ -149,7 +150,8 @@ class Letters:
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-    monkeypatch.setattr(views, "load_tokenizer", lambda *_: Letters())
+    for module in (views, run):
+        monkeypatch.setattr(module, "load_tokenizer", lambda *_: Letters())
     rng, folder = np.random.default_rng(0), tmp_path / "data"
     folder.mkdir()
     meta = {"tokenizer": {}, "vocab_size": 128, "bos": 1, "eos": 2, "domains": {}}
@@ -177,6 +179,24 @@ def test_views_keep_the_text_apart_that_steers_from_the_text_that_judges(data, t
     assert len(heldout) == 20 * 17
     assert all(window.tobytes() in raw[1000:].tobytes() for window in heldout.reshape(-1, 17))
     assert {len(text_of(tmp_path / "v" / name, "wiki", "val")) for name in views.CORRUPTIONS} <= {9, 10}
+
+
+def test_views_of_another_text_or_of_other_settings_are_refused(data, tmp_path):
+    views.build(str(data), tmp_path / "v", 16, 20, 10)
+    views.build(str(data), tmp_path / "v", 16, 20, 10)
+    with pytest.raises(DataError, match="v was made of other text or with other settings: give another --out"):
+        views.build(str(data), tmp_path / "v", 16, 21, 10)
+    (data / "meta.json").write_text((data / "meta.json").read_text() + "\n")
+    with pytest.raises(DataError, match="other text"):
+        views.build(str(data), tmp_path / "v", 16, 20, 10)
+
+
+def test_bytes_a_token_are_those_of_the_held_out_windows_not_of_the_whole_split(data, tmp_path):
+    views.build(str(data), tmp_path / "v", 16, 20, 10)  # whose meta.json says three bytes a token
+    val = DomainLoader(tmp_path / "v/heldout", DOMAINS, 16, 0, "val")
+    twice = type("", (), {"decode": lambda _, tokens: "é" * len(tokens)})()
+    assert run.bytes_per_token(val, Letters()) == [1.0] * 6
+    assert run.bytes_per_token(val, twice) == [2.0] * 6
 
 
 def test_merged_and_split_domains_hold_the_same_text(data, tmp_path):
@@ -294,6 +314,36 @@ def test_verdicts_follow_from_the_interval(values, verdict):
     assert report.Difference(values, *interval).verdict == verdict
 
 
+def test_a_verdict_says_where_student_s_t_does_not_share_it():
+    def verdict(values):
+        return report.Difference(values, *report.bootstrap(values)).verdict_and_t
+
+    assert verdict([-0.10, -0.11, -0.12]) == "better"
+    assert verdict([-0.02, -0.10, -0.17]) == "better (not by t)"  # mean -0.097, t's half width 0.187
+    assert verdict([0.02, 0.10, 0.17]) == "worse (not by t)"
+    assert verdict([0.1, -0.3, -0.1]) == "no difference seen"
+
+
+def test_arms_of_more_seeds_are_shown_again_on_the_seeds_that_all_have():
+    losses = {"constant": [2.0, 3.0, 4.0], "paper": [1.0, 2.0, 9.0], "bandit": [1.0, 2.0]}
+    results = report.Results(records_of(losses), "A")
+    assert [label for label, *_ in results.rows()] == [
+        "constant", "constant, seeds 1 to 2", "paper", "paper, seeds 1 to 2", "bandit"
+    ]  # fmt: skip
+    rows = [line.split(" | ") for line in report.differences_table(results).splitlines()[2:]]
+    assert [row[4].split()[0] for row in rows] == ["+1.0000", "-1.0000", "-1.0000"]
+
+
+def test_the_worst_domain_is_named_by_its_loss_and_by_its_bits():
+    loss = {"final": {"heldout": [3.0, 2.0, 2.0, 2.0, 2.0, 2.9]}}
+    records = records_of({"paper": [2.0, 2.0]})
+    records["A/paper/1"]["loss"] |= loss
+    records["A/paper/2"]["loss"] |= loss
+    results = report.Results(records, "A")
+    assert report.worst_domains(results, "paper", [1.0] * 6) == "python"
+    assert report.worst_domains(results, "paper", [0.25, 1, 1, 1, 1, 0.5]) == "cpp"
+
+
 def test_the_claim_needs_both_means_better_and_no_worse_worst_domain():
     assert "holds" in report.claim(["better", "better"], ["no difference seen", "better"])
     assert "neither" in report.claim(["better", "better"], ["worse", "better"])
@@ -337,8 +387,9 @@ def test_the_headline_compares_with_both_bases_and_the_control():
     losses = {"paper": [2.9, 2.8], "sheared": [3.0, 3.0], "constant": [2.8, 2.9], "uniform": [2.7, 2.6]}
     rows = report.headline_table({"A": report.Results(records_of(losses), "A")}).splitlines()[2:]
     cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
-    assert [row[0] for row in cells] == ["A: paper - sheared", "A: paper - constant", "A: paper - uniform (control)"]
-    assert [row[4] for row in cells] == ["better", "no difference seen", "worse"]
+    assert [row[0] for row in cells] == ["A: paper - sheared", "A: paper - constant",
+                                        "A: sheared - constant (control)", "A: paper - uniform (control)"]  # fmt: skip
+    assert [row[4].split(" (")[0] for row in cells] == ["better", "no difference seen", "worse", "worse"]
     assert cells[0][3].startswith("-13.93 %")  # of -0.15 nats
 
 
@@ -375,10 +426,10 @@ def test_errors_of_the_law_keep_their_sign_by_domain():
 
 def test_the_report_of_a_few_runs_says_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "save", lambda figure, _: report.plt.close(figure))  # drawing takes longest
-    (tmp_path / "r.jsonl").write_text(
+    (tmp_path / "mine.jsonl").write_text(
         "".join(json.dumps(r) + "\n" for r in records_of({"constant": [3.0, 3.1], "paper": [2.9]}).values())
     )
-    report.main(report.Options(str(tmp_path / "r.jsonl"), str(tmp_path)))
+    report.main(report.Options(str(tmp_path / "mine.jsonl")))
     page = (tmp_path / "RESULTS.md").read_text()
     assert "too few seeds, nothing can be concluded" in page
     assert "source A: seeds missing of constant 6, sheared 8, paper 7" in page
@@ -405,13 +456,13 @@ def tiny(data, tmp_path, monkeypatch):
     monkeypatch.setitem(arms.STUDIES, "evidence", {"A": {"constant": 1, "paper": 1, "oneshot": 1}})
     monkeypatch.setattr(run, "in_own_process", run.execute)
     monkeypatch.setattr(run, "commit", lambda: "abc")
-    return run.Options(out=str(tmp_path / "out"), results=str(tmp_path / "results.jsonl"), workers=1)
+    return run.Options(out=str(tmp_path / "out"), workers=1)
 
 
 def test_tiny_runs_end_to_end_are_recorded_once_and_reported(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(arms.STUDIES, "evidence", {"A": {"paper": 1, "oneshot": 1}})
     assert run.main(tiny)
-    records = run.read_results(tiny.results)
+    records = run.read_results(f"{tiny.out}/results.jsonl")
     assert list(records) == ["A/source", "A/paper/1", "A/oneshot/1"]
     paper = records["A/paper/1"]
     assert [stage["tokens"] for stage in paper["stages"]] == [24 * 64, 4 * 64]
@@ -424,10 +475,13 @@ def test_tiny_runs_end_to_end_are_recorded_once_and_reported(tiny, tmp_path, mon
     assert not list(Path(tiny.out, "A/paper").rglob("*.safetensors"))
     assert "paper" in report.page(records, tmp_path / "figures")
 
-    before = Path(tiny.results).read_text()
+    before = Path(tiny.out, "results.jsonl").read_text()
+    left_over = Path(tiny.out, "A/paper/1/prune/model.safetensors")  # killed between the record and the clearing up
+    left_over.write_text("weights")
     monkeypatch.setattr(run, "in_own_process", lambda name, _: pytest.fail(f"{name} made again"))
     assert run.main(tiny)
-    assert Path(tiny.results).read_text() == before
+    assert Path(tiny.out, "results.jsonl").read_text() == before
+    assert not left_over.exists()
 
 
 def test_sheared_continues_with_the_mix_that_pruning_ended_with_and_others_begin_again(tiny, monkeypatch):
@@ -440,7 +494,7 @@ def test_sheared_continues_with_the_mix_that_pruning_ended_with_and_others_begin
     monkeypatch.setattr(train, "main", main)
     monkeypatch.setitem(arms.STUDIES, "evidence", {"A": {"sheared": 1, "paper": 1}})
     run.main(tiny)
-    pruned = run.read_results(tiny.results)["A/sheared/1"]["stages"][0]
+    pruned = run.read_results(f"{tiny.out}/results.jsonl")["A/sheared/1"]["stages"][0]
     last = pruned["ratio"][-1][1]
     assert max(pruned["largest_share_M"]) >= max(last)
     assert np.allclose(begun["sheared", "continue"], last, atol=1e-4)
@@ -515,7 +569,7 @@ def test_two_runners_do_not_share_a_folder(tiny, monkeypatch):
 def test_a_stage_that_was_killed_goes_on_from_its_checkpoint(tiny, monkeypatch):
     monkeypatch.setitem(arms.STUDIES, "evidence", {"A": {"constant": 1}})
     run.main(tiny)
-    whole = run.read_results(tiny.results)["A/constant/1"]
+    whole = run.read_results(f"{tiny.out}/results.jsonl")["A/constant/1"]
     real_main, killed = train.main, []
 
     def killed_once(cfg):
