@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -78,9 +79,9 @@ class Lock:
             raise RunError(f"{self.folder} is in use by process {holder}: choose another out_dir") from None
         except OSError as error:
             raise RunError(f"{self.folder} cannot be used ({error.strerror}): choose another out_dir") from None
-        self.file.truncate(0)
-        self.file.write(f"{os.getpid()} on {os.uname().nodename}\n")
-        self.file.flush()
+        with suppress(OSError):  # on a full disk it is locked without a name
+            os.ftruncate(self.file.fileno(), 0)
+            os.write(self.file.fileno(), f"{os.getpid()} on {os.uname().nodename}\n".encode())
 
     def close(self) -> None:
         if self.file:
@@ -182,12 +183,14 @@ class Checkpoints:
         shutil.rmtree(folder, ignore_errors=True)  # one that was found broken
         os.replace(beside, folder)
         flush(folder.parent)
-        self._drop_older()
+        self._drop(folder)
 
-    def _drop_older(self) -> None:
-        folders = checkpoints(self.out_dir)
-        for folder in folders[: -self.keep]:
-            if not self.keep_every or step_of(folder) % self.keep_every:
+    def _drop(self, written: Path) -> None:
+        """Older ones beyond those to keep, and newer ones: they were found broken when the run was resumed."""
+        up_to_now = [f for f in checkpoints(self.out_dir) if step_of(f) <= step_of(written)]
+        for folder in checkpoints(self.out_dir):
+            kept_for_good = self.keep_every and step_of(folder) % self.keep_every == 0
+            if folder not in up_to_now or (folder not in up_to_now[-self.keep :] and not kept_for_good):
                 shutil.rmtree(folder)
 
 
@@ -255,6 +258,13 @@ def checkpoints(out_dir: Path) -> list[Path]:
 
 def problem_of(folder: Path, rank: int = 0, world_size: int = 1) -> str:
     """What is wrong with a checkpoint's files, "" where nothing is; a rank looks at every world_size-th of them."""
+    try:
+        return _problem_of(folder, rank, world_size)
+    except OSError as error:
+        return f"{Path(error.filename or folder).name} cannot be read ({error.strerror})"
+
+
+def _problem_of(folder: Path, rank: int, world_size: int) -> str:
     if not (folder / SUMS).is_file():
         return f"{SUMS} is missing"
     lines = (folder / SUMS).read_text(errors="replace").splitlines()

@@ -147,6 +147,8 @@ def _typed(name: str, value, kind: type, where: str):
         return float(value)
     if type(value) is not kind:
         raise ConfigError(f"{where}: setting {name} must be {kind.__name__}, is {type(value).__name__} {value!r}")
+    if kind is int and abs(value) >= LARGEST:
+        raise ConfigError(f"{where}: setting {name}: too large a number")
     return value
 
 

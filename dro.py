@@ -233,6 +233,8 @@ class Mix:
 
     def _warn_of_bounds(self) -> None:
         p_M, p0_M = self.reference_ratio_M, self.initial_ratio_M
+        if len(p_M) == 1:
+            return
         low_M, high_M = np.maximum(p0_M / CLAMP, p0_M.min()), np.minimum(p0_M * CLAMP, p0_M.max())
         for m, (p, low, high) in enumerate(zip(p_M, low_M, high_M, strict=True)):
             inside = 1.02 * low < p < 0.98 * high  # the last normalisation moves them a little

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 import checkpoint
 import configurator
@@ -146,8 +147,20 @@ what was pruned from it.
 {how}"""
 
 
+def write(folder: Path, model: llama.Llama, dtype: torch.dtype, files: list[Path], card_text: str) -> None:
+    model.save(folder, dtype)
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+    c = model.config
+    if c.eos_token_id is not None and not (folder / "generation_config.json").exists():
+        ids = {"bos_token_id": c.bos_token_id, "eos_token_id": c.eos_token_id, "pad_token_id": c.pad_token_id}
+        ids = {name: value for name, value in ids.items() if value is not None}
+        (folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
+    (folder / "README.md").write_text(card_text.replace("\n\n\n", "\n\n"), encoding="utf-8")
+
+
 def main(path: str, out: str, cfg: Config) -> None:
-    """Raises ConfigError, CheckpointError and RunError before anything is written."""
+    """Raises ConfigError, CheckpointError and RunError; then nothing is written."""
     if cfg.dtype not in DTYPES:
         raise ConfigError(f"dtype = {cfg.dtype!r}: must be one of {', '.join(DTYPES)}")
     source, target = Path(path), Path(out)
@@ -158,18 +171,16 @@ def main(path: str, out: str, cfg: Config) -> None:
     history = stages(source, step)
     files = tokenizer_files(source, history, cfg.tokenizer)
     text = card(target.name, model, history, cfg.dtype, bool(files))
+    beside = target.with_name(f"{target.name}.unfinished")
+    try:
+        write(beside, model, DTYPES[cfg.dtype], files, text)
+        os.replace(beside, target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise ConfigError(f"{target}: cannot be written ({error}): make room or choose another folder") from None
 
-    model.save(target, DTYPES[cfg.dtype])
-    for file in files:
-        shutil.copyfile(file, target / file.name)
-    c = model.config
-    if c.eos_token_id is not None and not (target / "generation_config.json").exists():
-        ids = {"bos_token_id": c.bos_token_id, "eos_token_id": c.eos_token_id, "pad_token_id": c.pad_token_id}
-        ids = {name: value for name, value in ids.items() if value is not None}
-        (target / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
-    (target / "README.md").write_text(text.replace("\n\n\n", "\n\n"), encoding="utf-8")
-
-    print(f"{target}: {model.n_parameters():,} parameters, {cfg.dtype}, {c.model_type}; the card is its README.md")
+    kind = f"{cfg.dtype}, {model.config.model_type}"
+    print(f"{target}: {model.n_parameters():,} parameters, {kind}; the card is its README.md")
     if files:
         print(f"copied from {files[0].parent}: {', '.join(f.name for f in files)}")
     else:

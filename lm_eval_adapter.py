@@ -15,8 +15,9 @@ import torch
 import configurator
 import model as llama
 from data.shards import DataError
+from data.tokenizer import tokens_of
 from evaluate import check_device, load_any
-from tasks import adds_bos, encode_pair, score, text_tokenizer, tokens_of
+from tasks import adds_bos, encode_pair, score, text_tokenizer
 
 REQUIREMENT = "lm_eval==0.4.13"
 MAX_NEW_TOKENS = 256  # the harness's own default
@@ -39,7 +40,7 @@ class Answers:
         super().__init__()
         self.model, self.tokenizer, self.tokens_per_pass = model, tokenizer, tokens_per_pass
         self.bos = adds_bos(tokenizer)
-        self.context_size = model.config.max_position_embeddings
+        self.context_size = model.config.context
 
     def loglikelihood(self, requests: list, **_: object) -> list[tuple[float, bool]]:
         """args: (context, continuation). Log-probability in nats, and whether it is what greedy decoding would say."""

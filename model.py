@@ -101,6 +101,11 @@ class LlamaConfig:
     def model_type(self) -> str:
         return "qwen3" if self.qk_norm else "qwen2" if self.qkv_bias else "mistral" if self.mistral else "llama"
 
+    @property
+    def context(self) -> int:
+        """Tokens of a sequence that the model can take here."""
+        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
+
     def check_length(self, length: int) -> None:
         """Raises CheckpointError for sequences (tokens) on which this model's attention is not the full one here."""
         if self.sliding_window and length > self.sliding_window:

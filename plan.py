@@ -20,6 +20,7 @@ from model import Llama, LlamaConfig
 from prune import Masks, subnetwork
 
 GIB = 2**30
+NODE = 8  # GPUs of a node, between which hsdp shares a copy of the model
 STATE_BYTES = {"weights": 4, "gradients": 4, "optimizer": 8}  # a parameter: float32, and two moments of AdamW
 
 
@@ -114,7 +115,8 @@ def plan(
     block = sum(p.numel() for p in model.layers[0].parameters())
     micro_batches = batch_size // micro_batch_size // gpus
     sharded = parallel != "ddp" and gpus > 1
-    memory = {kind: n * P / (gpus if sharded else 1) for kind, n in STATE_BYTES.items()}
+    sharing = 1 if not sharded else gpus if parallel == "fsdp" else min(gpus, NODE)
+    memory = {kind: n * P / sharing for kind, n in STATE_BYTES.items()}
     if sharded:  # the block that computes and the next one; embeddings, head and norm stay whole between the passes
         memory["gathered weights"] = 2 * block * dtype.itemsize + 4 * embeddings
         summed = P if micro_batches > 1 else 2 * block + embeddings  # whole until the last micro-batch is summed up
@@ -137,7 +139,8 @@ def plan(
     if target:
         with torch.device("meta"):
             lines.append(f"target: {Llama(target).n_parameters():,} parameters")
-    lines.append(f"memory of each of {gpus} GPUs, {parallel}, GiB:")
+    nodes = f" in nodes of {NODE}" if parallel == "hsdp" else ""
+    lines.append(f"memory of each of {gpus} GPUs, {parallel}{nodes}, GiB:")
     lines += [f"  {kind:30} {n / GIB:8.3f}" for kind, n in memory.items()]
     verdict = "fits" if total < 0.95 * gpu_memory * GIB else "DOES NOT FIT"
     lines.append(f"  {'sum':30} {total / GIB:8.3f}   {verdict} into {gpu_memory:g} GiB (5 % kept for the allocator)")

@@ -19,7 +19,7 @@ import configurator
 import model as llama
 from configurator import ConfigError
 from data.shards import DataError, read_meta
-from data.tokenizer import encoded, load_tokenizer, open_tokenizer, read_tokenizer_json
+from data.tokenizer import encoded, load_tokenizer, open_tokenizer, read_tokenizer_json, tokens_of
 from evaluate import check_device, load_any
 
 INCOMPLETE = "\ufffd"  # what decoders put in the place of bytes that are not a character yet
@@ -81,17 +81,12 @@ def generate(model: llama.Llama, prompt: list[int], cfg: Config) -> Iterator[int
     ends = set(end if isinstance(end, list) else [end])
     generator, cache = torch.Generator().manual_seed(cfg.seed), llama.Cache(model.config.n_layers)
     tokens = prompt
-    for _ in range(min(cfg.max_tokens, context(model.config) - len(prompt))):
+    for _ in range(min(cfg.max_tokens, model.config.context - len(prompt))):
         logits = model(torch.tensor([tokens], device=cfg.device), cache=cache)[0, -1]
         tokens = [choose(logits.cpu(), cfg.temperature, cfg.top_p, generator)]  # drawn on the CPU: the same everywhere
         if tokens[0] in ends:
             return
         yield tokens[0]
-
-
-def context(config: llama.LlamaConfig) -> int:
-    """Tokens that the model can see."""
-    return min(config.max_position_embeddings, config.sliding_window or config.max_position_embeddings)
 
 
 def pieces(decode, prompt: list[int], generated: Iterator[int]) -> Iterator[str]:
@@ -121,17 +116,17 @@ def main(path: str, prompt: str, cfg: Config) -> None:
     check(cfg)
     model = load_any(path, cfg.device).eval()
     tokenizer, before = tokenizer_of(Path(path), cfg.data)
-    tokens, config = before + tokenizer.encode(prompt), model.config
+    tokens, config = before + tokens_of(tokenizer, prompt), model.config
     if not tokens:
         raise ConfigError("the prompt is empty, and the tokenizer puts nothing before it: write something")
     if max(tokens) >= config.vocab_size:
         raise DataError(f"token {max(tokens)} is outside the model's vocabulary of {config.vocab_size}: "
                         "this is not the model's tokenizer")  # fmt: skip
-    if len(tokens) >= context(config):
-        raise ConfigError(f"the prompt has {len(tokens)} tokens, the model's context {context(config)}: shorten it")
-    if len(tokens) + cfg.max_tokens > context(config):
-        room = context(config) - len(tokens)
-        print(f"warning: max_tokens = {cfg.max_tokens}: {room} fill the context of {context(config)}", file=sys.stderr)
+    if len(tokens) >= config.context:
+        raise ConfigError(f"the prompt has {len(tokens)} tokens, the model's context {config.context}: shorten it")
+    if len(tokens) + cfg.max_tokens > config.context:
+        room = config.context - len(tokens)
+        print(f"warning: max_tokens = {cfg.max_tokens}: {room} fill the context of {config.context}", file=sys.stderr)
     print(prompt, end="", flush=True)
     for piece in pieces(tokenizer.decode, tokens, generate(model, tokens, cfg)):
         print(piece, end="", flush=True)

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from data.embedded.prepare import Archive, Download, member
 from data.reader import BLOCK_BYTES, lines
 from data.shards import DataError, read_meta
-from data.tokenizer import HuggingFace, load_tokenizer, open_tokenizer
+from data.tokenizer import HuggingFace, load_tokenizer, open_tokenizer, tokens_of
 from model import Llama
 
 FOLDER = Path(__file__).resolve().parent / "data" / "benchmarks" / "download"
@@ -127,10 +127,6 @@ def adds_bos(tokenizer) -> bool:
     return len(tokenizer.model.encode("a", add_special_tokens=True)) > len(tokenizer.encode("a"))
 
 
-def tokens_of(tokenizer, text: str) -> list[int]:
-    return np.asarray(tokenizer.encode(text), dtype=np.int64).tolist()
-
-
 def encode_pair(tokenizer, context: str, continuation: str, bos: bool) -> tuple[list[int], int]:
     """Tokens of both, and how many of them, at the end, are the continuation's: at least one.
 
@@ -160,7 +156,7 @@ def score(model: Llama, pairs: list[tuple[list[int], int]], tokens_per_pass: int
     Texts longer than the model's context lose their beginning. Requests that differ in their last token only share one
     row, as most answers of one token do. Rows are padded on the right, which a causal model does not see.
     """
-    device, longest = model.norm.weight.device, model.config.max_position_embeddings
+    device, longest = model.norm.weight.device, model.config.context
     sharing: dict[tuple, list[int]] = defaultdict(list)  # input: its requests
     for i, (tokens, _) in enumerate(pairs):
         sharing[tuple(tokens[-longest - 1 : -1])].append(i)

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 import checkpoint
 import configurator
+import dro
 import model as llama
 from checkpoint import Checkpoints, attempt, on_chief
 from configurator import ConfigError
@@ -136,7 +137,7 @@ class StopSignals:
     """While it lasts, SIGTERM and the first SIGINT ask the run to stop after its step; a second SIGINT interrupts."""
 
     def __enter__(self) -> "StopSignals":
-        self.asked, self.before = "", {}
+        self.asked, self.before, self.doing = "", {}, "reading the data and building the model"
         if threading.current_thread() is threading.main_thread():
             self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
@@ -204,9 +205,20 @@ def check(cfg: Config) -> None:
             raise ConfigError(
                 f"{name} = {getattr(cfg, name)}: stage = {cfg.stage!r} takes it from init_from; leave it out"
             )
+    for name in ("rope_theta", "tied_embeddings"):
+        if cfg.init_from and getattr(cfg, name) != getattr(Config, name):
+            raise ConfigError(f"{name} = {getattr(cfg, name)}: it is that of init_from; leave it out")
     for name in asked:
         if getattr(cfg, name) < 1:
             raise ConfigError(f"stage = {cfg.stage!r} needs {name}")
+
+
+def first_fit(cfg: Config) -> int:
+    """Step of the first evaluation that has points enough for a scaling law; it may lie beyond the run."""
+    begins = max(dro.HISTORY_FROM * cfg.max_steps, cfg.sparsity_warmup if cfg.law_after_ramp else 0, 1)
+    n_before = math.ceil(begins / cfg.eval_interval) - 1  # evaluations that the law does not see
+    return cfg.eval_interval * max(n_before + dro.FIT_MORE_THAN + 1,
+                                   math.ceil(dro.FIT_FROM * cfg.max_steps / cfg.eval_interval))  # fmt: skip
 
 
 def learning_rate(step: int, cfg: Config) -> float:
@@ -468,6 +480,9 @@ def run(cfg: Config, signals: StopSignals, held: ExitStack) -> dict:
         })  # fmt: skip
     for folder, problem in skipped_folders.items():
         log.warn(step, f"the checkpoint {folder} is skipped: {problem}")
+    if cfg.mix != "constant" and cfg.dynamic_reference and not step and first_fit(cfg) >= cfg.max_steps:
+        log.warn(step, f"no reference loss will be predicted: the first scaling law would be fitted at step "
+                       f"{first_fit(cfg)} of {cfg.max_steps}: choose a smaller eval_interval")  # fmt: skip
     for size in slow_sizes(masks.target) if masks and not step else ():
         log.warn(step, f"target {size} is not a multiple of 64: GPUs run such shapes slowly")
     found = state = None
@@ -525,10 +540,6 @@ def run(cfg: Config, signals: StopSignals, held: ExitStack) -> dict:
             })  # fmt: skip
             each = " ".join(f"{d} {x:.3f} ({q:.2f})" for d, x, q in zip(domains, loss_M, mix.ratio_M, strict=True))
             log.say(f"step {step}: validation loss (next ratio): {each}; mean {loss_M.mean():.4f}")
-            needed_M = mix.ratio_M * cfg.batch_size * min(cfg.eval_interval, cfg.max_steps - step)
-            for m in np.flatnonzero((train.epoch_M == 0) & (train.left_M < needed_M)):
-                log.warn(step, f"domain {domains[m]} is about to begin its second epoch, the same text in a new order: "
-                               f"{train.left_M[m]} of its {train.size_M[m]} sequences are left")  # fmt: skip
             evaluation_s.append(eval_s + mix_s)
             spent = sum(evaluation_s) / (time.perf_counter() - loop_start)
             if len(evaluation_s) == 5 and spent > EVALUATION_AT_MOST:
@@ -538,7 +549,11 @@ def run(cfg: Config, signals: StopSignals, held: ExitStack) -> dict:
             break
 
         signals.doing, start = f"taking step {step + 1}", time.perf_counter()
+        epoch_M = train.epoch_M.copy()
         batch = train.next_batch(step, mix.ratio_M, cfg.batch_size)
+        for m in np.flatnonzero(np.frexp(epoch_M + 1)[1] < np.frexp(train.epoch_M + 1)[1]):  # the 2nd, 4th, 8th, ...
+            log.warn(step, f"domain {domains[m]} begins its epoch {train.epoch_M[m] + 1}, the same "
+                           f"{train.size_M[m]} sequences in a new order")  # fmt: skip
         loss_N = torch.zeros(cfg.batch_size + 1, dtype=torch.float64, device=device)  # summed over a sequence's tokens
         loss_N[-1] = bool(signals.asked)  # one signal on one rank stops them all after the same step
         samples = []

@@ -240,11 +240,6 @@ class DomainLoader:
                             "prepare the data set again")  # fmt: skip
         return out
 
-    @property
-    def left_M(self) -> np.ndarray:
-        """Windows of each domain that its epoch has still to give."""
-        return self.size_M - self.position_M
-
     def file_of(self, batch: Batch, n: int) -> str:
         """The shard that a sequence of a batch comes from."""
         return self.files.paths[batch.shard_N[n]]

@@ -135,15 +135,23 @@ def read_ranks(path: str | Path) -> dict[bytes, int]:
 
 
 def read_tokenizer_json(path: str | Path) -> tokenizers.Tokenizer:
-    """Raises DataError."""
+    """Without the truncation and padding that the file may ask for. Raises DataError."""
     if not Path(path).is_file():
         raise DataError(f"{path}: no such tokenizer: expected a tokenizer.json")
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        model = tokenizers.Tokenizer.from_file(str(path))
+        model.no_truncation()
+        model.no_padding()
+        return model
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises nothing narrower, and a panic of its Rust is no Exception
         raise DataError(f"{path}: not a tokenizer.json ({error}): copy it again from the model") from None
+
+
+def tokens_of(tokenizer, text: str) -> list[int]:
+    """A tokenizer's encode gives a list or an array."""
+    return np.asarray(tokenizer.encode(text), dtype=np.int64).tolist()
 
 
 def encoded(model: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
@@ -164,8 +172,6 @@ class HuggingFace:
     def __init__(self, path: str | Path, bos: str | None = None, eos: str | None = None):
         self.model = read_tokenizer_json(path)
         self.model.encode_special_tokens = True  # "special" added tokens are read as text
-        self.model.no_truncation()
-        self.model.no_padding()
         self.vocab_size = max(self.model.get_vocab().values(), default=-1) + 1  # ids may leave gaps
         config = read_config(Path(path).with_name(CONFIG_FILE))
         self.eos = self._token(path, eos or config.get("eos_token"))

@@ -1,7 +1,7 @@
 """Documents in, a data set out: what every prepare.py shares.
 
-begin() decides whether there is anything to do; write() reads records, encodes them in parallel and writes shards;
-finish() writes meta.json, last, so that a folder with one is complete.
+locked() keeps others out; begin() decides whether there is anything to do; write() reads records, encodes them in
+parallel and writes shards; finish() writes meta.json, last, so that a folder with one is complete.
 
 The output depends on the records and their order alone: not on the number of processes, and not on having been
 stopped. At a checkpoint the tokens so far are on the disk and the file `unfinished` says how many of them, and of the
@@ -62,6 +62,24 @@ REPORTED = 20              # bad records printed per source; all are counted
 UNFINISHED = "unfinished"  # a file that lies in the folder from begin() to finish(): settings, and progress
 DIGESTS = "unfinished.digests"  # of the documents taken, 8 bytes each
 OUR_SHARD = re.compile(r".+_(train|val)_\d{6}\.bin(\.tmp)?")
+
+
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Make the folder, for one process at a time from before begin() to after finish(); a lock ends with its process.
+
+    Raises DataError where another process has it.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"{folder}: another process is writing this data set: wait for it or end it") from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def begin(folder: str | Path, settings: dict, force: bool = False, resume: bool = False) -> bool:
@@ -203,7 +221,7 @@ def write(folder: str | Path, spec: dict, domains: Sequence[str], sources: Seque
     if saved.get("progress"):
         print(f"going on in {sources[progress['source']].name} after record {progress['record']:,}", flush=True)
     tokenizer = load_tokenizer(spec, folder)
-    with _locked(folder), _pool(processes, spec, folder, parse, val_fraction) as pool:
+    with _pool(processes, spec, folder, parse, val_fraction) as pool:
         writers = {(d, s): _ShardWriter(folder, f"{d}_{s}", tokenizer.vocab_size, shard_tokens, entries[d][s])
                    for d in domains for s in SPLITS}
         seen = Seen(Path(folder, DIGESTS), progress["documents"]) if dedup else None
@@ -279,21 +297,6 @@ def _checkpoint(folder: str | Path, state: dict, files: list) -> None:
     os.replace(beside, Path(folder, UNFINISHED))
 
 
-@contextmanager
-def _locked(folder: str | Path) -> Iterator[None]:
-    """One process at a time writes into a folder; the system ends the lock with the process."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise DataError(f"{folder}: another process is writing this data set: wait for it or end it") from None
-    try:
-        yield
-    finally:
-        os.close(descriptor)
-
-
 # ---- records to tokens, in other processes
 
 
@@ -356,13 +359,17 @@ def load_worker(spec: dict, folder: str | Path, parse: Callable, val_fraction: f
 
 def _start_worker(*what: object) -> None:
     load_worker(*what)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
 
 
-def _end_with_parent() -> None:
-    """A pool whose parent was killed would wait for work for ever."""
-    wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
+def end_with_parent() -> None:
+    """To be called in a pool's process, which would wait for work for ever if its parent were killed."""
+
+    def watch() -> None:
+        wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def encode_parcel(parcel: Parcel, wanted: set[str]) -> tuple[list[Row], np.ndarray]:

@@ -24,6 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from data.writer import end_with_parent
 from kernels import shared
 from kernels.cases import cases
 from model import LlamaConfig
@@ -167,7 +168,7 @@ def limit_s(bytes_: float, flops: float, chip: Chip) -> float:
 
 def main() -> int:
     problems = []
-    with ProcessPoolExecutor(2) as pool:
+    with ProcessPoolExecutor(2, initializer=end_with_parent) as pool:
         by_arch = dict(zip(CHIPS, pool.map(compiled, CHIPS), strict=True))
     work = {
         (run, case.where, kernel): cost

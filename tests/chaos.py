@@ -28,7 +28,7 @@ MOMENTS = {  # where: the function that kills instead of being called, and the c
     "while tensors are written": ("checkpoint.HuggingFaceStorageWriter.finish", 2),
     "between a checkpoint's files": ("checkpoint.write_text", 4),
     "before a checkpoint is renamed": ("checkpoint.os.replace", 2),
-    "while an older checkpoint is dropped": ("checkpoint.Checkpoints._drop_older", 2),
+    "while an older checkpoint is dropped": ("checkpoint.Checkpoints._drop", 2),
     "while metrics are cut back": ("metrics.os.replace", 1),
     "in a fit": ("dro.refloss.fit", 9),
     "between two stages": ("train.extract", 1),

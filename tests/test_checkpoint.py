@@ -125,6 +125,46 @@ def test_the_newest_checkpoints_stay_and_every_kth(data, tmp_path):  # noqa: F81
     assert saves[-1]["save_s"] > 0
 
 
+def test_a_broken_newer_checkpoint_does_not_push_out_the_one_just_written(whole, tmp_path, monkeypatch):
+    out, rate = tmp_path / "r", train.learning_rate
+    shutil.copytree(whole, out)
+    before, broken = checkpoint.checkpoints(out)[-2:]
+    (broken / "state.json").unlink()
+    at, cfg = checkpoint.step_of(before) + 1, config_of(whole, out, resume=True, keep_checkpoints=1)
+    with monkeypatch.context() as m, pytest.raises(Stopped):
+        signalled = lambda step, c: [step == at and signal.raise_signal(signal.SIGTERM), rate(step, c)][1]  # noqa: E731
+        m.setattr(train, "learning_rate", signalled)
+        train.main(cfg)
+    assert [checkpoint.step_of(f) for f in checkpoint.checkpoints(out)] == [at + 2]
+    train.main(cfg)
+    assert chaos.differences(whole, out) == []
+
+
+def test_a_checkpoint_that_cannot_be_read_is_skipped_with_the_reason(whole, tmp_path, monkeypatch):
+    def failing(path):
+        if path.parent.name == newest and path.suffix == ".safetensors":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return digest(path)
+
+    digest, newest = checkpoint.sha256, checkpoint.checkpoints(whole)[-1].name
+    monkeypatch.setattr(checkpoint, "sha256", failing)
+    found, problems = checkpoint.newest(whole)
+    assert found[0].name != newest
+    assert re.search(r"\.safetensors cannot be read \(Input/output error\)", problems[str(whole / newest)])
+
+
+def test_a_full_disk_does_not_keep_a_run_from_taking_its_folder(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    lock = Lock(tmp_path)
+    lock.take()
+    with pytest.raises(RunError, match="is in use by process of unknown number"):
+        Lock(tmp_path).take()
+    lock.close()
+
+
 def test_anyone_can_check_a_checkpoint_with_sha256sum(whole):
     folder = checkpoint.checkpoints(whole)[-1]
     lines = (folder / "SHA256SUMS").read_text().splitlines()
@@ -487,6 +527,17 @@ def test_a_rank_says_its_error_though_torchrun_stops_it_for_another_that_is_gone
     done = subprocess.run([*command, "--device=cpu"], env=os.environ | {"RANK": "0", "WORLD_SIZE": "1"},
                           capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == 1 and done.stderr.startswith("error: "), (done.returncode, done.stderr)
+
+
+def test_a_rank_that_loses_another_before_the_first_step_says_so_too(tmp_path, monkeypatch):
+    def lost(*_):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3")
+
+    monkeypatch.setattr(train, "run", lost)
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(train.dist, "get_rank", lambda: 1)
+    with pytest.raises(RunError, match="rank 1, reading the data and building the model: another rank is gone"):
+        train.main(tiny(tmp_path, tmp_path / "r"))
 
 
 @pytest.mark.full

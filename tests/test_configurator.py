@@ -62,6 +62,7 @@ def test_a_text_may_look_like_a_number():
         (["--steps=true"], "steps must be int"),
         (["--on=maybe"], "on must be bool, is str 'maybe'"),
         (["--shares=0.5,b"], "shares must be float, is str 'b'"),
+        ([f"--steps={2**63}"], "setting steps: too large a number"),
         (["nowhere.py"], "nowhere.py: no such config file"),
     ],
 )

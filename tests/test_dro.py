@@ -301,6 +301,13 @@ def test_the_training_loss_is_a_bias_corrected_average_and_a_domain_without_toke
     assert np.allclose(m.ratio_M, chi_square_ratio(m.training_loss_M, [2.0] * 3, m.initial_ratio_M))
 
 
+def test_one_domain_has_no_bounds_to_be_warned_of(recwarn):
+    m = Mix(("a",), np.ones(1), "dro")
+    for i in range(1, 41):
+        m.update(np.array([2 + 1 / i]), 1e4 * i * np.ones(1), i / 40)
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("kind", dro.MIXES)
 def test_a_restored_mix_goes_on_exactly(kind):
     whole, half = mix(kind), mix(kind)

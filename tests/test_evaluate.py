@@ -5,6 +5,7 @@ import json
 import math
 import sys
 import zipfile
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -257,6 +258,19 @@ def test_a_whole_text_is_scored_every_token_once_with_a_full_last_window(model, 
     assert ours.loglikelihood_rolling([request(text)])[0] == pytest.approx(
         sum(reference(model, *window)[0] for window in windows), abs=1e-3
     )
+
+
+def test_a_sliding_window_bounds_what_the_harness_and_the_tasks_see_at_once():
+    model = Llama(replace(CONFIG, max_position_embeddings=64, sliding_window=16, mistral=True))
+    model.init_weights(0)
+    ours = Answers(model, Letters())
+    windows = ours._windows("abcdefg" * 8)
+    assert {len(tokens) for tokens, _ in windows} == {17}
+    assert ours.loglikelihood_rolling([request("abcdefg" * 8)])[0] == pytest.approx(
+        sum(reference(model, *window)[0] for window in windows), abs=1e-3
+    )
+    assert ours.loglikelihood([request("abcdefg" * 8, "ab")])
+    assert ours.generate_until([request("abcdefg" * 8, {"max_gen_toks": 3})])
 
 
 def test_greedy_text_ends_at_its_stop_and_at_its_length(model):

@@ -1,6 +1,7 @@
 """Pruned models and whole runs, exported and loaded by transformers; the card; and what is refused."""
 
 import dataclasses
+import errno
 import json
 import subprocess
 import sys
@@ -52,6 +53,24 @@ def test_a_pruned_model_of_every_family_gives_the_same_logits_in_transformers(fa
         prompt = logits.argmax(-1)
         found.append(prompt.item())
     assert found == generated.tolist()
+
+
+def test_an_export_that_fails_leaves_nothing_and_says_why(tmp_path, monkeypatch):
+    reference_model("llama").save_pretrained(tmp_path / "source")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as m, pytest.raises(ConfigError, match=r"out: cannot be written .*No space left"):
+        m.setattr(Path, "write_text", full)
+        export.main(str(tmp_path / "source"), str(tmp_path / "out"), export.Config())
+    assert [f.name for f in tmp_path.iterdir()] == ["source"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"file/out: cannot be written .*Not a directory"):
+        export.main(str(tmp_path / "source"), str(tmp_path / "file/out"), export.Config())
+    (tmp_path / "out").mkdir()
+    export.main(str(tmp_path / "source"), str(tmp_path / "out"), export.Config())
+    assert {f.name for f in tmp_path.iterdir()} == {"source", "file", "out"}
 
 
 @pytest.fixture(scope="module")

@@ -81,6 +81,18 @@ def test_a_plan_says_what_does_not_fit_and_what_sharding_saves(tmp_path, capsys)
     assert needed["ddp"] == pytest.approx(8 * needed["fsdp"], rel=0.1)
 
 
+def test_hsdp_shares_within_a_node_of_eight(tmp_path, capsys):
+    needed = {}
+    for parallel, gpus in (("ddp", 8), ("hsdp", 8), ("hsdp", 16), ("fsdp", 16)):
+        train.main(config(tmp_path, parallel=parallel, gpus=gpus, micro_batch_size=1, batch_size=32))
+        printed = capsys.readouterr().out
+        assert (f"{gpus} GPUs, hsdp in nodes of 8" in printed) == (parallel == "hsdp")
+        needed[parallel, gpus] = float(re.search(r"optimizer +([0-9.]+)", printed)[1])
+    whole = needed["ddp", 8]
+    assert needed["hsdp", 8] == needed["hsdp", 16] == pytest.approx(whole / 8, abs=1e-3)
+    assert needed["fsdp", 16] == pytest.approx(whole / 16, abs=1e-3)
+
+
 def test_micro_batches_that_do_not_divide_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="1 micro-batches a step cannot be shared by 3 gpus"):
         train.main(config(tmp_path, gpus=3))

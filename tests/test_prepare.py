@@ -1,12 +1,12 @@
 import base64
 import bz2
 import contextlib
-import fcntl
 import gzip
 import hashlib
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import pkgutil
 import random
@@ -17,7 +17,7 @@ import tarfile
 import time
 import types
 import zipfile
-from concurrent.futures import Future
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +53,18 @@ from data.tokenizer import (
     open_tokenizer,
     train_tokenizer,
 )
-from data.writer import Parcel, Seen, digest_of, encode_parcel, load_worker, split_of, training_share, write_domains
+from data.writer import (
+    Parcel,
+    Seen,
+    digest_of,
+    encode_parcel,
+    end_with_parent,
+    load_worker,
+    locked,
+    split_of,
+    training_share,
+    write_domains,
+)
 
 ODD_TEXT = '\tif x:\n\t\treturn  1234\r\n\n        y = "<s></s><unk><0x0A>"\0 \u00e9\u6f22\U0001f600 <|endoftext|>  '
 
@@ -847,13 +858,42 @@ def test_an_unfinished_data_set_that_cannot_go_on_is_refused_and_made_again_by_f
     assert content(out) == content(long_domains / "out")
 
 
+@pytest.mark.parametrize("script", ["embedded", "jsonl"])
+def test_an_error_of_the_disk_is_one_line(script, tmp_path):
+    (tmp_path / "file").write_text("{}")
+    inputs = [f"web={tmp_path}/file", "--tokenizer=none"] if script == "jsonl" else []
+    done = subprocess.run([sys.executable, f"data/{script}/prepare.py", *inputs, f"--out={tmp_path}/file/out"],
+                          cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: "), done.stderr
+
+
+def killed_parent(pid_file):
+    """A pool of one process, whose parent is killed while it waits for work."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), end_with_parent) as pool:
+        pid_file.write_text(str(pool.submit(os.getpid).result()))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_pool_ends_when_its_parent_is_killed(tmp_path):
+    code = f"import pathlib, test_prepare; test_prepare.killed_parent(pathlib.Path({str(tmp_path / 'pid')!r}))"
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths}, check=False)
+    process, end = Path("/proc", (tmp_path / "pid").read_text(), "cmdline"), time.monotonic() + 30
+    while process.exists() and process.read_bytes():
+        assert time.monotonic() < end, "the pool's process lives on"
+        time.sleep(0.02)
+
+
 def test_two_runs_never_write_into_one_folder(long_domains, model, tmp_path):
-    descriptor = os.open(tmp_path, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    (tmp_path / "long").symlink_to(long_domains)
-    with pytest.raises(DataError, match="another process is writing this data set"):
-        jsonl.main([f"web={long_domains}/web-0.jsonl", "--out", str(tmp_path), "--tokenizer", str(model)])
-    os.close(descriptor)
+    command = [f"web={long_domains}/web-0.jsonl", "--out", str(tmp_path), "--tokenizer", str(model)]
+    (tmp_path / "web_train_000000.bin").write_text("what the other has written")
+    with locked(tmp_path):
+        for prepare_it, arguments in ((jsonl.main, command), (jsonl.main, [*command, "--force"]),
+                                      (embedded.main, ["--out", str(tmp_path), "--force"])):  # fmt: skip
+            with pytest.raises(DataError, match="another process is writing this data set"):
+                prepare_it(arguments)
+    assert [f.name for f in tmp_path.iterdir()] == ["web_train_000000.bin"]
 
 
 def test_a_domain_is_full_after_the_document_that_reaches_its_share(long_domains, model):

@@ -1,5 +1,6 @@
 """Tokens drawn, text streamed, tokenizers found, and every refusal."""
 
+import base64
 import dataclasses
 import json
 from pathlib import Path
@@ -14,7 +15,7 @@ import model as m
 import sample
 from configurator import ConfigError
 from data.shards import DataError, write_meta, write_shard
-from data.tokenizer import train_tokenizer
+from data.tokenizer import FAMILIES, train_tokenizer
 from sample import Config, choose, generate, pieces
 
 V = 300
@@ -166,6 +167,31 @@ def test_sentencepiece_models_are_found_in_the_folder_and_in_the_data_set(tmp_pa
     assert capsys.readouterr().out == from_data
     assert from_data.startswith("the fox")
     assert len(from_data) > len("the fox\n")
+
+
+def test_a_prompt_in_ranks_begins_with_bos_and_has_the_tokens_of_its_text(tmp_path, monkeypatch, capsys):
+    seen, ranks = [], {bytes([i]): i for i in range(256)}
+    monkeypatch.setitem(FAMILIES, 256, FAMILIES[128_000])  # known by the number of ranks
+    (tmp_path / "tokenizer.model").write_bytes(
+        b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
+    )
+    model = m.Llama(m.LlamaConfig(512, 8, 8, 1, 1, 1, 8, max_position_embeddings=16))
+    model.init_weights(0)
+    model.save(tmp_path)
+    monkeypatch.setattr(sample, "generate", lambda _, prompt, __: seen.append(prompt) or iter(()))
+    for prompt in ("ab", "a", ""):
+        sample.main(str(tmp_path), prompt, CONFIG)
+    assert seen == [[256, 97, 98], [256, 97], [256]]
+
+
+def test_truncation_and_padding_of_a_tokenizer_json_leave_a_prompt_whole(tmp_path):
+    write_tokenizer_json(tmp_path)
+    whole = sample.TokenizerJson(tmp_path / "tokenizer.json").encode(TEXT)
+    model = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for change in (lambda: model.enable_truncation(3), lambda: model.enable_padding(length=400)):
+        change()
+        model.save(str(tmp_path / "tokenizer.json"))
+        assert sample.TokenizerJson(tmp_path / "tokenizer.json").encode(TEXT) == whole
 
 
 def test_a_shortened_text_is_announced(tmp_path, capsys):

@@ -23,6 +23,7 @@ import plot
 import train
 from data.loader import DomainLoader
 from data.shards import DataError, write_meta, write_shard
+from dro import Mix
 from kernels import dispatch, masked_swiglu, pack
 from kernels.masked_linear import masked_linear, packed_linear
 from metrics import RunError, read_metrics
@@ -295,11 +296,45 @@ def test_bfloat16_prunes_like_float32(data, source, pruned, tmp_path):
     assert np.allclose(record["val_loss"], pruned[1]["val_loss"], atol=0.1)
 
 
-def test_a_second_epoch_is_said_once_per_domain(data, tmp_path, capsys):
-    train.main(tiny(data, tmp_path / "r", domains=("pairs",), batch_size=128, micro_batch_size=128, max_steps=20))
-    out = capsys.readouterr().out  # 20 * 128 windows of the 1,176 there are
-    said = "domain pairs is about to begin its second epoch"
-    assert out.count(f"warning: step 0: {said}") == 1 == out.count(f"  step 0: {said}")  # when it comes, and at the end
+def test_a_domain_that_begins_again_is_said_at_its_second_fourth_and_eighth_epoch(data, tmp_path, capsys):
+    train.main(tiny(data, tmp_path / "r", domains=("pairs",), batch_size=147, micro_batch_size=147, max_steps=33))
+    out = capsys.readouterr().out  # 33 * 147 windows of the 1,176 there are: 8 steps an epoch, with none left over
+    for step, epoch in ((7, 2), (23, 4)):  # whose batch takes the last windows
+        said = f"step {step}: domain pairs begins its epoch {epoch}, the same 1176 sequences in a new order"
+        assert out.count(f"warning: {said}") == 1 == out.count(f"  {said}")  # when it comes, and at the end
+    assert out.count("begins its epoch") == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "fit"),
+    [(dict(max_steps=1000, eval_interval=90), 990), (dict(max_steps=1000, eval_interval=100), 1100),
+     (dict(max_steps=1000, eval_interval=10), 120), (dict(max_steps=1000, eval_interval=1), 100),
+     (dict(max_steps=1000, eval_interval=10, law_after_ramp=True, sparsity_warmup=205), 310)],
+)  # fmt: skip
+def test_the_step_of_the_first_fit_is_known_beforehand(settings, fit):
+    cfg = train.Config(**settings)
+    mix = Mix(("a", "b"), np.array([0.5, 0.5]), "dro")
+    fitted = []
+    for step in range(cfg.eval_interval, cfg.max_steps + 1, cfg.eval_interval):
+        record = step >= cfg.sparsity_warmup or not cfg.law_after_ramp
+        mix.update(np.array([3.0, 2.0]) + 5 / step, step * np.ones(2), step / cfg.max_steps, record=record)
+        fitted += [step] if mix.reference_loss_M is not None else []
+    assert train.first_fit(cfg) == fit == (fitted[0] if fitted else fit)
+    assert (fit > cfg.max_steps) == (not fitted)
+
+
+def test_a_mix_that_cannot_move_for_want_of_evaluations_is_said_at_the_start(data, tmp_path, capsys):
+    said = "warning: step 0: no reference loss will be predicted: the first scaling law would be fitted at step 33 of"
+    train.main(tiny(data, tmp_path / "r", mix="dro", max_steps=30, eval_interval=3))
+    assert said in capsys.readouterr().out
+    train.main(tiny(data, tmp_path / "s", mix="constant", max_steps=30, eval_interval=3))
+    assert "no reference loss" not in capsys.readouterr().out
+
+
+def test_what_only_a_new_model_can_choose_is_refused_beside_init_from():
+    for given in (dict(rope_theta=1e6), dict(tied_embeddings=True)):
+        with pytest.raises(ConfigError, match=f"{next(iter(given))} = .*: it is that of init_from; leave it out"):
+            train.check(train.Config(stage="continue", init_from="model", **given))
 
 
 def test_recomputing_activations_changes_nothing(data, source, pruned, tmp_path):

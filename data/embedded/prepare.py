@@ -40,7 +40,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.shards import DataError, read_meta, sha256
 from data.tokenizer import train_tokenizer
-from data.writer import begin, digest_of, finish, table, training_share, write_domains
+from data.writer import begin, digest_of, end_with_parent, finish, locked, table, training_share, write_domains
 
 VOCAB_SIZE = 4096
 VAL_FRACTION = 0.08         # large enough for 60k tokens of validation text in the smallest domain
@@ -127,7 +127,7 @@ def apidoc_documents() -> Iterator[str]:
     files = [path for package in APIDOC_PACKAGES for path in sorted((SITE / package).rglob("*.py"))
              if not left_out & set(path.parts)]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), context) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), context, end_with_parent) as pool:
         for docstrings in pool.map(docstrings_of_file, files, chunksize=32):
             yield from docstrings
 
@@ -348,12 +348,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=HERE, help="folder of the data set (default: the script's own)")
     parser.add_argument("--force", action="store_true", help="prepare again what is there")
     args = parser.parse_args(argv)
+    with locked(args.out):
+        prepare(args.out, args.force)
+
+
+def prepare(out: Path, force: bool) -> None:
     start_s = time.perf_counter()
     settings = {"made_by": "data/embedded/prepare.py", "vocab_size": VOCAB_SIZE, "val_fraction": VAL_FRACTION,
                 "max_domain_chars": MAX_DOMAIN_CHARS}
-    if not begin(args.out, settings, args.force):
-        domains = read_meta(args.out)["domains"]
-        print(f"{args.out}: complete, {len(domains)} of {len(ABOUT)} domains ({', '.join(domains)}); nothing to do "
+    if not begin(out, settings, force):
+        domains = read_meta(out)["domains"]
+        print(f"{out}: complete, {len(domains)} of {len(ABOUT)} domains ({', '.join(domains)}); nothing to do "
               "(--force prepares it again)")
         return
 
@@ -363,19 +368,19 @@ def main(argv: list[str] | None = None) -> None:
     print(f"training a tokenizer of {VOCAB_SIZE:,} pieces", flush=True)
     sample = [text for domain in documents
               for text in training_share(documents[domain], TOKENIZER_CHARS, VAL_FRACTION)]
-    spec = train_tokenizer(sample, VOCAB_SIZE, args.out)
+    spec = train_tokenizer(sample, VOCAB_SIZE, out)
     print("encoding", flush=True)
     texts = {domain: tqdm(documents[domain], desc=f"encoding {domain}", unit=" documents", disable=None)
              for domain in documents}
-    domains = write_domains(args.out, spec, texts, VAL_FRACTION, processes=os.cpu_count() or 1)
+    domains = write_domains(out, spec, texts, VAL_FRACTION, processes=os.cpu_count() or 1)
     for domain, entry in domains.items():
         entry["source"], entry["licence"] = ABOUT[domain]
-    meta = finish(args.out, spec, domains, settings=settings)
-    print(f"{table(meta)}\n{args.out}: done in {time.perf_counter() - start_s:.0f} s")
+    meta = finish(out, spec, domains, settings=settings)
+    print(f"{table(meta)}\n{out}: done in {time.perf_counter() - start_s:.0f} s")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except DataError as error:
+    except (DataError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.reader import Source, file_source, files_of, text_of
 from data.shards import DOMAIN, DataError, sha256
 from data.tokenizer import Tiktoken, install_tokenizer, kind_of, open_tokenizer, train_tokenizer
-from data.writer import SHARD_TOKENS, begin, digest_of, finish, read_progress, split_of, table, write
+from data.writer import SHARD_TOKENS, begin, digest_of, finish, locked, read_progress, split_of, table, write
 
 TOKENIZER_CHARS = 24_000_000  # to train a tokenizer on: the same from each domain, from the start of its files
 
@@ -125,6 +125,12 @@ def prepare(args: argparse.Namespace, made_by: str, domains: Sequence[str], sour
             parse: Callable, origin: dict) -> None:
     """The data set of these sources. origin: what identifies them, for meta.json and for going on after a stop."""
     check(args)
+    with locked(args.out):
+        _prepare(args, made_by, domains, sources, parse, origin)
+
+
+def _prepare(args: argparse.Namespace, made_by: str, domains: Sequence[str], sources: Sequence[Source],
+             parse: Callable, origin: dict) -> None:
     start_s = time.perf_counter()
     settings = {"made_by": made_by, "tokenizer": tokenizer_settings(args), "val_fraction": args.val_fraction,
                 "shard_tokens": args.shard_tokens, "max_tokens": args.max_tokens, "dedup": args.dedup,
@@ -156,5 +162,5 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except DataError as error:
+    except (DataError, OSError) as error:
         sys.exit(f"error: {error}")

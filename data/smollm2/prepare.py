@@ -35,7 +35,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.embedded.prepare import ABOUT, MAX_DOMAIN_CHARS, VAL_FRACTION, Archive, Download, collect, member
 from data.shards import DataError, read_meta, sha256
-from data.writer import begin, finish, table, write_domains
+from data.writer import begin, finish, locked, table, write_domains
 from model import Llama, LlamaConfig
 
 HERE = Path(__file__).resolve().parent
@@ -217,12 +217,13 @@ def main(argv: list[str] | None = None) -> None:
         write_model(model)
     else:
         print(f"{model}: complete; nothing to do")
-    write_data(args.out / "data", model / "tokenizer.json", args.force)
+    with locked(args.out / "data"):
+        write_data(args.out / "data", model / "tokenizer.json", args.force)
     print(f"{args.out}: done in {time.perf_counter() - start_s:.0f} s")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except DataError as error:
+    except (DataError, OSError) as error:
         sys.exit(f"error: {error}")
