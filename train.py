@@ -97,6 +97,7 @@ class Config:
     max_steps: int = 1000
     lr: float = 1e-4
     mask_lr: float = 1.0  # of log_alpha and the lambdas
+    damping: float = 1.0  # learning rate of lambda2 by that of lambda1: 1 as published; 10 stops sparsity's overshoot
     lr_warmup: int = 0  # steps
     sparsity_warmup: int = 0  # steps until the full target sparsity is asked for
     seed: int = 17
@@ -164,7 +165,7 @@ def check(cfg: Config) -> None:
                  "log_interval", "save_interval", "keep_checkpoints", "rank_timeout", "gpus"):  # fmt: skip
         if getattr(cfg, name) < 1:
             raise ConfigError(f"{name} = {getattr(cfg, name)}: must be at least 1")
-    for name in ("lr", "mask_lr", "gpu_memory", "gpu_tflops", "mfu"):
+    for name in ("lr", "mask_lr", "damping", "gpu_memory", "gpu_tflops", "mfu"):
         if not 0 < getattr(cfg, name) < math.inf:
             raise ConfigError(f"{name} = {getattr(cfg, name)}: must be positive")
     for name in ("seed", "keep_every"):
@@ -434,8 +435,8 @@ def run(cfg: Config, signals: StopSignals, held: ExitStack) -> dict:
     optimizers = [torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=0.0, **fused)]
     if masks:
         optimizers.append(torch.optim.Adam(masks.log_alpha.values(), cfg.mask_lr, **fused))
-        optimizers.append(torch.optim.Adam([masks.lambda1, masks.lambda2], cfg.mask_lr, maximize=True, **fused))
-    base_lrs = [cfg.lr, cfg.mask_lr, cfg.mask_lr]
+        optimizers += [torch.optim.Adam([by], maximize=True, **fused) for by in (masks.lambda1, masks.lambda2)]
+    base_lrs = [cfg.lr, cfg.mask_lr, cfg.mask_lr, cfg.mask_lr * cfg.damping]
     for p in model.parameters():  # a block that no sample of a step keeps has zero gradients, not none: AdamW steps on
         p.grad = torch.zeros_like(p)
 
@@ -660,7 +661,7 @@ def run(cfg: Config, signals: StopSignals, held: ExitStack) -> dict:
             gap = (sparsity - masks.target_sparsity()[mask]).abs().max().item()
             if gap > 0.02:
                 log.warn(step, f"mask {mask} misses its target sparsity by up to {gap:.3f}: more max_steps, "
-                               "a shorter sparsity_warmup or a higher mask_lr bring it there")  # fmt: skip
+                               "a shorter sparsity_warmup, more damping or a higher mask_lr bring it there")  # fmt: skip
     elif sharded:
         model = gather(model)
 

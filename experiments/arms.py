@@ -44,6 +44,7 @@ class Arm:
     view: str = "plain"  # of the data: views.py
     evaluate: float = 1.0  # times as often
     carries_mix: bool = False  # continued training begins with the mix that pruning ended with
+    damping: float = 1.0  # of the Lagrangian
 
 
 def shape(n_layers: int, hidden_size: int, intermediate_size: int, n_heads: int) -> dict:
@@ -80,6 +81,8 @@ ARMS = {
     "paper_train_loss": Arm({**DYNAMIC, "mix_loss": "train"}),
     "paper_noclip": Arm({**DYNAMIC, "clip_reference": False}),
     "uniform": Arm({"ratios": "uniform"}),
+    "constant_damped": Arm({}, damping=10.0),
+    "paper_damped": Arm(DYNAMIC, damping=10.0),
     "random": Arm({}, start="random"),
     "oneshot": Arm({}, start="oneshot"),
     "oneshot_384": Arm({}, start="oneshot_same"),
@@ -148,7 +151,7 @@ def stages(run: Run, out: str, domains: tuple[str, ...] = (), reference: tuple[f
         return [stage(source.go_on, "continue", f"{folder}/oneshot", 2)]
     if arm.start == "only_masks":
         return [stage(source.prune, "prune", start_folder, 1, max_steps=all_steps, **target)]
-    return [stage(source.prune, "prune", start_folder, 1, **target),
+    return [stage(source.prune, "prune", start_folder, 1, **target, damping=arm.damping),
             stage(source.go_on, "continue", f"{folder}/prune/model", 2)]  # fmt: skip
 
 

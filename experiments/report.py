@@ -408,6 +408,8 @@ QUESTIONS = {  # arms and what each is compared with, in loss after continuing
     "Robust, or merely flatter": [("paper", "uniform"), ("uniform", "constant")],
     "Pruning itself": [("constant", "random"), ("constant", "oneshot"), ("constant", "oneshot_384"),
                         ("oneshot", "oneshot_384"), ("constant", "masks_only")],
+    "The Lagrangian damped": [("constant_damped", "constant"), ("paper_damped", "paper"),
+                              ("paper_damped", "constant_damped"), ("constant_damped", "oneshot")],
 }  # fmt: skip
 
 

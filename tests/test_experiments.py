@@ -39,7 +39,7 @@ def test_every_arm_could_start_and_has_the_same_budget(name):
 
 
 def test_the_plan_s_number_of_runs_and_seeds():
-    assert len(arms.runs("evidence")) == 93 + 6  # planned, and added afterwards
+    assert len(arms.runs("evidence")) == 93 + 12  # planned, and added afterwards
     seeds = {arm: sum(r.arm == arm and r.source == "A" for r in ALL_RUNS) for arm in arms.ARMS}
     assert min(seeds[arm] for arm in arms.HEADLINE) == 8
     assert min(seeds.values()) == 3

@@ -337,6 +337,16 @@ def test_what_only_a_new_model_can_choose_is_refused_beside_init_from():
             train.check(train.Config(stage="continue", init_from="model", **given))
 
 
+def test_damping_keeps_the_sparsity_from_overshooting_its_ramp(data, source, pruned, tmp_path):
+    train.main(prune_tiny(data, tmp_path / "r", source, damping=10.0))
+    overshoot = [
+        max(r["sparsity"][m] - r["target_sparsity"][m] for r in metrics(run, "train") for m in r["sparsity"])
+        for run in (pruned[0], tmp_path / "r")
+    ]
+    assert overshoot[0] > 0.4
+    assert overshoot[1] < 0.5 * overshoot[0]
+
+
 def test_recomputing_activations_changes_nothing(data, source, pruned, tmp_path):
     train.main(prune_tiny(data, tmp_path / "r", source, checkpoint_activations=True))
     whole, recomputed = weights(pruned[0]), weights(tmp_path / "r")
