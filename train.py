@@ -278,10 +278,14 @@ def plan_of(cfg: Config) -> str:
 
 
 def same_run(config: dict, cfg: Config, where: Path) -> None:
-    """Raises RunError where a setting that shapes the run differs from that of the run being resumed."""
+    """Raises RunError where a setting that shapes the run differs from that of the run being resumed.
+
+    A setting that did not exist yet was at what is its default now.
+    """
+    config = asdict(Config()) | config
     for name, value in json.loads(json.dumps(asdict(cfg))).items():
-        if name not in FREE and json.loads(json.dumps(config.get(name))) != value:
-            raise RunError(f"{where}: was written with {name} = {config.get(name)!r}, this run has {value!r}: "
+        if name not in FREE and json.loads(json.dumps(config[name])) != value:
+            raise RunError(f"{where}: was written with {name} = {config[name]!r}, this run has {value!r}: "
                            "give the same, or choose another out_dir")  # fmt: skip
 
 
@@ -660,8 +664,8 @@ def run(cfg: Config, signals: StopSignals, held: ExitStack) -> dict:
         for mask, sparsity in masks.expected_sparsity().items():
             gap = (sparsity - masks.target_sparsity()[mask]).abs().max().item()
             if gap > 0.02:
-                log.warn(step, f"mask {mask} misses its target sparsity by up to {gap:.3f}: more max_steps, "
-                               "a shorter sparsity_warmup, more damping or a higher mask_lr bring it there")  # fmt: skip
+                log.warn(step, f"mask {mask} misses its target sparsity by up to {gap:.3f}: more max_steps, a "
+                               "shorter sparsity_warmup, more damping or a higher mask_lr bring it there")  # fmt: skip
     elif sharded:
         model = gather(model)
 

@@ -223,6 +223,14 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before_and_said_so(damage, 
     assert chaos.differences(whole, out) == []
 
 
+def test_a_checkpoint_of_before_a_setting_existed_had_its_default():
+    cfg = train.Config(stage="continue", seed=5)
+    saved = {k: v for k, v in dataclasses.asdict(cfg).items() if k != "damping"}
+    train.same_run(saved, cfg, "r")
+    with pytest.raises(RunError, match=r"r: was written with damping = 1.0, this run has 10.0"):
+        train.same_run(saved, dataclasses.replace(cfg, damping=10.0), "r")
+
+
 def test_a_run_without_any_whole_checkpoint_does_not_start_anew_by_itself(unfinished, tmp_path):
     out, cfg = tmp_path / "r", dataclasses.replace(unfinished[1], out_dir=str(tmp_path / "r"))
     shutil.copytree(unfinished[0], out)
