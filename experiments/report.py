@@ -440,9 +440,9 @@ def save(figure, path: Path) -> None:
 
 
 def plot_arms(results: Results, path: Path) -> None:
-    """Each mix minus constant, at the same target: seeds, mean and interval."""
-    rows = [row for row in results.rows() if row[1] != "constant"
-            and (ARMS[row[1]].start, ARMS[row[1]].target) == ("masks", "4th")][::-1]  # fmt: skip
+    """Each mix minus constant, pruned in the same way to the same target: seeds, mean and interval."""
+    of_a_mix = [a for a, arm in ARMS.items() if (arm.start, arm.target, arm.damping) == ("masks", "4th", 1.0)]
+    rows = [row for row in results.rows() if row[1] in of_a_mix[1:]][::-1]
     figure, axes = plt.subplots(1, 2, figsize=(11, 1.9 + 0.28 * len(rows)), sharey=True, layout="constrained")
     for axis, (what, over) in zip(axes, (("mean of domains", np.mean), ("worst domain", np.max)), strict=True):
         for y, (_, arm, r) in enumerate(rows):
