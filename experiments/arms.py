@@ -74,7 +74,7 @@ ARMS = {
     "constant": Arm({}),
     "sheared": Arm({"mix": "sheared", **FIXED}, carries_mix=True),
     "paper": Arm(DYNAMIC),
-    "sheared_law": Arm({"mix": "sheared", "dynamic_ratio": False}, carries_mix=True),
+    "sheared_law": Arm({"mix": "sheared", "dynamic_reference": True, "dynamic_ratio": False}, carries_mix=True),
     "bandit": Arm({"mix": "bandit", **FIXED}),
     "dro_fixed": Arm({"mix": "dro", **FIXED}),
     "dro_dynamic": Arm({**DYNAMIC, "dynamic_ratio": False}),

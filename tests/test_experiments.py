@@ -61,11 +61,21 @@ def test_arms_differ_from_constant_in_what_they_are_named_for_only():
         "sheared": {"mix", "reference_losses"},
         "paper": {"mix", "reference_losses", "dynamic_reference", "dynamic_ratio"},
         "uniform": {"ratios"},
+        "sheared_law": {"mix", "reference_losses", "dynamic_reference"},
+        "constant_damped": {"damping"},
     }.items():
         for ours, constant in zip(settings(arm), settings("constant"), strict=True):
-            assert {k for k in ours if ours[k] != constant[k]} == keys | {"out_dir"} | (
-                {"init_from"} if ours["stage"] == "continue" else set()
-            )
+            of_stage = {"init_from"} if ours["stage"] == "continue" else set()
+            keys_here = keys - ({"damping"} if ours["stage"] == "continue" else set())
+            assert {k for k in ours if ours[k] != constant[k]} == keys_here | {"out_dir"} | of_stage
+
+
+def test_no_two_arms_are_the_same():
+    def settings(arm):
+        stages = arms.stages(arms.Run("A", arm, 1), "out", DOMAINS, (2.0,) * 6)
+        return str([{k: v for k, v in vars(cfg).items() if k not in ("out_dir", "init_from")} for cfg in stages])
+
+    assert len({settings(arm) + arms.ARMS[arm].start for arm in arms.ARMS}) == len(arms.ARMS)
 
 
 # ---- one-shot pruning
