@@ -191,7 +191,7 @@ class Checkpoints:
         for folder in checkpoints(self.out_dir):
             kept_for_good = self.keep_every and step_of(folder) % self.keep_every == 0
             if folder not in up_to_now or (folder not in up_to_now[-self.keep :] and not kept_for_good):
-                shutil.rmtree(folder)
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def attempt(action: Callable, *arguments) -> str:

@@ -171,13 +171,14 @@ def main(path: str, out: str, cfg: Config) -> None:
     history = stages(source, step)
     files = tokenizer_files(source, history, cfg.tokenizer)
     text = card(target.name, model, history, cfg.dtype, bool(files))
-    beside = target.with_name(f"{target.name}.unfinished")
     try:
-        write(beside, model, DTYPES[cfg.dtype], files, text)
-        os.replace(beside, target)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise ConfigError(f"{target}: cannot be written ({error}): make room or choose another folder") from None
+        write(target, model, DTYPES[cfg.dtype], files, text)
+    except BaseException as error:
+        for file in target.iterdir() if target.is_dir() else ():  # which was empty, or not there
+            file.unlink()
+        if isinstance(error, OSError | SafetensorError):
+            raise ConfigError(f"{target}: cannot be written ({error}): make room or choose another folder") from None
+        raise
 
     kind = f"{cfg.dtype}, {model.config.model_type}"
     print(f"{target}: {model.n_parameters():,} parameters, {kind}; the card is its README.md")

@@ -97,7 +97,7 @@ class Config:
     max_steps: int = 1000
     lr: float = 1e-4
     mask_lr: float = 1.0  # of log_alpha and the lambdas
-    damping: float = 1.0  # learning rate of lambda2 by that of lambda1: 1 as published; 10 stops sparsity's overshoot
+    damping: float = 1.0  # learning rate of lambda2 by that of lambda1; 1: published, 10: a quarter of its overshoot
     lr_warmup: int = 0  # steps
     sparsity_warmup: int = 0  # steps until the full target sparsity is asked for
     seed: int = 17
@@ -554,10 +554,10 @@ def run(cfg: Config, signals: StopSignals, held: ExitStack) -> dict:
             break
 
         signals.doing, start = f"taking step {step + 1}", time.perf_counter()
-        epoch_M = train.epoch_M.copy()
+        begun_M = train.begun_M
         batch = train.next_batch(step, mix.ratio_M, cfg.batch_size)
-        for m in np.flatnonzero(np.frexp(epoch_M + 1)[1] < np.frexp(train.epoch_M + 1)[1]):  # the 2nd, 4th, 8th, ...
-            log.warn(step, f"domain {domains[m]} begins its epoch {train.epoch_M[m] + 1}, the same "
+        for m in np.flatnonzero(np.frexp(np.maximum(begun_M, 1))[1] < np.frexp(train.begun_M)[1]):  # the 2nd, 4th, ...
+            log.warn(step, f"domain {domains[m]} begins its epoch {train.begun_M[m]}, the same "
                            f"{train.size_M[m]} sequences in a new order")  # fmt: skip
         loss_N = torch.zeros(cfg.batch_size + 1, dtype=torch.float64, device=device)  # summed over a sequence's tokens
         loss_N[-1] = bool(signals.asked)  # one signal on one rank stops them all after the same step

@@ -240,6 +240,11 @@ class DomainLoader:
                             "prepare the data set again")  # fmt: skip
         return out
 
+    @property
+    def begun_M(self) -> np.ndarray:
+        """Epochs of each domain that have given at least one window."""
+        return self.epoch_M + (self.position_M > 0)
+
     def file_of(self, batch: Batch, n: int) -> str:
         """The shard that a sequence of a batch comes from."""
         return self.files.paths[batch.shard_N[n]]

@@ -123,12 +123,12 @@ class Results:
 
     def rows(self) -> list[tuple[str, str, "Results"]]:
         """Label, arm and results of every arm with all its seeds, and again with those that all arms have."""
-        common = sorted(set.intersection(*(set(self.seeds(arm)) for arm in self.arms())))
+        common = [s for s in sorted({s for _, s in self.runs}) if all(s in self.seeds(arm) for arm in self.arms())]
         rows = []
         for arm in self.arms():
             rows.append((arm, arm, self))
             if common and self.seeds(arm) != common:
-                rows.append((f"{arm}, seeds {common[0]} to {common[-1]}", arm, self.on(common)))
+                rows.append((f"{arm}, seeds {', '.join(map(str, common))}", arm, self.on(common)))
         return rows
 
     def mean(self, arm: str, metric: Metric) -> float:
@@ -488,8 +488,9 @@ def plot_reference(results: Results, path: Path) -> None:
 
 def plot_targets(results: Results, path: Path) -> None:
     """On the seeds that all of these arms have."""
-    arms = [a for a in results.arms() if a.startswith(("constant", "paper_8th", "paper_16th")) or a == "paper"]
-    results = results.on(set.intersection(*(set(results.seeds(a)) for a in arms)))
+    of_sizes = [f"{name}{size}" for name in ("constant", "paper") for size in ("", "_8th", "_16th")]
+    arms = [a for a in results.arms() if a in of_sizes]
+    results = results.on([s for s in results.seeds("constant") if all(s in results.seeds(a) for a in arms)])
     figure, axis = plt.subplots(figsize=(7, 5), layout="constrained")
     for name, style in (("constant", "o-"), ("paper", "s--")):
         sizes = [(arm, share) for arm, share in ((name, 1 / 4), (f"{name}_8th", 1 / 8), (f"{name}_16th", 1 / 16))

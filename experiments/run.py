@@ -13,6 +13,7 @@ deleted when a run is recorded; its metrics.jsonl stay in --out, and the sources
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -282,11 +283,9 @@ def leave_with_parent() -> None:
 
 
 def forget_weights(folder: Path) -> None:
-    for path in sorted(folder.rglob("*"), reverse=True):  # a folder after what is in it
-        if path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
-        elif path.is_file() and path.name not in ("metrics.jsonl", "log.txt"):
-            path.unlink()
+    for models in ("model", "oneshot", "step_*"):
+        for made in list(folder.rglob(models)):
+            shutil.rmtree(made, ignore_errors=True)
 
 
 def check_recorded(done: dict[str, dict], names: list[str], opt: Options) -> None:
@@ -335,9 +334,9 @@ def main(opt: Options) -> bool:
         raise train.RunError(f"{out}: another runner is at work there") from None
     arms, sources = [str(run) for run in runs(opt.study, opt.seeds)], [f"{name}/source" for name in STUDIES[opt.study]]
     done = read_results(results)
+    check_recorded(done, sources + arms, opt)
     for name in (name for name in arms if name in done):
         forget_weights(out / name)  # of a run that ended just before the runner was killed
-    check_recorded(done, sources + arms, opt)
     for name in STUDIES[opt.study]:
         source = SOURCES[name]
         views.build(source.data, out / name / "views", source.prune.seq_len, source.windows, source.corrupted_windows)

@@ -51,7 +51,9 @@ def build(data: str, out: Path, seq_len: int, windows: int, corrupted_windows: i
     views["mixed"] = mixed(few)
     for name, domains in views.items():
         write_view(out / name, meta, domains)
-    made_of.write_text(json.dumps(settings))
+    beside = made_of.with_suffix(".tmp")
+    beside.write_text(json.dumps(settings))
+    beside.replace(made_of)
 
 
 def write_view(folder: Path, meta: dict, domains: dict[str, dict[str, Text]]) -> None:

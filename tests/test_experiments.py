@@ -338,7 +338,7 @@ def test_arms_of_more_seeds_are_shown_again_on_the_seeds_that_all_have():
     losses = {"constant": [2.0, 3.0, 4.0], "paper": [1.0, 2.0, 9.0], "bandit": [1.0, 2.0]}
     results = report.Results(records_of(losses), "A")
     assert [label for label, *_ in results.rows()] == [
-        "constant", "constant, seeds 1 to 2", "paper", "paper, seeds 1 to 2", "bandit"
+        "constant", "constant, seeds 1, 2", "paper", "paper, seeds 1, 2", "bandit"
     ]  # fmt: skip
     rows = [line.split(" | ") for line in report.differences_table(results).splitlines()[2:]]
     assert [row[4].split()[0] for row in rows] == ["+1.0000", "-1.0000", "-1.0000"]
@@ -486,12 +486,16 @@ def test_tiny_runs_end_to_end_are_recorded_once_and_reported(tiny, tmp_path, mon
     assert "paper" in report.page(records, tmp_path / "figures")
 
     before = Path(tiny.out, "results.jsonl").read_text()
-    left_over = Path(tiny.out, "A/paper/1/prune/model.safetensors")  # killed between the record and the clearing up
+    left_over = Path(tiny.out, "A/paper/1/prune/model/model.safetensors")  # killed between the record and clearing up
+    left_over.parent.mkdir()
     left_over.write_text("weights")
+    figure = Path(tiny.out, "A/paper/1/prune/loss.png")
+    figure.write_text("of plot.py")
     monkeypatch.setattr(run, "in_own_process", lambda name, _: pytest.fail(f"{name} made again"))
     assert run.main(tiny)
     assert Path(tiny.out, "results.jsonl").read_text() == before
     assert not left_over.exists()
+    assert figure.exists()
 
 
 def test_sheared_continues_with_the_mix_that_pruning_ended_with_and_others_begin_again(tiny, monkeypatch):

@@ -64,13 +64,17 @@ def test_an_export_that_fails_leaves_nothing_and_says_why(tmp_path, monkeypatch)
     with monkeypatch.context() as m, pytest.raises(ConfigError, match=r"out: cannot be written .*No space left"):
         m.setattr(Path, "write_text", full)
         export.main(str(tmp_path / "source"), str(tmp_path / "out"), export.Config())
-    assert [f.name for f in tmp_path.iterdir()] == ["source"]
+    assert not list((tmp_path / "out").iterdir())
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(Path, "write_text", lambda *_: exec("raise KeyboardInterrupt"))
+        export.main(str(tmp_path / "source"), str(tmp_path / "out"), export.Config())
+    assert not list((tmp_path / "out").iterdir())
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"file/out: cannot be written .*Not a directory"):
         export.main(str(tmp_path / "source"), str(tmp_path / "file/out"), export.Config())
-    (tmp_path / "out").mkdir()
-    export.main(str(tmp_path / "source"), str(tmp_path / "out"), export.Config())
-    assert {f.name for f in tmp_path.iterdir()} == {"source", "file", "out"}
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    export.main(str(tmp_path / "source"), str(tmp_path / "link"), export.Config())
+    assert m.load(tmp_path / "out")
 
 
 @pytest.fixture(scope="module")
