@@ -61,14 +61,15 @@ def test_an_export_that_fails_leaves_nothing_and_says_why(tmp_path, monkeypatch)
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as m, pytest.raises(ConfigError, match=r"out: cannot be written .*No space left"):
-        m.setattr(Path, "write_text", full)
-        export.main(str(tmp_path / "source"), str(tmp_path / "out"), export.Config())
-    assert not list((tmp_path / "out").iterdir())
-    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(Path, "write_text", lambda *_: exec("raise KeyboardInterrupt"))
-        export.main(str(tmp_path / "source"), str(tmp_path / "out"), export.Config())
-    assert not list((tmp_path / "out").iterdir())
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    for failure, error, message in ((full, ConfigError, r"out: cannot be written .*No space left"),
+                                    (stopped, KeyboardInterrupt, "")):  # fmt: skip
+        with monkeypatch.context() as patch, pytest.raises(error, match=message):
+            patch.setattr(Path, "write_text", failure)
+            export.main(str(tmp_path / "source"), str(tmp_path / "out"), export.Config())
+        assert not list((tmp_path / "out").iterdir())
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"file/out: cannot be written .*Not a directory"):
         export.main(str(tmp_path / "source"), str(tmp_path / "file/out"), export.Config())

@@ -125,16 +125,16 @@ def prepare(args: argparse.Namespace, made_by: str, domains: Sequence[str], sour
             parse: Callable, origin: dict) -> None:
     """The data set of these sources. origin: what identifies them, for meta.json and for going on after a stop."""
     check(args)
-    with locked(args.out):
-        _prepare(args, made_by, domains, sources, parse, origin)
-
-
-def _prepare(args: argparse.Namespace, made_by: str, domains: Sequence[str], sources: Sequence[Source],
-             parse: Callable, origin: dict) -> None:
-    start_s = time.perf_counter()
     settings = {"made_by": made_by, "tokenizer": tokenizer_settings(args), "val_fraction": args.val_fraction,
                 "shard_tokens": args.shard_tokens, "max_tokens": args.max_tokens, "dedup": args.dedup,
                 "domains": list(domains), "origin": origin}
+    with locked(args.out):
+        _prepare(args, settings, domains, sources, parse)
+
+
+def _prepare(args: argparse.Namespace, settings: dict, domains: Sequence[str], sources: Sequence[Source],
+             parse: Callable) -> None:
+    start_s = time.perf_counter()
     if not begin(args.out, settings, args.force, resume=True):
         print(f"{args.out}: complete, domains {', '.join(domains)}; nothing to do (--force prepares it again)")
         return
