@@ -187,11 +187,11 @@ class Checkpoints:
 
     def _drop(self, written: Path) -> None:
         """Older ones beyond those to keep, and newer ones: they were found broken when the run was resumed."""
-        up_to_now = [f for f in checkpoints(self.out_dir) if step_of(f) <= step_of(written)]
-        for folder in checkpoints(self.out_dir):
-            kept_for_good = self.keep_every and step_of(folder) % self.keep_every == 0
-            if folder not in up_to_now or (folder not in up_to_now[-self.keep :] and not kept_for_good):
-                shutil.rmtree(folder, ignore_errors=True)
+        folders = checkpoints(self.out_dir)
+        n_up_to_now = folders.index(written) + 1
+        older, newer = folders[: max(0, n_up_to_now - self.keep)], folders[n_up_to_now:]
+        for folder in [f for f in older if not self.keep_every or step_of(f) % self.keep_every] + newer:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def attempt(action: Callable, *arguments) -> str:

@@ -39,8 +39,8 @@ class Source:
 class Arm:
     mix: dict  # settings of every stage
     target: str = "4th"
-    start: str = "masks"  # masks: prune, continue | only_masks, random, oneshot: all steps in one stage | oneshot_same:
-    # one-shot, and then as many steps as continue has
+    # masks: prune, continue | only_masks, random, oneshot: all steps in one stage | oneshot_same: continue's steps only
+    start: str = "masks"
     view: str = "plain"  # of the data: views.py
     evaluate: float = 1.0  # times as often
     carries_mix: bool = False  # continued training begins with the mix that pruning ended with
