@@ -15,7 +15,7 @@ import numpy as np
 
 import refloss
 
-BISECTIONS = 60  # halve the bracket of eta to the last bits of a double
+SECTIONS, SECTIONINGS = np.linspace(0.0, 1.0, 129), 6  # of the bracket of eta: to 1e-12 of the spread of the losses
 CLAMP = 2.0  # n: the reference ratio stays within [p0 / n, n p0]
 MOVE = 0.1  # delta: how fast the reference ratio follows the mix
 EMA = 0.1  # weight of the newest training loss
@@ -41,11 +41,10 @@ def _checked(ratio_M, *losses: np.ndarray) -> tuple[np.ndarray, ...]:
     return (p_M / p_M.sum(), *arrays[1:])
 
 
-def divergence(q_M: np.ndarray, p_M: np.ndarray) -> float:
-    """1/2 sum_m p_m (q_m / p_m - 1)^2, the chi-square divergence; domains with p_m = 0 are out."""
-    on = p_M > 0
+def divergence(q_M: np.ndarray, p_M: np.ndarray) -> np.ndarray:
+    """1/2 sum_m p_m (q_m / p_m - 1)^2, the chi-square divergence; domains with p_m = 0 are out. q (..., M)."""
     with np.errstate(over="ignore"):  # a ratio p near 0 may make it infinite, which is right
-        return float(0.5 * np.sum((q_M[on] - p_M[on]) ** 2 / p_M[on]))
+        return 0.5 * ((q_M - p_M) ** 2 / np.where(p_M > 0, p_M, np.inf)).sum(-1)
 
 
 def excess_loss(loss_M: np.ndarray, reference_loss_M: np.ndarray) -> np.ndarray:
@@ -63,7 +62,7 @@ def chi_square_ratio(
     """The most robust mix in a chi-square ball around the reference ratio (DRPruning, equation of the mix).
 
         max_q sum_m q_m e_m   s.t.  1/2 sum_m p_m (q_m / p_m - 1)^2 <= rho
-        q_m(eta) = p_m max(relu(e_m - eta) / sum_k p_k relu(e_k - eta), floor), renormalised; eta by bisection
+        q_m(eta) = p_m max(relu(e_m - eta) / sum_k p_k relu(e_k - eta), floor), renormalised; eta by 128-section
 
     loss_M, reference_loss_M: nats. reference_ratio_M: p, sums to one. rho: radius of the ball. floor: least q_m / p_m
     before renormalisation. clamp_to_min: raise every ratio to min p afterwards, renormalised (as published).
@@ -79,20 +78,20 @@ def chi_square_ratio(
         return p_M
     e_M = (np.where(on, excess_M, bottom) - bottom) / (top - bottom)  # the mix does not depend on shift and scale
 
-    def mix(weight_M: np.ndarray) -> np.ndarray:
-        q_M = np.maximum(p_M * weight_M / np.sum(p_M * weight_M), floor * p_M)
-        return q_M / q_M.sum()
+    def mix(weight_M: np.ndarray) -> np.ndarray:  # or weights of many etas, (K, M)
+        share_M = p_M * weight_M
+        q_M = np.maximum(share_M / share_M.sum(-1, keepdims=True), floor * p_M)
+        return q_M / q_M.sum(-1, keepdims=True)
 
     q_M = mix((e_M == 1.0).astype(float))  # eta -> max e: everything above the floor on the worst domains
     if divergence(q_M, p_M) > rho:
         inside, outside = -1.0 / math.sqrt(2 * rho), 1.0  # at that eta the divergence is under rho whatever e is
-        for _ in range(BISECTIONS):
-            eta = 0.5 * (inside + outside)
-            weight_M = np.maximum(e_M - eta, 0.0)
-            if (p_M * weight_M).any() and divergence(mix(weight_M), p_M) <= rho:
-                inside = eta
-            else:
-                outside = eta
+        for _ in range(SECTIONINGS):
+            eta_K = inside + (outside - inside) * SECTIONS
+            with np.errstate(invalid="ignore"):  # no domain has weight: NaN, which is not under rho
+                under_K = divergence(mix(np.maximum(e_M - eta_K[1:-1, None], 0.0)), p_M) <= rho
+            k = int(np.append(under_K, False).argmin())
+            inside, outside = eta_K[k], eta_K[k + 1]
         q_M = mix(np.maximum(e_M - inside, 0.0))
     return clamped_to_min(q_M, p_M) if clamp_to_min else q_M
 
@@ -271,14 +270,15 @@ class Mix:
         M = len(self.domains)
         before_M = np.full(M, np.nan) if self.reference_loss_M is None else self.reference_loss_M
         reference_M, misses_M = before_M.copy(), np.zeros(M)
-        for m, domain in enumerate(self.domains):
-            try:
-                law = refloss.fit(tokens_PM[:, m], loss_PM[:, m], sparsity_P if with_sparsity else None)
-            except refloss.FitError as error:
-                warnings.warn(f"domain {domain}: no scaling law, its reference loss stays: {error}", stacklevel=3)
+        laws = refloss.fit_domains(tokens_PM.T, loss_PM.T, sparsity_P if with_sparsity else None)
+        for m, law in enumerate(laws):
+            if isinstance(law, refloss.FitError):
+                domain = self.domains[m]
+                warnings.warn(f"domain {domain}: no scaling law, its reference loss stays: {law}", stacklevel=3)
                 continue
-            reference_M[m] = law.predict(tokens_M[m] / progress, final_sparsity if with_sparsity else None)
-            misses_M[m] = law.predict(tokens_M[m], sparsity if with_sparsity else None) - self.loss_M[m]
+            tokens, sparsities = tokens_M[m] / np.array([progress, 1.0]), np.array([final_sparsity, sparsity])
+            reference_M[m], now = law.predict(tokens, sparsities if with_sparsity else None)
+            misses_M[m] = now - self.loss_M[m]
             if self.clip_reference:
                 lowest = before_M[m] if self.fitted[m] else min(loss_M[m] for _, loss_M, _ in self.history)
                 reference_M[m] = min(reference_M[m], lowest)

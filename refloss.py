@@ -6,6 +6,9 @@ It minimises the mean Huber loss of the raw residuals over A, E > 0, 0 <= alpha 
 pruning costs loss). delta = 1e-3 is about the noise of an evaluation: this is nearly least absolute deviations: kinks
 and local minima, which gradient descent from a few starts misses. But given the exponents, A and E are linear:
 `_profile` solves for them at every node of a grid of exponents at once, and `_polish` descends from the best nodes.
+Domains are fitted side by side: at these sizes the time goes into how often numpy is called.
+
+Shapes: M domains, n points, K nodes of the grid or laws to try, R rows (one start of one domain each), D dampings.
 """
 
 from dataclasses import dataclass
@@ -17,12 +20,16 @@ ALPHAS = np.geomspace(0.01, EXPONENT_MAX, 32)
 ALPHAS_COARSE = np.append(0.0, np.geomspace(0.03, EXPONENT_MAX, 12))
 BETAS_UP = np.geomspace(0.05, EXPONENT_MAX, 7)
 BETAS = np.concatenate((-BETAS_UP[::-1], [0.0], BETAS_UP))
-REWEIGHTINGS, STARTS, NEWTON_STEPS = 9, 4, (3, 3, 60)  # the better half of the starts goes on to the next round
+NONE = np.zeros(1)
+REWEIGHTINGS, STARTS = 2, 2
+SOFT_STEPS, SOFT, STEPS = 3, 10.0, 60  # from all starts with 10 delta, which has fewer kinks; then from the best one
+CONVERGED = 1e-6  # a step's gain, as a share of the objective
 RANGES = {"tokens": (1e-20, 1e20), "losses": (0.0, 1e9), "sparsity": (1e-6, 1.0)}  # keep A in the range of a float
 TINY = 1e-300  # "positive, but nothing": A of a flat law, E of a pure power law
 IDENTITY = np.eye(4)
-DAMPINGS = np.array([0.0, 1e-3, 0.03, 0.2, 1.0])[:, None, None]
-LENGTHS = np.array([1.0, 0.1, 2.5])[:, None]
+DAMPINGS = np.array([0.0, 0.03, 1.0])[:, None, None]
+BLENDS = 1e-9 * IDENTITY + DAMPINGS * (1.0 + 1e-3 * IDENTITY)  # (D, 4, 4): the reweighted curvature's share
+LENGTHS = np.array([1.0, 0.3, 3.0, 10.0])[:, None]
 
 
 class FitError(ValueError):
@@ -61,43 +68,88 @@ def fit(tokens, losses, sparsity=None, delta: float = 1e-3) -> Law:
     Losses that do not fall give a flat law at their robust mean. Raises FitError for fewer than three distinct token
     counts (two points fit any exponent), negative losses, sparsity above 1, and lengths or ranges that do not fit.
     """
-    x, y = _usable(tokens, losses, sparsity, delta)
-    u, v = x - x.mean(1, keepdims=True)
-    if np.ptp(v) < 1e-9:
-        grids = [(ALPHAS, np.zeros(1))]
-    elif np.abs(v - u * (u @ v) / (u @ u)).max() < 1e-6 * np.ptp(v):
-        grids = [(ALPHAS, np.zeros(1)), (np.zeros(1), BETAS[BETAS != 0])]
-    else:
-        grids = [(ALPHAS_COARSE, BETAS)]
-    # the best constant, exactly: the slope of its Huber loss is piecewise linear with knots at y +- delta
-    knots = np.sort(np.concatenate((y - delta, y + delta)))
-    level = float(np.interp(0.0, np.clip(knots[:, None] - y, -delta, delta).sum(1), knots))
-    flat = Law(TINY, 0.0, 0.0, max(level, TINY), float(_huber(y - level, delta)))
-    best = min((_fit_on(*grid, x, y, delta) for grid in grids), key=lambda law: law.objective)
-    # equal but for rounding: take the law that claims nothing
-    return flat if flat.objective <= best.objective * (1 + 1e-9) + 1e-12 * delta**2 else best
+    (law,) = fit_domains(np.asarray(tokens, float)[None], np.asarray(losses, float)[None], sparsity, delta)
+    if isinstance(law, FitError):
+        raise law
+    return law
 
 
-def _usable(tokens, losses, sparsity, delta):
-    """Logs of tokens and sparsity (2, n) and losses (n,) of the points that a law can use."""
-    T, y = np.asarray(tokens, dtype=float), np.asarray(losses, dtype=float)
-    S = np.ones_like(T) if sparsity is None else np.asarray(sparsity, dtype=float)
-    if T.ndim != 1 or not T.shape == y.shape == S.shape:
-        raise FitError(f"fit: tokens, losses, sparsity of shapes {T.shape}, {y.shape}, {S.shape}: expected one (n,)")
+def fit_domains(tokens_Mn, losses_Mn, sparsity_n=None, delta: float = 1e-3) -> list[Law | FitError]:
+    """`fit` of every domain, each as if alone: its law, or the error that says why it has none.
+
+    tokens_Mn, losses_Mn: (M, n). sparsity_n: (n,), of the one model that was evaluated. Raises FitError for lengths
+    and a delta that do not fit.
+    """
+    T, y = np.asarray(tokens_Mn, dtype=float), np.asarray(losses_Mn, dtype=float)
+    S = np.ones(T.shape[-1:]) if sparsity_n is None else np.asarray(sparsity_n, dtype=float)
+    if T.ndim != 2 or T.shape != y.shape or T.shape[1:] != S.shape:
+        shapes = f"{T.shape[1:]}, {y.shape[1:]}, {S.shape}"
+        raise FitError(f"fit: tokens, losses, sparsity of shapes {shapes}: expected one (n,)")
     if not (np.isfinite(delta) and delta > 0):
         raise FitError(f"fit: delta is {delta}: expected a positive number of nats")
-    points = np.stack((T, y, S))
-    points = points[:, np.isfinite(points).all(0) & (T > 0) & (RANGES["sparsity"][0] <= S)]
-    distinct = np.unique(np.log(points[0]).round(9)).size
-    if distinct < 3:
-        raise FitError(
-            f"fit: {T.size} points, {points.shape[1]} usable, with {distinct} distinct token counts: "
-            "a law needs at least 3: wait for more evaluations"
-        )
-    for values, (name, (low, high)) in zip(points[[0, 1, 2]], RANGES.items(), strict=True):
-        if not low <= values.min() <= values.max() <= high:
-            raise FitError(f"fit: {name} from {values.min():g} to {values.max():g}: expected {low:g} to {high:g}")
-    return np.log(points[[0, 2]]), points[1]
+    points = np.stack((T, y, np.broadcast_to(S, T.shape)), 1)  # (M, 3, n)
+    usable_Mn = np.isfinite(points).all(1) & (T > 0) & (RANGES["sparsity"][0] <= S)
+    found: list = _unfit(points, usable_Mn)
+    good_M = np.array([law is None for law in found])
+    for n in np.unique(usable_Mn.sum(1)[good_M]):  # domains with as many points are fitted together
+        alike = np.flatnonzero(good_M & (usable_Mn.sum(1) == n))
+        some = np.stack([points[m][:, usable_Mn[m]] for m in alike])
+        for m, law in zip(alike, _fit_alike(np.log(some[:, [0, 2]]), some[:, 1], delta), strict=True):
+            found[m] = law
+    return found
+
+
+def _unfit(points, usable_Mn) -> list[FitError | None]:
+    """Why no law can be fitted to a domain's usable points (M, 3, n), or None."""
+    in_order = np.sort(np.log(np.where(usable_Mn, points[:, 0], np.nan)).round(9))  # NaN last
+    distinct_M = usable_Mn.any(1) + (np.diff(in_order) > 0).sum(1)
+    low = points.min(2, where=usable_Mn[:, None], initial=np.inf)
+    high = points.max(2, where=usable_Mn[:, None], initial=-np.inf)
+    errors: list[FitError | None] = []
+    for m, distinct in enumerate(distinct_M.tolist()):
+        error = None
+        if distinct < 3:
+            error = FitError(
+                f"fit: {len(usable_Mn[m])} points, {usable_Mn[m].sum()} usable, with {distinct} distinct token counts: "
+                "a law needs at least 3: wait for more evaluations"
+            )
+        else:
+            for (name, (least, most)), a, b in zip(RANGES.items(), low[m], high[m], strict=True):
+                if not least <= a <= b <= most:
+                    error = error or FitError(f"fit: {name} from {a:g} to {b:g}: expected {least:g} to {most:g}")
+        errors.append(error)
+    return errors
+
+
+def _fit_alike(x, y, delta) -> list[Law]:
+    """The laws of domains with n usable points each: x (M, 2, n) logs of tokens and sparsity, y (M, n) losses."""
+    laws = _flat(y, delta)
+    u, v = np.moveaxis(x - x.mean(2, keepdims=True), 1, 0)
+    constant = np.ptp(v, 1) < 1e-9
+    off_line = np.abs(v - u * (np.vecdot(u, v) / np.vecdot(u, u))[:, None]).max(1)
+    on_line = ~constant & (off_line < 1e-6 * np.ptp(v, 1))
+    for alphas, betas, these in (
+        (ALPHAS, NONE, constant | on_line),
+        (NONE, BETAS[BETAS != 0], on_line),
+        (ALPHAS_COARSE, BETAS, ~constant & ~on_line),
+    ):
+        if these.any():
+            fitted = _fit_on(alphas, betas, x[these], y[these], delta)
+            for m, law in zip(np.flatnonzero(these), fitted, strict=True):
+                # equal but for rounding: the law that claims less stays
+                if law.objective * (1 + 1e-9) + 1e-12 * delta**2 < laws[m].objective:
+                    laws[m] = law
+    return laws
+
+
+def _flat(y, delta) -> list[Law]:
+    """The best constants, exactly: the slope of their Huber loss is piecewise linear with knots at y +- delta."""
+    knots = np.sort(np.concatenate((y - delta, y + delta), 1))
+    pulls = knots[:, :, None] - y[:, None]
+    slopes = np.clip(pulls, -delta, delta, out=pulls).sum(2)
+    levels = np.array([np.interp(0.0, *curve) for curve in zip(slopes, knots, strict=True)])
+    objectives = _huber(y - levels[:, None], delta)
+    return [Law(TINY, 0.0, 0.0, max(E, TINY), o) for E, o in zip(levels.tolist(), objectives.tolist(), strict=True)]
 
 
 def _huber(residual, delta):
@@ -106,99 +158,125 @@ def _huber(residual, delta):
     return (clipped * (residual - 0.5 * clipped)).sum(-1) / residual.shape[-1]
 
 
-def _fit_on(alphas, betas, x, y, delta) -> Law:
-    """The best law that starts from a node of the grid and keeps its exponents between the grid's edges."""
-    nodes = np.stack(np.meshgrid(alphas, betas, indexing="ij"), -1).reshape(-1, 2)
-    log_f = -nodes @ x
-    A, E, objective = _profile(np.exp(log_f - log_f.max(1, keepdims=True)), y, delta)
-    p = np.pad(objective.reshape(len(alphas), len(betas)), 1, constant_values=np.inf)
-    around = np.min([p[:-2, 1:-1], p[2:, 1:-1], p[1:-1, :-2], p[1:-1, 2:]], axis=0)
-    minima = np.flatnonzero(objective <= around.ravel())
-    starts = minima[np.argsort(objective[minima])[:STARTS]]
-    theta = np.column_stack((A, E, nodes))[starts]
-    origin = x[:, log_f[starts].argmax(1)].T  # A is measured where f is largest, so that no power overflows
+def _fit_on(alphas, betas, x, y, delta) -> list[Law]:
+    """The best laws that start from a node of the grid and keep their exponents between the grid's edges."""
+    M, each = len(y), np.arange(len(y))[:, None]
+    f = _powers(alphas, x[:, :1])[:, :, None] * _powers(betas, x[:, 1:])[:, None]  # (M, alphas, betas, n)
+    A, E, objective = _profile(f.reshape(M, -1, f.shape[-1]), y, delta)
+    p = np.full((M, len(alphas) + 2, len(betas) + 2), np.inf)
+    p[:, 1:-1, 1:-1] = objective.reshape(f.shape[:3])
+    around = np.min([p[:, :-2, 1:-1], p[:, 2:, 1:-1], p[:, 1:-1, :-2], p[:, 1:-1, 2:]], axis=0).reshape(M, -1)
+    starts = np.argsort(np.where(objective <= around, objective, np.inf), 1)[:, :STARTS]
+    i, j = np.divmod(starts, len(betas))
+    f, K = f[each, i, j], starts.shape[1]
+    theta = np.stack((A[each, starts] * f.max(2), E[each, starts], alphas[i], betas[j]), 2)
+    origin = x[each, :, f.argmax(2)]  # A is measured where f is largest, so that no power overflows
     bounds = np.array([[0.0, 0.0, 0.0, betas[0]], [1e12, 1e12, alphas[-1], betas[-1]]])
-    for steps in NEWTON_STEPS:
-        theta, objective = _polish(theta, x - origin[..., None], y, delta, bounds, steps)
-        better_half = np.argsort(objective)[: (len(theta) + 1) // 2]
-        theta, origin = theta[better_half], origin[better_half]
-    A, E, alpha, beta = theta[0].tolist()
-    A *= float(np.exp(theta[0, 2:] @ origin[0]))
-    return Law(max(A, TINY), alpha, beta, max(E, TINY), float(objective.min()))
+    from_origin, y = x[:, None] - origin[..., None], y[:, None]
+    theta, objective = _polish(
+        theta.reshape(M * K, 4), from_origin.reshape(M * K, 2, -1), y.repeat(K, 0), SOFT * delta, bounds, SOFT_STEPS
+    )
+    best = np.arange(M), objective.reshape(M, K).argmin(1)
+    theta, objective = _polish(theta.reshape(M, K, 4)[best], from_origin[best], y, delta, bounds, STEPS)
+    theta[:, 0] *= np.exp(np.vecdot(theta[:, 2:], origin[best]))
+    return [
+        Law(max(A, TINY), alpha, beta, max(E, TINY), least)
+        for (A, E, alpha, beta), least in zip(theta.tolist(), objective.tolist(), strict=True)
+    ]
+
+
+def _powers(exponents, log):
+    """exp(-exponent log), (M, exponents, n), of log (M, 1, n), the largest of each exponent scaled to 1."""
+    log_power = -exponents[:, None] * log
+    return np.exp(log_power - log_power.max(2, keepdims=True))
 
 
 def _profile(f, y, delta):
-    """A, E >= 0 and the objective of y ~ A f + E for every row of f (nodes, n), by reweighted least squares."""
-    w, constant_and_y = np.ones_like(f), np.column_stack((np.ones_like(y), y))
+    """A, E >= 0 and the objective, (M, K) each, of y (M, n) ~ A f + E with f (M, K, n), by reweighted least squares."""
+    r, constant_and_y = np.zeros_like(f), np.stack((np.ones_like(y), y), -1)
     for _ in range(REWEIGHTINGS):
+        w = delta / np.maximum(np.abs(r), delta)
         wf = w * f
-        (s, sy), (sf, sfy), sff = (w @ constant_and_y).T, (wf @ constant_and_y).T, np.einsum("kn,kn->k", wf, f)
+        (s, sy), (sf, sfy) = np.moveaxis(w @ constant_and_y, 2, 0), np.moveaxis(wf @ constant_and_y, 2, 0)
+        sff = np.vecdot(wf, f)
         A = np.maximum((s * sfy - sf * sy) / np.maximum(s * sff - sf * sf, 1e-12 * s * sff), 0.0)
         E = (sy - A * sf) / s
         A, E = np.where(E < 0, sfy / sff, A), np.maximum(E, 0.0)
-        r = y - A[:, None] * f - E[:, None]
-        w = delta / np.maximum(np.abs(r), delta)
+        r = y[:, None] - A[..., None] * f - E[..., None]
     return A, E, _huber(r, delta)
 
 
 def _polish(theta, x, y, delta, bounds, steps):
-    """Descend from every start, theta = A, E, alpha, beta (starts, 4) and x (starts, 2, n); theta and its objective.
+    """Descend from every row of theta = A, E, alpha, beta (R, 4), at x (R, 2, n), y (R, 1, n); theta and its objective.
 
-    Each step tries Newton's direction and four blends of it with that of reweighted least squares, which always
-    descends but slowly, at three lengths, and keeps the best: where few residuals are within delta, none does alone.
+    Each step tries Newton's direction and two blends of it with that of reweighted least squares, which always
+    descends but slowly, at four lengths, and keeps the best: where few residuals are within delta, none does alone.
+    The valleys are bent: along them A + E and A times the exponents stay, so a step moves these products in a line.
     """
-    each = np.arange(len(theta))
-    objective = _huber(_residuals(theta[:, None], x, y)[1][:, 0], delta)
+    f, r, pull, objective = (a[:, 0] for a in _evaluate(theta[:, None], x, y, delta))
+    ended, best_objective = theta.copy(), objective.copy()
+    rows = np.arange(len(theta))
     for _ in range(steps):
-        try:
-            change = _bounded_steps(theta, *_derivatives(theta, x, y, delta), *bounds)
-        except np.linalg.LinAlgError:  # one start has become singular: what is reached stands
-            break
-        tried = np.clip(theta[:, None, None] + change[:, :, None] * LENGTHS, *bounds).reshape(len(theta), -1, 4)
-        tried_objective = _huber(_residuals(tried, x, y)[1], delta)
-        best = each, tried_objective.argmin(1)
-        gain = objective - tried_objective[best]
-        theta = np.where((gain > 0)[:, None], tried[best], theta)
-        objective = np.where(gain > 0, tried_objective[best], objective)
-        if (gain <= 1e-9 * objective).all():
-            break
-    return theta, objective
+        change = _bounded_steps(theta, *_derivatives(theta, x, f, r, pull, delta), *bounds)[:, :, None] * LENGTHS
+        tried = theta[:, None, None] + change
+        A = theta[:, None, None, :1]
+        bend = A / np.maximum(tried[..., :1], 0.1 * A + TINY)
+        tried[..., 2:] = theta[:, None, None, 2:] + change[..., 2:] * bend
+        tried = np.minimum(np.maximum(tried, bounds[0]), bounds[1]).reshape(len(theta), -1, 4)
+        outcome = tried, *_evaluate(tried, x, y, delta)
+        best = np.arange(len(theta)), outcome[-1].argmin(1)
+        gain = objective - outcome[-1][best]
+        theta, f, r, pull, objective = (a[best] for a in outcome)
+        better, go_on = gain > 0, gain > CONVERGED * objective
+        ended[rows[better]], best_objective[rows[better]] = theta[better], objective[better]
+        if not go_on.all():
+            if not go_on.any():
+                break
+            rows, theta, x, y = rows[go_on], theta[go_on], x[go_on], y[go_on]
+            f, r, pull, objective = f[go_on], r[go_on], pull[go_on], objective[go_on]
+    return ended, best_objective
 
 
-def _residuals(theta, x, y):
+def _evaluate(theta, x, y, delta):
+    """f = T^-alpha S^-beta, residuals, residuals within delta (R, K, n) and objective (R, K) of theta (R, K, 4)."""
     f = np.exp(np.minimum(-theta[..., 2:] @ x, 200.0))
-    return f, y - theta[..., :1] * f - theta[..., 1:2]
-
-
-def _derivatives(theta, x, y, delta):
-    """Of n times the objective: minus the gradient (starts, 4), and curvatures (starts, dampings, 4, 4)."""
-    f, r = _residuals(theta[:, None], x, y)
-    J = np.concatenate((f, np.ones_like(f), -theta[:, :1, None] * f * x), 1)
+    r = y - theta[..., :1] * f - theta[..., 1:2]
     pull = np.maximum(np.minimum(r, delta), -delta)
-    bend = x * f * pull
-    hessian = J * (pull == r) @ J.mT
-    hessian[:, 0, 2:] += bend.sum(-1)
-    hessian[:, 2:, 0] += bend.sum(-1)
-    hessian[:, 2:, 2:] -= theta[:, :1, None] * (bend @ x.mT)
-    above = J * (delta / np.maximum(np.abs(r), delta)) @ J.mT  # of a quadratic above the objective
-    ridge = IDENTITY * above
-    undamped = hessian + 1e-9 * ridge + TINY * IDENTITY
-    return (J @ pull.mT)[..., 0], undamped[:, None] + DAMPINGS * (above + 1e-3 * ridge)[:, None]
+    return f, r, pull, (pull * (r - 0.5 * pull)).sum(-1) / r.shape[-1]
+
+
+def _derivatives(theta, x, f, r, pull, delta):
+    """Of n times the objective, by A, E, A alpha, A beta: minus the gradient (R, 4), and curvatures (R, D, 4, 4).
+
+    The products are measured in units of A, so that to first order they move as alpha and beta do.
+    """
+    A, fx = theta[:, :1, None], f[:, None] * x
+    J, weight = np.ones((len(f), 4, f.shape[1])), np.empty((2, len(f), 1, f.shape[1]))
+    J[:, 0], J[:, 2:] = f, -A * fx
+    weight[0, :, 0], weight[1, :, 0] = pull == r, delta / np.maximum(np.abs(r), delta)
+    hessian, above = J * weight @ J.mT  # above: of a quadratic above the objective
+    hessian[:, 2:, 2:] -= A * (fx * pull[:, None] @ x.mT)
+    return (J @ pull[..., None])[..., 0], hessian[:, None] + BLENDS * above[:, None] + TINY * IDENTITY
 
 
 def _bounded_steps(theta, descent, curvature, low, high):
-    """Solve curvature @ step = descent, (starts, dampings, 4); a parameter that would cross its bound stops there."""
-    theta, descent = theta[:, None], descent[:, None]
-    held, stop = ((theta <= low) & (descent <= 0)) | ((theta >= high) & (descent >= 0)), 0.0
-    for _ in range(2):
-        system, target = np.where(held[..., None], IDENTITY, curvature), np.where(held, stop, descent)
-        step = np.linalg.solve(system, target[..., None])[..., 0]
-        end = theta + step
-        crosses = (end < low) | (end > high)
-        if not crosses.any():
-            break
-        room = np.clip(end, low, high) - theta
-        share = np.where(crosses, room / np.where(crosses, step, 1.0), 1.0)
-        first = crosses & (share == share.min(-1, keepdims=True))
-        held, stop = held | first, np.where(first, room, 0.0)
-    return step
+    """Solve curvature @ step = descent, (R, D, 4); the parameter that would cross its bound first stops there."""
+    held = (theta == np.where(descent > 0, high, low))[:, None]
+    target = np.where(held, 0.0, descent[:, None])
+    step = _solve(np.where(held[..., None], IDENTITY, curvature), target)
+    room = np.where(step > 0, high, low) - theta[:, None]
+    crosses = np.abs(step) > np.abs(room)
+    if not crosses.any():
+        return step
+    share = np.where(crosses, room / np.where(crosses, step, 1.0), 1.0)
+    first = crosses & (share == share.min(-1, keepdims=True))
+    return _solve(np.where((held | first)[..., None], IDENTITY, curvature), np.where(first, room, target))
+
+
+def _solve(systems, targets):
+    """The solution of each system (..., 4, 4); a singular one gets zeros."""
+    try:
+        return np.linalg.solve(systems, targets[..., None])[..., 0]
+    except np.linalg.LinAlgError:
+        regular = np.linalg.det(systems)[..., None] != 0
+        return np.linalg.solve(np.where(regular[..., None], systems, IDENTITY), (targets * regular)[..., None])[..., 0]

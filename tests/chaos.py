@@ -30,7 +30,7 @@ MOMENTS = {  # where: the function that kills instead of being called, and the c
     "before a checkpoint is renamed": ("checkpoint.os.replace", 2),
     "while an older checkpoint is dropped": ("checkpoint.Checkpoints._drop", 2),
     "while metrics are cut back": ("metrics.os.replace", 1),
-    "in a fit": ("dro.refloss.fit", 9),
+    "in a fit": ("dro.refloss.fit_domains", 2),
     "between two stages": ("train.extract", 1),
     "while the model is written": ("weights.save_file", 1),
 }

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from refloss import FitError, fit
+import refloss
+from refloss import FitError, fit, fit_domains
 
 DELTA = 1e-3
 PARTS = np.linspace(0.06, 0.5, 40)  # of the run, at which a series is evaluated
@@ -191,6 +192,27 @@ def test_during_a_ramp_one_exponent_explains_the_loss(exponent):
 def test_a_history_that_determines_no_law_is_refused(tokens, losses, sparsity, message):
     with pytest.raises(FitError, match=message):
         fit(tokens, losses, sparsity)
+
+
+def test_domains_fitted_together_are_fitted_as_if_alone():
+    tokens, losses, sparsity, _ = pruning_series(0)
+    gaps, ramp, rise = losses.copy(), 1.0 + sparsity**0.3, losses[::-1]
+    gaps[3:9] = np.nan
+    kinds = [losses, pruning_series(1)[1], gaps, ramp, rise, losses, np.full(64, np.nan), -losses]
+    tokens_Mn = np.stack([tokens, 3 * tokens, tokens, tokens, tokens, sparsity, tokens, tokens])  # the sixth: on a line
+    for law, T, y in zip(fit_domains(tokens_Mn, kinds, sparsity), tokens_Mn, kinds, strict=True):
+        try:
+            alone = fit(T, y, sparsity)
+        except FitError as error:
+            assert str(law) == str(error)
+            continue
+        assert law.predict(T, sparsity) == pytest.approx(alone.predict(T, sparsity), abs=1e-6)
+        assert law.objective == pytest.approx(alone.objective, rel=1e-6)
+
+
+def test_a_law_that_is_not_determined_stops_no_other():
+    systems = np.stack([np.eye(4), np.zeros((4, 4)), 2 * np.eye(4)])
+    assert refloss._solve(systems, np.ones((3, 4))).tolist() == [[1.0] * 4, [0.0] * 4, [0.5] * 4]
 
 
 @pytest.mark.parametrize("delta", [0.0, -1.0, np.nan])
