@@ -9,7 +9,7 @@ LLaMA (Xia et al. 2024, arXiv 2310.06694) for `sheared`. Suffix _M: one number p
 
 import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 import numpy as np
 
@@ -22,6 +22,7 @@ EMA = 0.1  # weight of the newest training loss
 HISTORY_FROM, FIT_FROM, MOVE_FROM = 0.02, 0.10, 0.20  # shares of the run: record, first fit, reference ratio moves
 FIT_POINTS = 64  # at most this many points of the history go into a fit
 FIT_MORE_THAN = 10  # and it needs more than this many
+SEARCH_EVERY = 4  # fits: the others start from the last laws
 AT_BOUND_FOR = 10  # evaluations in a row with a ratio at its bound that are worth a warning
 BELOW_REFERENCE = 0.05  # nats that a loss may lie below its reference without a warning
 LAW_MISSES = 0.1  # nats that a law may miss the last evaluation, or as much as this lies above the reference
@@ -162,6 +163,7 @@ class Mix:
     train_loss_M: np.ndarray = field(init=False)  # moving average of the training loss, before bias correction
     train_weight_M: np.ndarray = field(init=False)  # and the weight it holds, for the correction
     history: list = field(default_factory=list)  # [tokens_M, loss_M, sparsity] of each evaluation
+    laws: list | None = None  # of the last fit, where each domain has one that is not flat
     fitted: list = field(init=False)  # has the domain's reference loss come from its own law yet
     at_bound: list = field(init=False)  # for how many evaluations each reference ratio has been at a bound of its range
     unpredictive: list = field(init=False)  # was the domain's reference loss no longer predictive, the last time
@@ -270,7 +272,9 @@ class Mix:
         M = len(self.domains)
         before_M = np.full(M, np.nan) if self.reference_loss_M is None else self.reference_loss_M
         reference_M, misses_M = before_M.copy(), np.zeros(M)
-        laws = refloss.fit_domains(tokens_PM.T, loss_PM.T, sparsity_P if with_sparsity else None)
+        near = self.laws if len(self.history) % SEARCH_EVERY else None
+        laws = refloss.fit_domains(tokens_PM.T, loss_PM.T, sparsity_P if with_sparsity else None, near=near)
+        self.laws = laws if all(isinstance(law, refloss.Law) and not law.flat for law in laws) else None
         for m, law in enumerate(laws):
             if isinstance(law, refloss.FitError):
                 domain = self.domains[m]
@@ -297,11 +301,14 @@ class Mix:
         }
         reference = None if self.reference_loss_M is None else self.reference_loss_M.tolist()
         lists = {name: list(getattr(self, name)) for name in ("history", "fitted", "at_bound", "unpredictive")}
-        return {**state, "reference_loss_M": reference, **lists}
+        laws = self.laws and [astuple(law) for law in self.laws]
+        return {**state, "reference_loss_M": reference, **lists, "laws": laws}
 
     def load_state_dict(self, state: dict) -> None:
         if len(state["ratio_M"]) != len(self.domains):
             raise ValueError(f"mix state is of {len(state['ratio_M'])} domains, the run has {len(self.domains)}")
-        for name in self.state_dict():
+        laws = state.get("laws")  # a run of an earlier version has kept none
+        self.laws = laws and [refloss.Law(*law) for law in laws]
+        for name in self.state_dict().keys() - {"laws"}:
             value = state[name]
             setattr(self, name, np.array(value, float) if name.endswith("_M") and value is not None else value)

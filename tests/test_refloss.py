@@ -210,6 +210,19 @@ def test_domains_fitted_together_are_fitted_as_if_alone():
         assert law.objective == pytest.approx(alone.objective, rel=1e-6)
 
 
+@pytest.mark.parametrize("with_sparsity", [False, True])
+def test_a_law_near_the_last_one_is_as_good_as_one_that_was_searched_for(with_sparsity):
+    cases = [pruning_series(seed) for seed in range(20)]
+    tokens_Mn, losses_Mn = (np.stack([case[i] for case in cases]) for i in (0, 1))
+    sparsity = cases[0][2] if with_sparsity else None
+
+    def laws(n, near=None):
+        return fit_domains(tokens_Mn[:, :n], losses_Mn[:, :n], sparsity[:n] if with_sparsity else None, near=near)
+
+    searched, near = laws(64), laws(64, near=laws(62))
+    assert [law.objective for law in near] == pytest.approx([law.objective for law in searched], rel=1e-3)
+
+
 def test_a_law_that_is_not_determined_stops_no_other():
     systems = np.stack([np.eye(4), np.zeros((4, 4)), 2 * np.eye(4)])
     assert refloss._solve(systems, np.ones((3, 4))).tolist() == [[1.0] * 4, [0.0] * 4, [0.5] * 4]
