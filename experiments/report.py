@@ -38,6 +38,7 @@ SHIFTS = "Loss after continuing, nats a token. Corrupted text has tokens of its 
 EXPLORATORY = """All but the headline's differences are exploratory: of three seeds an interval is about the range, and
 of dozens of comparisons some are off zero by chance. Compare arms on the same seeds."""
 QUESTIONED = "Loss after continuing, nats a token. Exploratory, as said above."
+COSTS = "Ratios are of runs of one seed and one commit; others were timed on another day."
 REFERENCE = """Loss that the law predicts for the end of the stage minus the loss reached there, nats a token, mean over
 the histories of constant and paper, seeds 1 to 3."""
 
@@ -355,8 +356,10 @@ def memory(stages: slice) -> Metric:
 
 
 def ratio_to_constant(results: Results, arm: str, metric: Metric) -> str:
-    both = [s for s in results.seeds(arm) if s in results.seeds("constant")]
-    ratios = [metric(results.runs[arm, s]) / metric(results.runs["constant", s]) for s in both]
+    """Over the seeds whose runs are of one commit: others were timed on another day."""
+    both = [(results.runs[arm, s], results.runs["constant", s]) for s in results.seeds(arm)
+            if s in results.seeds("constant")]  # fmt: skip
+    ratios = [metric(run) / metric(base) for run, base in both if run["commit"] == base["commit"]]
     ratios = [r for r in ratios if not math.isnan(r)]
     return f"{np.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})" if ratios else "-"
 
@@ -582,7 +585,7 @@ def page(records: dict[str, dict], figures: Path) -> str:
         parts += [f"## Source {s}: shifts", SHIFTS, shift_table(results), shifts_of_arms(results)]
         parts += [f"## Source {s}: reference losses", REFERENCE, reference_table(results)]
         parts += [f"![Error of the reference losses]({figures.name}/reference.png)"] if s == "A" else []
-        parts += [f"## Source {s}: costs", "Pruning, the first stage:", cost_table(results, PRUNING),
+        parts += [f"## Source {s}: costs", COSTS, "Pruning, the first stage:", cost_table(results, PRUNING),
                   cost_sentence(results), "All stages:", cost_table(results, ALL_STAGES)]  # fmt: skip
         if s == "A":
             parts += ["## Open questions", QUESTIONED, questions(results), f"![Sizes]({figures.name}/targets.png)"]

@@ -323,6 +323,18 @@ def test_a_restored_mix_goes_on_exactly(kind):
     assert whole.state_dict() == half.state_dict()
 
 
+def test_a_mix_of_a_version_that_kept_no_laws_searches_for_them_again():
+    whole, restored = mix("dro"), mix("dro")
+    for i in range(1, 22):
+        loss_M = np.array([2.0, 3.0, 1.0]) + (i / 30) ** -np.array([0.5, 0.2, 0.3])
+        if i == 21:
+            restored.load_state_dict({k: v for k, v in whole.state_dict().items() if k != "laws"})
+            assert restored.laws is None and whole.laws is not None
+            restored.update(loss_M, 1e4 * i * np.ones(3), i / 30)
+        whole.update(loss_M, 1e4 * i * np.ones(3), i / 30)
+    assert np.allclose(restored.reference_loss_M, whole.reference_loss_M, atol=1e-4)
+
+
 def test_an_unknown_mix_is_refused_with_the_choices():
     with pytest.raises(ValueError, match="'drop': must be one of constant, sheared, bandit, dro"):
         mix("drop")

@@ -294,6 +294,16 @@ def test_differences_are_taken_within_a_seed():
     assert results.difference("constant", "paper", report.loss_of()).verdict == "worse"
 
 
+def test_seconds_are_compared_with_those_of_runs_of_the_same_commit_alone():
+    records = records_of({"constant": [2.0, 2.0], "paper": [2.0, 2.0]})
+    records["A/paper/1"]["commit"] = "of another day"
+    records["A/paper/2"]["stages"][0]["step_s"] = 4.6
+    results, total = report.Results(records, "A"), report.seconds(*report.TIMES, stages=report.PRUNING)
+    assert report.ratio_to_constant(results, "paper", total) == "2.000 (2.000 to 2.000)"
+    records["A/paper/2"]["commit"] = "of another day"
+    assert report.ratio_to_constant(report.Results(records, "A"), "paper", total) == "-"
+
+
 def test_a_difference_of_losses_is_a_ratio_of_perplexities():
     ratio = report.Difference([np.log(0.98)] * 2, np.log(0.97), np.log(1.01)).in_perplexity
     assert ratio == "-2.00 % [-3.00, +1.00]"
