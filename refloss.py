@@ -5,7 +5,8 @@
 It minimises the mean Huber loss of the raw residuals over A, E > 0, 0 <= alpha <= 10, |beta| <= 10 (beta < 0 where
 pruning costs loss). delta = 1e-3 is about the noise of an evaluation: this is nearly least absolute deviations: kinks
 and local minima, which gradient descent from a few starts misses. But given the exponents, A and E are linear:
-`_profile` solves for them at every node of a grid of exponents at once, and `_polish` descends from the best nodes.
+`_profile` solves for them at every node of a grid of exponents at once, and `_polish` descends from the best nodes,
+or from laws known to be near.
 Domains are fitted side by side: at these sizes the time goes into how often numpy is called.
 
 Shapes: M domains, n points, K nodes of the grid or laws to try, R rows (one start of one domain each), D dampings.
@@ -20,7 +21,7 @@ ALPHAS = np.geomspace(0.01, EXPONENT_MAX, 32)
 ALPHAS_COARSE = np.append(0.0, np.geomspace(0.03, EXPONENT_MAX, 12))
 BETAS_UP = np.geomspace(0.05, EXPONENT_MAX, 7)
 BETAS = np.concatenate((-BETAS_UP[::-1], [0.0], BETAS_UP))
-NONE = np.zeros(1)
+ZERO = np.zeros(1)
 REWEIGHTINGS, STARTS = 2, 2
 SOFT_STEPS, SOFT, STEPS = 3, 10.0, 60  # from all starts with 10 delta, which has fewer kinks; then from the best one
 CONVERGED = 1e-6  # a step's gain, as a share of the objective
@@ -82,14 +83,14 @@ def fit_domains(tokens_Mn, losses_Mn, sparsity_n=None, delta: float = 1e-3, near
     """`fit` of every domain, each as if alone: its law, or the error that says why it has none.
 
     tokens_Mn, losses_Mn: (M, n). sparsity_n: (n,), of the one model that was evaluated. near: M laws of a history that
-    has grown by a few points since, none of them flat: descend from them, which takes half the time of a search and
-    stays in their valley. Raises FitError for lengths and a delta that do not fit.
+    has grown by a few points since, none of them flat: descend from them in place of a search, in half the time, and
+    stay in their valley. Raises FitError for lengths and a delta that do not fit.
     """
     T, y = np.asarray(tokens_Mn, dtype=float), np.asarray(losses_Mn, dtype=float)
     S = np.ones(T.shape[-1:]) if sparsity_n is None else np.asarray(sparsity_n, dtype=float)
     if T.ndim != 2 or T.shape != y.shape or T.shape[1:] != S.shape:
-        shapes = f"{T.shape[1:]}, {y.shape[1:]}, {S.shape}"
-        raise FitError(f"fit: tokens, losses, sparsity of shapes {shapes}: expected one (n,)")
+        shapes = f"{T.shape}, {y.shape}, {S.shape}"
+        raise FitError(f"fit: tokens, losses, sparsity of shapes {shapes}: expected (M, n), (M, n), (n,), M domains")
     if not (np.isfinite(delta) and delta > 0):
         raise FitError(f"fit: delta is {delta}: expected a positive number of nats")
     points = np.stack((T, y, np.broadcast_to(S, T.shape)), 1)  # (M, 3, n)
@@ -113,16 +114,15 @@ def _unfit(points, usable_Mn) -> list[FitError | None]:
     high = points.max(2, where=usable_Mn[:, None], initial=-np.inf)
     errors: list[FitError | None] = []
     for m, distinct in enumerate(distinct_M.tolist()):
-        error = None
+        ranges = zip(RANGES.items(), low[m], high[m], strict=True)
+        wrong = (FitError(f"fit: {name} from {a:g} to {b:g}: expected {least:g} to {most:g}")
+                 for (name, (least, most)), a, b in ranges if not least <= a <= b <= most)  # fmt: skip
+        error = next(wrong, None)
         if distinct < 3:
             error = FitError(
                 f"fit: {len(usable_Mn[m])} points, {usable_Mn[m].sum()} usable, with {distinct} distinct token counts: "
                 "a law needs at least 3: wait for more evaluations"
             )
-        else:
-            for (name, (least, most)), a, b in zip(RANGES.items(), low[m], high[m], strict=True):
-                if not least <= a <= b <= most:
-                    error = error or FitError(f"fit: {name} from {a:g} to {b:g}: expected {least:g} to {most:g}")
         errors.append(error)
     return errors
 
@@ -135,21 +135,22 @@ def _fit_alike(x, y, delta, near) -> list[Law]:
     off_line = np.abs(v - u * (np.vecdot(u, v) / np.vecdot(u, u))[:, None]).max(1)
     on_line = ~constant & (off_line < 1e-6 * np.ptp(v, 1))
     for alphas, betas, these in (
-        (ALPHAS, NONE, constant | on_line),
-        (NONE, BETAS[BETAS != 0], on_line),
+        (ALPHAS, ZERO, constant | on_line),
+        (ZERO, BETAS[BETAS != 0], on_line),
         (ALPHAS_COARSE, BETAS, ~constant & ~on_line),
     ):
-        if these.any():
-            bounds = np.array([[0.0, 0.0, alphas[0], betas[0]], [1e12, 1e12, alphas[-1], betas[-1]]])
-            if near:
-                starts = _from_laws([law for law, one in zip(near, these, strict=True) if one], x[these], bounds)
-            else:
-                starts = _from_grid(alphas, betas, x[these], y[these], delta, bounds)
-            fitted = _descended(*starts, x[these], y[these], delta, bounds)
-            for m, law in zip(np.flatnonzero(these), fitted, strict=True):
-                # equal but for rounding: the law that claims less stays
-                if law.objective * (1 + 1e-9) + 1e-12 * delta**2 < laws[m].objective:
-                    laws[m] = law
+        rows = np.flatnonzero(these)
+        if not rows.size:
+            continue
+        bounds = np.array([[0.0, 0.0, 0.0, betas[0]], [1e12, 1e12, alphas[-1], betas[-1]]])
+        if near:
+            starts = _from_laws([near[m] for m in rows], x[rows], bounds)
+        else:
+            starts = _from_grid(alphas, betas, x[rows], y[rows], delta, bounds)
+        for m, law in zip(rows, _descended(*starts, x[rows], y[rows], delta, bounds), strict=True):
+            # equal but for rounding: the law that claims less stays
+            if law.objective * (1 + 1e-9) + 1e-12 * delta**2 < laws[m].objective:
+                laws[m] = law
     return laws
 
 
@@ -173,10 +174,10 @@ def _from_laws(laws, x, bounds):
     """theta (M, 4) = A, E, alpha, beta, and the log tokens and sparsity (M, 2) where A is measured: f is largest there,
     so that no power overflows."""
     theta = np.array([[law.A, law.E * (law.E > TINY), law.alpha, law.beta] for law in laws])
+    log_height = np.log(theta[:, 0]) + (-theta[:, None, 2:] @ x).max((1, 2))
     theta[:, 2:] = np.clip(theta[:, 2:], *bounds[:, 2:])
-    log_f = (-theta[:, None, 2:] @ x)[:, 0]
-    theta[:, 0] = np.exp(np.minimum(np.log(theta[:, 0]) + log_f.max(1), np.log(bounds[1, 0])))
-    return theta, x[np.arange(len(x)), :, log_f.argmax(1)]
+    theta[:, 0] = np.exp(np.minimum(log_height, np.log(bounds[1, 0])))
+    return theta, x[np.arange(len(x)), :, (-theta[:, None, 2:] @ x)[:, 0].argmax(1)]
 
 
 def _from_grid(alphas, betas, x, y, delta, bounds):
@@ -300,5 +301,5 @@ def _solve(systems, targets):
     try:
         return np.linalg.solve(systems, targets[..., None])[..., 0]
     except np.linalg.LinAlgError:
-        regular = np.linalg.det(systems)[..., None] != 0
+        regular = np.linalg.slogdet(systems).sign[..., None] != 0
         return np.linalg.solve(np.where(regular[..., None], systems, IDENTITY), (targets * regular)[..., None])[..., 0]

@@ -38,7 +38,8 @@ SHIFTS = "Loss after continuing, nats a token. Corrupted text has tokens of its 
 EXPLORATORY = """All but the headline's differences are exploratory: of three seeds an interval is about the range, and
 of dozens of comparisons some are off zero by chance. Compare arms on the same seeds."""
 QUESTIONED = "Loss after continuing, nats a token. Exploratory, as said above."
-COSTS = "Ratios are of runs of one seed and one commit; others were timed on another day."
+COSTS = """Of the runs whose commit is that of constant's of the same seed: others were timed on another day. Ratios are
+of pairs; seconds are means over each arm's own seeds."""
 REFERENCE = """Loss that the law predicts for the end of the stage minus the loss reached there, nats a token, mean over
 the histories of constant and paper, seeds 1 to 3."""
 
@@ -120,6 +121,13 @@ class Results:
     def on(self, seeds: list[int]) -> "Results":
         few = copy.copy(self)
         few.runs = {(arm, seed): r for (arm, seed), r in self.runs.items() if seed in seeds}
+        return few
+
+    def timed(self) -> "Results":
+        """The runs whose commit is that of constant's of the same seed: others were timed on another day."""
+        few = copy.copy(self)
+        commits = {seed: r["commit"] for (arm, seed), r in self.runs.items() if arm == "constant"}
+        few.runs = {(arm, s): r for (arm, s), r in self.runs.items() if r["commit"] == commits.get(s)}
         return few
 
     def rows(self) -> list[tuple[str, str, "Results"]]:
@@ -356,17 +364,15 @@ def memory(stages: slice) -> Metric:
 
 
 def ratio_to_constant(results: Results, arm: str, metric: Metric) -> str:
-    """Over the seeds whose runs are of one commit: others were timed on another day."""
-    both = [(results.runs[arm, s], results.runs["constant", s]) for s in results.seeds(arm)
-            if s in results.seeds("constant")]  # fmt: skip
-    ratios = [metric(run) / metric(base) for run, base in both if run["commit"] == base["commit"]]
+    both = [s for s in results.seeds(arm) if s in results.seeds("constant")]
+    ratios = [metric(results.runs[arm, s]) / metric(results.runs["constant", s]) for s in both]
     ratios = [r for r in ratios if not math.isnan(r)]
     return f"{np.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})" if ratios else "-"
 
 
 def cost_table(results: Results, stages: slice) -> str:
     """Of these stages, arm by arm; only arms that start with masks have PRUNING and continued training apart."""
-    rows = []
+    results, rows = results.timed(), []
     for arm in (a for a in results.arms() if stages == ALL_STAGES or ARMS[a].start == "masks"):
         total, training = seconds(*TIMES, stages=stages), seconds("step_s", stages=stages, per="tokens")
         took = results.mean(arm, total)

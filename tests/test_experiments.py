@@ -294,14 +294,14 @@ def test_differences_are_taken_within_a_seed():
     assert results.difference("constant", "paper", report.loss_of()).verdict == "worse"
 
 
-def test_seconds_are_compared_with_those_of_runs_of_the_same_commit_alone():
-    records = records_of({"constant": [2.0, 2.0], "paper": [2.0, 2.0]})
-    records["A/paper/1"]["commit"] = "of another day"
+def test_costs_are_of_runs_that_were_timed_beside_constant_s():
+    records = records_of({"constant": [2.0, 2.0], "paper": [2.0, 2.0, 2.0]})
+    records["A/paper/1"] |= {"commit": "of another day"}
     records["A/paper/2"]["stages"][0]["step_s"] = 4.6
-    results, total = report.Results(records, "A"), report.seconds(*report.TIMES, stages=report.PRUNING)
-    assert report.ratio_to_constant(results, "paper", total) == "2.000 (2.000 to 2.000)"
-    records["A/paper/2"]["commit"] = "of another day"
-    assert report.ratio_to_constant(report.Results(records, "A"), "paper", total) == "-"
+    timed = report.Results(records, "A").timed()
+    assert [timed.seeds(arm) for arm in ("constant", "paper")] == [[1, 2], [2]]
+    total = report.seconds(*report.TIMES, stages=report.PRUNING)
+    assert report.ratio_to_constant(timed, "paper", total) == "2.000 (2.000 to 2.000)"
 
 
 def test_a_difference_of_losses_is_a_ratio_of_perplexities():

@@ -42,7 +42,9 @@ def messages_of(source: str, file: str) -> Iterator[tuple[int, str]]:
             if kind != "AssertionError" and (file, kind) not in OUTSIDE:
                 yield node.lineno, text_of(node.exc.args[0])
         elif isinstance(node, ast.Call):
-            if name_of(node.func) == "warn":
+            if name_of(node.func) == "FitError":  # one that is kept, not raised at once
+                yield node.lineno, text_of(node.args[0])
+            elif name_of(node.func) == "warn":
                 yield node.lineno, text_of(node.args[-1])  # log.warn(step, text), warnings.warn(text, stacklevel=2)
             elif any(k.arg == "file" and name_of(k.value) == "stderr" for k in node.keywords):
                 yield node.lineno, text_of(node.args[0])

@@ -141,6 +141,12 @@ def test_the_order_of_points_does_not_matter():
     assert shuffled.predict(1.0, 0.5) == pytest.approx(fit(tokens, losses, sparsity).predict(1.0, 0.5), abs=1e-5)
 
 
+def test_a_law_that_hardly_falls_keeps_its_small_exponent():
+    tokens = np.linspace(0.05, 1, 60)[:30]
+    law = fit(1e8 * tokens, 3 - 0.02 * np.log(tokens / tokens[0]))
+    assert 0 < law.alpha < 0.01 and law.objective < 6e-10
+
+
 @pytest.mark.parametrize("losses", [np.full(40, 2.5), np.linspace(2.0, 3.0, 40), 2.0 + PARTS**2, np.zeros(40)])
 def test_losses_that_do_not_fall_give_a_flat_law(losses):
     law = fit(PARTS, losses)
@@ -210,6 +216,14 @@ def test_domains_fitted_together_are_fitted_as_if_alone():
         assert law.objective == pytest.approx(alone.objective, rel=1e-6)
 
 
+def test_laws_of_another_kind_are_a_start_as_well():
+    tokens, losses, sparsity, _ = pruning_series(0)
+    both = fit_domains([tokens], [losses], sparsity)
+    on_a_line = fit_domains([sparsity], [losses], sparsity)
+    assert fit_domains([sparsity], [losses], sparsity, near=both)[0].objective <= 1.01 * on_a_line[0].objective
+    assert fit_domains([tokens], [losses], near=both)[0].objective <= 1.01 * fit(tokens, losses).objective
+
+
 @pytest.mark.parametrize("with_sparsity", [False, True])
 def test_a_law_near_the_last_one_is_as_good_as_one_that_was_searched_for(with_sparsity):
     cases = [pruning_series(seed) for seed in range(20)]
@@ -224,8 +238,9 @@ def test_a_law_near_the_last_one_is_as_good_as_one_that_was_searched_for(with_sp
 
 
 def test_a_law_that_is_not_determined_stops_no_other():
-    systems = np.stack([np.eye(4), np.zeros((4, 4)), 2 * np.eye(4)])
-    assert refloss._solve(systems, np.ones((3, 4))).tolist() == [[1.0] * 4, [0.0] * 4, [0.5] * 4]
+    scales = np.array([1.0, 0.0, 2.0, 2.0**-400, 2.0**400])
+    steps = refloss._solve(scales[:, None, None] * np.eye(4), np.ones((5, 4)))
+    assert steps.tolist() == [[1.0] * 4, [0.0] * 4, [0.5] * 4, [2.0**400] * 4, [2.0**-400] * 4]
 
 
 @pytest.mark.parametrize("delta", [0.0, -1.0, np.nan])
