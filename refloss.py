@@ -160,13 +160,17 @@ def _flat(y, delta) -> list[Law]:
     pulls = knots[:, :, None] - y[:, None]
     slopes = np.clip(pulls, -delta, delta, out=pulls).sum(2)
     levels = np.array([np.interp(0.0, *curve) for curve in zip(slopes, knots, strict=True)])
-    objectives = _huber(y - levels[:, None], delta)
+    residual = y - levels[:, None]
+    objectives = _huber(residual, _clipped(residual, delta))
     return [Law(TINY, 0.0, 0.0, max(E, TINY), o) for E, o in zip(levels.tolist(), objectives.tolist(), strict=True)]
 
 
-def _huber(residual, delta):
+def _clipped(residual, delta):
+    return np.maximum(np.minimum(residual, delta), -delta)
+
+
+def _huber(residual, clipped):
     """Mean over the last axis: r^2 / 2 up to delta, delta (|r| - delta / 2) beyond."""
-    clipped = np.maximum(np.minimum(residual, delta), -delta)
     return (clipped * (residual - 0.5 * clipped)).sum(-1) / residual.shape[-1]
 
 
@@ -226,7 +230,7 @@ def _profile(f, y, delta):
         E = (sy - A * sf) / s
         A, E = np.where(E < 0, sfy / sff, A), np.maximum(E, 0.0)
         r = y[:, None] - A[..., None] * f - E[..., None]
-    return A, E, _huber(r, delta)
+    return A, E, _huber(r, _clipped(r, delta))
 
 
 def _polish(theta, x, y, delta, bounds, steps):
@@ -264,8 +268,8 @@ def _evaluate(theta, x, y, delta):
     """f = T^-alpha S^-beta, residuals, residuals within delta (R, K, n) and objective (R, K) of theta (R, K, 4)."""
     f = np.exp(np.minimum(-theta[..., 2:] @ x, 200.0))
     r = y - theta[..., :1] * f - theta[..., 1:2]
-    pull = np.maximum(np.minimum(r, delta), -delta)
-    return f, r, pull, (pull * (r - 0.5 * pull)).sum(-1) / r.shape[-1]
+    pull = _clipped(r, delta)
+    return f, r, pull, _huber(r, pull)
 
 
 def _derivatives(theta, x, f, r, pull, delta):
