@@ -96,9 +96,9 @@ def fit_domains(tokens_Mn, losses_Mn, sparsity_n=None, delta: float = 1e-3, near
     points = np.stack((T, y, np.broadcast_to(S, T.shape)), 1)  # (M, 3, n)
     usable_Mn = np.isfinite(points).all(1) & (T > 0) & (RANGES["sparsity"][0] <= S)
     found: list = _unfit(points, usable_Mn)
-    good_M = np.array([law is None for law in found])
-    for n in np.unique(usable_Mn.sum(1)[good_M]):  # domains with as many points are fitted together
-        alike = np.flatnonzero(good_M & (usable_Mn.sum(1) == n))
+    n_M, good_M = usable_Mn.sum(1), np.array([error is None for error in found])
+    for n in np.unique(n_M[good_M]):  # domains with as many points are fitted together
+        alike = np.flatnonzero(good_M & (n_M == n))
         some = np.stack([points[m][:, usable_Mn[m]] for m in alike])
         before = near and [near[m] for m in alike]
         for m, law in zip(alike, _fit_alike(np.log(some[:, [0, 2]]), some[:, 1], delta, before), strict=True):
