@@ -44,6 +44,7 @@ report: .venv/run
 
 lint: .venv/dev
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 
 clean:
 	rm -rf .venv out data/embedded/*.bin data/embedded/meta.json data/embedded/tokenizer.model data/*/download data/smollm2/model data/smollm2/data

@@ -134,11 +134,16 @@ def masked_dense(z: dict[str, torch.Tensor], c: LlamaConfig) -> Subnetwork:
     blocks = []
     for layer in range(c.n_layers):
         out = z_D * full["layer"][0, layer] if "layer" in full else z_D
-        blocks.append(BlockUnits(
-            input_layernorm=norm, post_attention_layernorm=norm,
-            v_proj=Units(row_scale=full["head"][layer].repeat_interleave(c.head_dim)), o_proj=Units(row_scale=out),
-            up_proj=Units(row_scale=full["intermediate"][layer]), down_proj=Units(row_scale=out),
-        ))  # fmt: skip
+        blocks.append(
+            BlockUnits(
+                input_layernorm=norm,
+                post_attention_layernorm=norm,
+                v_proj=Units(row_scale=full["head"][layer].repeat_interleave(c.head_dim)),
+                o_proj=Units(row_scale=out),
+                up_proj=Units(row_scale=full["intermediate"][layer]),
+                down_proj=Units(row_scale=out),
+            )
+        )
     return Subnetwork(blocks, Units(col_scale=z_D), norm, Units(), z_backward=flat.backward, z_device=leaf)
 
 
@@ -203,19 +208,27 @@ def bench_pruning_step(results: dict) -> None:
         "small": training_step(small, lambda x, y: (small(x, y).mean(), None)),
     }
     s = in_turns(ways, 15)
-    for name, a, b, bound in (("dense / subnetwork", "dense", "subnetwork", "at least 3"),
-                              ("subnetwork / small model", "subnetwork", "small", "at most 1.25")):  # fmt: skip
+    for name, a, b, bound in (
+        ("dense / subnetwork", "dense", "subnetwork", "at least 3"),
+        ("subnetwork / small model", "subnetwork", "small", "at most 1.25"),
+    ):
         r = ratio(s[a], s[b])
         report(results, f"pruning step: {name}", r, f"pruning step, {name}: {show(r)} ({bound})")
 
 
 def bench_against_transformers(results: dict) -> None:
     c = DEMO
-    theirs = LlamaForCausalLM(HFLlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
-        num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads,
-        head_dim=c.head_dim,
-    )).to(DEVICE)  # fmt: skip
+    theirs = LlamaForCausalLM(
+        HFLlamaConfig(
+            vocab_size=c.vocab_size,
+            hidden_size=c.hidden_size,
+            intermediate_size=c.intermediate_size,
+            num_hidden_layers=c.n_layers,
+            num_attention_heads=c.n_heads,
+            num_key_value_heads=c.n_kv_heads,
+            head_dim=c.head_dim,
+        )
+    ).to(DEVICE)
     ours, loss = fresh(c), torch.nn.functional.cross_entropy
     ways = {
         "transformers": training_step(
@@ -316,21 +329,43 @@ def bench_loader(results: dict, shards: int = 1000, rounds: int = 15) -> None:
             batches = [steps(of_size) for _ in range(WARM_UP + rounds)]
             of_size.load_state_dict({name: [0, 0]})
             half = len(batches) // 2
-            calls = [[(of_size.files.descriptor[s], start) for batch in part
-                      for s, start in zip(batch.shard_N.tolist(), batch.start_N.tolist(), strict=True)]
-                     for part in batches[half:] + batches[:half]]  # fmt: skip
+            calls = [
+                [
+                    (of_size.files.descriptor[s], start)
+                    for batch in part
+                    for s, start in zip(batch.shard_N.tolist(), batch.start_N.tolist(), strict=True)
+                ]
+                for part in batches[half:] + batches[:half]
+            ]
             bare[name] = partial(reads, iter(calls), np.empty(length + 1, np.uint16))
-        s = in_turns({"32": lambda: load(32), "256": lambda: load(256), "copy": copy,
-                      "small": lambda: steps(sizes["small"]), "large": lambda: steps(sizes["large"]),
-                      "bare small": bare["small"], "bare large": bare["large"]}, rounds)  # fmt: skip
+        s = in_turns(
+            {
+                "32": lambda: load(32),
+                "256": lambda: load(256),
+                "copy": copy,
+                "small": lambda: steps(sizes["small"]),
+                "large": lambda: steps(sizes["large"]),
+                "bare small": bare["small"],
+                "bare large": bare["large"],
+            },
+            rounds,
+        )
     value = {name: 1024 * length / median(s[name]) / 1e6 for name in ("32", "256", "copy")}
-    report(results, "loader, M tokens/s", value,
-           f"loader at T = 4096: {value['32']:.0f} M tokens/s in batches of 32, {value['256']:.0f} in batches of 256 "
-           f"(at least 200); a bare copy {value['copy']:.0f}")  # fmt: skip
+    report(
+        results,
+        "loader, M tokens/s",
+        value,
+        f"loader at T = 4096: {value['32']:.0f} M tokens/s in batches of 32, {value['256']:.0f} in batches of 256 "
+        f"(at least 200); a bare copy {value['copy']:.0f}",
+    )
     r, kernel = ratio(s["large"], s["small"]), ratio(s["bare large"], s["bare small"])
-    report(results, f"loader: {shards} shards of 100 M tokens / one", r | {"start_s": start_s, "bare": kernel},
-           f"loader: step on 100 M tokens in each of {shards} shards / in one: {show(r)} (about 1); such reads alone: "
-           f"{show(kernel)}; opened in {start_s['large']:.2f} s (under 1)")  # fmt: skip
+    report(
+        results,
+        f"loader: {shards} shards of 100 M tokens / one",
+        r | {"start_s": start_s, "bare": kernel},
+        f"loader: step on 100 M tokens in each of {shards} shards / in one: {show(r)} (about 1); such reads alone: "
+        f"{show(kernel)}; opened in {start_s['large']:.2f} s (under 1)",
+    )
 
 
 def write_ranks(bpe: tokenizers.Tokenizer, path: Path) -> None:
@@ -353,27 +388,38 @@ def bench_tokenize(results: dict, n_bytes: int = 1_000_000, rounds: int = 7) -> 
     with tempfile.TemporaryDirectory() as folder:
         bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
         bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        bpe.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
-            vocab_size=4096, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+        bpe.train_from_iterator(
+            texts,
+            tokenizers.trainers.BpeTrainer(
+                vocab_size=4096, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+            ),
+        )
         write_ranks(bpe, Path(folder, "ranks"))
         FAMILIES[bpe.get_vocab_size()] = FAMILIES[128_000]
         bpe.add_special_tokens(["<|endoftext|>"])
         bpe.save(f"{folder}/bpe.json")
-        specs = {"sentencepiece": train_tokenizer(texts, 4096, folder),
-                 "tiktoken": install_tokenizer(f"{folder}/ranks", folder),
-                 "huggingface": install_tokenizer(f"{folder}/bpe.json", folder)}  # fmt: skip
+        specs = {
+            "sentencepiece": train_tokenizer(texts, 4096, folder),
+            "tiktoken": install_tokenizer(f"{folder}/ranks", folder),
+            "huggingface": install_tokenizer(f"{folder}/bpe.json", folder),
+        }
         for kind, spec in specs.items():
             model = load_tokenizer(spec, folder).model
-            alone = {"sentencepiece": lambda m=model: [m.encode(text) for text in texts],
-                     "tiktoken": lambda m=model: [m.encode_to_numpy(text, disallowed_special=()) for text in texts],
-                     "huggingface": lambda m=model: [m.encode(text, add_special_tokens=False).ids for text in texts],
-                     }[kind]  # fmt: skip
+            alone = {
+                "sentencepiece": lambda m=model: [m.encode(text) for text in texts],
+                "tiktoken": lambda m=model: [m.encode_to_numpy(text, disallowed_special=()) for text in texts],
+                "huggingface": lambda m=model: [m.encode(text, add_special_tokens=False).ids for text in texts],
+            }[kind]
             load_worker(spec, folder, text_of, 0.01)
             s = in_turns({"alone": alone, "ours": lambda: encode_parcel(parcel, {"python"})}, rounds)
             r = ratio(s["alone"], s["ours"]) | {"MB/s": {name: size / median(s[name]) / 1e6 for name in s}}
-            report(results, f"tokenizing, {kind}", r,
-                   f"tokenizing, {kind}: {r['MB/s']['ours']:.2f} MB/s a core, alone {r['MB/s']['alone']:.2f}: "
-                   f"{show(r)} (at least 0.80)")  # fmt: skip
+            report(
+                results,
+                f"tokenizing, {kind}",
+                r,
+                f"tokenizing, {kind}: {r['MB/s']['ours']:.2f} MB/s a core, alone {r['MB/s']['alone']:.2f}: "
+                f"{show(r)} (at least 0.80)",
+            )
 
 
 def bench_share(results: dict) -> None:
@@ -383,8 +429,12 @@ def bench_share(results: dict) -> None:
         print("share of evaluation and mix in the demo's pruning: run make demo first")
         return
     share = other_s / (other_s + steps_s)
-    report(results, "share of evaluation and mix in the demo's pruning", {"share": share},
-           f"share of evaluation and mix in the demo's pruning: {share:.1%} (under 10 %)")  # fmt: skip
+    report(
+        results,
+        "share of evaluation and mix in the demo's pruning",
+        {"share": share},
+        f"share of evaluation and mix in the demo's pruning: {share:.1%} (under 10 %)",
+    )
 
 
 def bench_long_run(results: dict, steps: int = 20_000) -> None:
@@ -393,11 +443,27 @@ def bench_long_run(results: dict, steps: int = 20_000) -> None:
     with tempfile.TemporaryDirectory() as folder:
         domains = {d: write_domain(folder, d, [rng.integers(0, 64, 50_000, np.uint16)]) for d in ("a", "b")}
         write_meta(folder, {"tokenizer": {}, "vocab_size": 64, "bos": 1, "eos": 2, "domains": domains})
-        train.main(train.Config(
-            data=folder, out_dir=f"{folder}/run", n_layers=1, hidden_size=16, intermediate_size=32, n_heads=2,
-            n_kv_heads=1, head_dim=8, seq_len=16, batch_size=2, micro_batch_size=2, max_steps=steps, eval_interval=100,
-            eval_sequences=2, log_interval=steps // 10, save_interval=500, device=DEVICE,
-        ))  # fmt: skip
+        train.main(
+            train.Config(
+                data=folder,
+                out_dir=f"{folder}/run",
+                n_layers=1,
+                hidden_size=16,
+                intermediate_size=32,
+                n_heads=2,
+                n_kv_heads=1,
+                head_dim=8,
+                seq_len=16,
+                batch_size=2,
+                micro_batch_size=2,
+                max_steps=steps,
+                eval_interval=100,
+                eval_sequences=2,
+                log_interval=steps // 10,
+                save_interval=500,
+                device=DEVICE,
+            )
+        )
         evaluations = [r for r in read_metrics(Path(folder, "run/metrics.jsonl")) if r["kind"] == "eval"]
     early, last = (1e-6 * evaluations[i]["memory_bytes"] for i in (len(evaluations) // 10, -1))
     value = {"steps": steps, "MB after a tenth": early, "MB at the end": last}
@@ -492,9 +558,14 @@ def ways_of(case: Case, inputs: tuple, compiler: str) -> dict[str, tuple[Callabl
 
 
 def bench_kernels(
-    results: dict, source: LlamaConfig = LLAMA_7B, target: LlamaConfig = LLAMA_1B, batch: int = 4, length: int = 4096,
-    rounds: int = ROUNDS, compiler: str = "inductor",
-) -> None:  # fmt: skip
+    results: dict,
+    source: LlamaConfig = LLAMA_7B,
+    target: LlamaConfig = LLAMA_1B,
+    batch: int = 4,
+    length: int = 4096,
+    rounds: int = ROUNDS,
+    compiler: str = "inductor",
+) -> None:
     """Every op beside its other ways, and beside the ceilings that bench_ceilings found."""
     for case in cases(source, target, batch, length, torch.bfloat16, DEVICE, PAD[DEVICE]):
         inputs = case.inputs()
@@ -547,9 +618,13 @@ def table(name: str, case: Case, value: dict) -> str:
 
 
 def bench_block(
-    results: dict, source: LlamaConfig = TWO_LAYERS, target: LlamaConfig = TWO_SMALL_LAYERS, batch: int = 4,
-    length: int = 4096, rounds: int = ROUNDS,
-) -> None:  # fmt: skip
+    results: dict,
+    source: LlamaConfig = TWO_LAYERS,
+    target: LlamaConfig = TWO_SMALL_LAYERS,
+    batch: int = 4,
+    length: int = 4096,
+    rounds: int = ROUNDS,
+) -> None:
     """Forward and backward of two pruned blocks, to the masks' logits, by the kernels in bf16 autocast."""
     dispatch.use("triton", DEVICE)
     masks, counter, model = settled_masks(source, target), iter(range(10**9)), fresh(source)
@@ -578,8 +653,15 @@ if __name__ == "__main__":
     where = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}; torch {torch.__version__}; {SOURCE}; {B} sequences of {T} tokens")
     results = {"where": where, "torch": torch.__version__}
-    benches = [bench_pruning_step, bench_against_transformers, bench_mix, bench_loader, bench_tokenize, bench_share,
-               bench_long_run]  # fmt: skip
+    benches = [
+        bench_pruning_step,
+        bench_against_transformers,
+        bench_mix,
+        bench_loader,
+        bench_tokenize,
+        bench_share,
+        bench_long_run,
+    ]
     if DEVICE == "cuda":
         benches += [bench_ceilings, bench_kernels, bench_block]
     else:

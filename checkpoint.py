@@ -32,27 +32,38 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
+from configurator import UserError
 from data.shards import sha256
-from metrics import RunError, fits
+from metrics import fits
 from parallel import exchange, position
 
 STATE, SUMS = "state.json", "SHA256SUMS"
-FIELDS = {"config": {}, "data": str, "step": int, "skipped": int, "skipped_in_a_row": int, "tokens_M": [float | int],
-          "source": {}, "target": ({}, None), "mix": {}, "loader": {str: [int]}}  # fmt: skip
+FIELDS = {
+    "config": {},
+    "data": str,
+    "step": int,
+    "skipped": int,
+    "skipped_in_a_row": int,
+    "tokens_M": [float | int],
+    "source": {},
+    "target": ({}, None),
+    "mix": {},
+    "loader": {str: [int]},
+}
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # said at every save of one process
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's state of a parameter, of its shape
 
 
 def on_chief(action: Callable[[], None]) -> None:
-    """Call it on the first rank; a RunError there is raised on every rank."""
+    """Call it on the first rank; a UserError there is raised on every rank."""
     problem = ""
     if position()[0] == 0:
         try:
             action()
-        except RunError as error:
+        except UserError as error:
             problem = str(error)
     if problem := exchange(problem)[0]:
-        raise RunError(problem)
+        raise UserError(problem)
 
 
 # ---- the lock
@@ -65,7 +76,7 @@ class Lock:
         self.folder, self.file = folder, None
 
     def take(self) -> None:
-        """Raises RunError where another process has it, or the folder cannot be written into."""
+        """Raises UserError where another process has it, or the folder cannot be written into."""
         if self.file:
             return
         try:
@@ -76,9 +87,9 @@ class Lock:
             self.file.seek(0)
             holder = self.file.read().strip() or "of unknown number"
             self.close()
-            raise RunError(f"{self.folder} is in use by process {holder}: choose another out_dir") from None
+            raise UserError(f"{self.folder} is in use by process {holder}: choose another out_dir") from None
         except OSError as error:
-            raise RunError(f"{self.folder} cannot be used ({error.strerror}): choose another out_dir") from None
+            raise UserError(f"{self.folder} cannot be used ({error.strerror}): choose another out_dir") from None
         with suppress(OSError):  # on a full disk it is locked without a name
             os.ftruncate(self.file.fileno(), 0)
             os.write(self.file.fileno(), f"{os.getpid()} on {os.uname().nodename}\n".encode())
@@ -174,11 +185,11 @@ class Checkpoints:
     def _commit(self, beside: Path, folder: Path, text: str, names: set[str], sums: dict[str, str]) -> None:
         missing = names - {key for name in sums for key in keys_of(beside / name)}
         if missing:
-            raise RunError(f"{beside}: {len(missing)} tensors were not written, {min(missing)} among them")
+            raise UserError(f"{beside}: {len(missing)} tensors were not written, {min(missing)} among them")
         write_text(beside / STATE, text)
         sums[STATE] = sha256(beside / STATE)
         if sums[STATE] != hashlib.sha256(text.encode()).hexdigest():
-            raise RunError(f"{beside / STATE}: reads otherwise than it was written")
+            raise UserError(f"{beside / STATE}: reads otherwise than it was written")
         write_text(beside / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
         shutil.rmtree(folder, ignore_errors=True)  # one that was found broken
         os.replace(beside, folder)
@@ -280,21 +291,21 @@ def _problem_of(folder: Path, rank: int, world_size: int) -> str:
 
 
 def read_state(folder: Path) -> dict:
-    """state.json, of a folder whose checksums agree. Raises RunError."""
+    """state.json, of a folder whose checksums agree. Raises UserError."""
     try:
         state = json.loads((folder / STATE).read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{folder / STATE}: cannot be read ({type(error).__name__}): remove the folder") from None
+        raise UserError(f"{folder / STATE}: cannot be read ({type(error).__name__}): remove the folder") from None
     for name, form in FIELDS.items():
         if not isinstance(state, dict) or name not in state or not fits(state[name], form):
-            raise RunError(f"{folder / STATE}: {name} is missing or no such thing: no run of this version wrote it")
+            raise UserError(f"{folder / STATE}: {name} is missing or no such thing: no run of this version wrote it")
     return state
 
 
 def newest(out_dir: Path) -> tuple[tuple[Path, dict] | None, dict[str, str]]:
     """The last whole checkpoint and its state, None where there is none at all; and what is wrong with newer ones.
 
-    All ranks call it. Raises RunError where not one is whole: the run must not start anew by itself.
+    All ranks call it. Raises UserError where not one is whole: the run must not start anew by itself.
     """
     problems = {}
     names = exchange([f.name for f in checkpoints(out_dir)])[0]
@@ -304,26 +315,28 @@ def newest(out_dir: Path) -> tuple[tuple[Path, dict] | None, dict[str, str]]:
             return (out_dir / name, read_state(out_dir / name)), problems
         problems[str(out_dir / name)] = problem
     if names:
-        raise RunError(f"{out_dir}: none of its checkpoints is whole ({name}: {problem}): choose another out_dir")
+        raise UserError(f"{out_dir}: none of its checkpoints is whole ({name}: {problem}): choose another out_dir")
     return None, {}
 
 
 def check_shapes(folder: Path, named: dict[str, Tensor]) -> HuggingFaceStorageReader:
-    """Raises RunError naming the first of these tensors, of any device, that is missing or of another shape."""
+    """Raises UserError naming the first of these tensors, of any device, that is missing or of another shape."""
     reader = HuggingFaceStorageReader(str(folder))
     try:
         stored = reader.read_metadata().state_dict_metadata
     except Exception as error:  # whatever a broken header makes torch raise
-        raise RunError(f"{folder}: its tensors cannot be read ({type(error).__name__}): remove it") from error
+        raise UserError(f"{folder}: its tensors cannot be read ({type(error).__name__}): remove it") from error
     for name, tensor in named.items():
         shape = tuple(stored[name].size) if name in stored else None
         if shape != tuple(tensor.shape):
-            raise RunError(f"{folder}: {name} has shape {shape}, the model's {tuple(tensor.shape)}: not its checkpoint")
+            raise UserError(
+                f"{folder}: {name} has shape {shape}, the model's {tuple(tensor.shape)}: not its checkpoint"
+            )
     return reader
 
 
 def load(folder: Path, named: dict[str, Tensor]) -> None:
-    """Fill these tensors, shared out over any number of ranks or whole, from a checkpoint. Raises RunError."""
+    """Fill these tensors, shared out over any number of ranks or whole, from a checkpoint. Raises UserError."""
     reader = check_shapes(folder, named)
     dcp.load(named, storage_reader=reader, no_dist=not dist.is_initialized())
 

@@ -1,160 +1,224 @@
-"""Settings from a config file and --key=value onto one typed dataclass.
+"""Settings from config files and --key=value onto one typed dataclass, and the frame of every command.
 
     python train.py config/prune.py --max_steps=100 --domains=python,wiki --resume
 
-A config file is Python assignments of numbers, texts, lists and arithmetic on numbers, read and never run; names that
-start with an underscore are its own business. Every other name and every type is checked against the dataclass; later
-settings win.
+A config file is Python assignments of numbers, texts, lists and arithmetic on numbers. It is read and never run. Names
+that start with an underscore are its own business. Every other name and every type is checked against the dataclass.
+Later settings win.
 """
 
 import ast
 import difflib
-import math
+import inspect
 import operator
+import re
+import sys
 import typing
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
-MAX_FILE_BYTES = 1 << 20
-LARGEST = 2**63  # an int beyond is no setting
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-             ast.FloorDiv: operator.floordiv, ast.USub: operator.neg, ast.UAdd: operator.pos}  # fmt: skip
+OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.USub: operator.neg,
+}
 
 
-class ConfigError(ValueError):
-    """A setting that cannot be used; the message names it, where it came from and what was expected."""
+class UserError(Exception):
+    """What a user can put right. The message is one line: what is wrong, where, and what to do."""
+
+
+class Stopped(Exception):
+    """A run was asked to stop and has saved itself. The message says how to go on."""
 
 
 def load(config_class: type, arguments: list[str]):
-    """The dataclass with the settings of the config files and --key=value arguments, in their order.
-
-    Raises ConfigError on an unknown name (with a suggestion), a wrong type or an unreadable file.
-    """
+    """The dataclass with the settings of config files and --key=value arguments, in their order. Raises UserError."""
     hints, settings = typing.get_type_hints(config_class), {}
     for argument in arguments:
         if not argument.startswith("--"):
             settings |= _from_file(argument, hints)
             continue
         key, equals, text = argument[2:].partition("=")
-        _known(key, hints, "command line")
-        settings[key] = _parsed(key, text if equals else "true", hints[key], equals or hints[key] is bool)
+        kind = _kind(key, hints, "command line")
+        if not equals and kind is not bool:
+            raise UserError(f"command line: --{key} needs a value: --{key}=...")
+        settings[key] = _typed(key, _parsed(text if equals else "true", kind), kind, "command line")
     return config_class(**settings)
 
 
 def _from_file(path: str, hints: dict) -> dict:
-    if not Path(path).is_file():
-        raise ConfigError(f"{path}: no such config file")
-    settings = {name: value for name, value in _assignments(path).items() if not name.startswith("_")}
-    for name, value in settings.items():
-        _known(name, hints, path)
-        settings[name] = _typed(name, value, hints[name], path)
-    return settings
-
-
-def _assignments(path: str) -> dict:
-    """Names and values of a config file. Raises ConfigError for all that is not an assignment of plain values."""
+    names: dict = {}
     try:
-        with open(path, "rb") as file:
-            text = file.read(MAX_FILE_BYTES + 1)
-        if len(text) > MAX_FILE_BYTES:
-            raise ConfigError(f"{path}: over {MAX_FILE_BYTES:,} bytes: not a config file")
-        names: dict = {}
-        for statement in ast.parse(text).body:
+        for statement in ast.parse(Path(path).read_text()).body:
             if isinstance(statement, ast.Assign):
                 value = _value(statement.value, names)
                 for target in statement.targets:
                     names |= _assigned(target, value)
             elif not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)):  # a docstring
                 raise SyntaxError(f"line {statement.lineno}: a config file has assignments only: name = value")
-    except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError, OSError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{path}: cannot be read: {type(error).__name__}: {error}") from None
-    return names
+    except (SyntaxError, ValueError, TypeError, ArithmeticError, OSError) as error:
+        raise UserError(f"{path}: not a config file: {error}") from None
+    settings = {name: value for name, value in names.items() if not name.startswith("_")}
+    return {name: _typed(name, value, _kind(name, hints, path), path) for name, value in settings.items()}
 
 
-def _assigned(target: ast.expr, value) -> dict:
+def _assigned(target: ast.expr, value: object) -> dict:
     """a = 1 or a, b = 1, 2"""
-    if isinstance(target, ast.Name):
-        return {target.id: value}
-    if not isinstance(target, ast.Tuple | ast.List) or not all(isinstance(t, ast.Name) for t in target.elts):
-        raise SyntaxError(f"line {target.lineno}: only names are assigned to: name = value")
-    if not isinstance(value, tuple) or len(value) != len(target.elts):
-        raise SyntaxError(f"line {target.lineno}: expected {len(target.elts)} values for as many names")
-    return {t.id: v for t, v in zip(target.elts, value, strict=True)}
+    if isinstance(target, ast.Tuple):
+        return {t.id: v for t, v in zip(target.elts, value, strict=True)}
+    return {target.id: value}
 
 
 def _value(node: ast.expr, names: dict):
     """A constant, a name from further up, a tuple, a list (as a tuple), or + - * / // of numbers."""
-    if isinstance(node, ast.Constant):
-        value = node.value
-    elif isinstance(node, ast.Name) and node.id in names:
-        value = names[node.id]
-    elif isinstance(node, ast.Tuple | ast.List):
-        value = tuple(_value(item, names) for item in node.elts)
-    elif isinstance(node, ast.BinOp | ast.UnaryOp) and type(node.op) in OPERATORS:
-        parts = [node.left, node.right] if isinstance(node, ast.BinOp) else [node.operand]
-        numbers = [_value(part, names) for part in parts]
-        if not all(type(number) in (int, float) for number in numbers):
-            raise SyntaxError(f"line {node.lineno}: arithmetic is for numbers only")
-        value = OPERATORS[type(node.op)](*numbers)
-    else:
-        raise SyntaxError(f"line {node.lineno}: {ast.unparse(node)[:80]!r}: expected a number, a text, True, False, a "
-                          "list, a name from further up, or + - * / // of numbers")
-    if (type(value) is int and abs(value) >= LARGEST) or (type(value) is float and not math.isfinite(value)):
-        raise SyntaxError(f"line {node.lineno}: too large a number")
-    return value
+    match node:
+        case ast.Constant(value):
+            return value
+        case ast.Name(name) if name in names:
+            return names[name]
+        case ast.Tuple(items) | ast.List(items):
+            return tuple(_value(item, names) for item in items)
+        case ast.UnaryOp(op, operand) if type(op) in OPERATORS:
+            return OPERATORS[type(op)](_value(operand, names))
+        case ast.BinOp(left, op, right) if type(op) in OPERATORS:
+            return OPERATORS[type(op)](_value(left, names), _value(right, names))
+    raise SyntaxError(
+        f"line {node.lineno}: {ast.unparse(node)!r}: expected a number, a text, True, False, a list, a name from "
+        "further up, or + - * / // of numbers"
+    )
 
 
-def _known(name: str, hints: dict, where: str) -> None:
+def _kind(name: str, hints: dict, where: str) -> type:
     if name not in hints:
         near = difflib.get_close_matches(name, hints, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"settings are {', '.join(hints)}"
-        raise ConfigError(f"{where}: unknown setting {name!r}; {hint}")
+        raise UserError(f"{where}: unknown setting {name!r}; {hint}")
+    return hints[name]
 
 
-def _parsed(name: str, text: str, kind: type, has_value: bool):
-    if not has_value:
-        raise ConfigError(f"command line: --{name} needs a value: --{name}=...")
+def _parsed(text: str, kind: type):
+    """A command line's text as a value of this kind; the text itself where it is none."""
     if kind is bool:
-        value = {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
-    elif typing.get_origin(kind) is tuple:
-        of_text = typing.get_args(kind)[0] is str
-        parts = [part.strip() for part in text.split(",")] if text else []
-        value = tuple(part if of_text else _number_or_text(part) for part in parts)
-    else:
-        value = text if kind is str else _number_or_text(text)
-    return _typed(name, value, kind, "command line")
-
-
-def _number_or_text(text: str):
-    for number in (int, float):
+        return {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
+    if typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        return tuple(_parsed(part.strip(), item) for part in text.split(",") if part.strip())
+    for number in (int, float) if kind in (int, float) else ():
         try:
             return number(text)
         except ValueError:
-            pass
+            continue
     return text
 
 
 def _typed(name: str, value, kind: type, where: str):
-    """value as `kind`; an int serves as a float, a list as a tuple, and nothing else as anything else."""
-    if typing.get_origin(kind) is tuple:
-        item = typing.get_args(kind)[0]
-        if not isinstance(value, list | tuple):
-            raise ConfigError(f"{where}: setting {name} must be a tuple of {item.__name__}, is {value!r}")
-        return tuple(_typed(name, v, item, where) for v in value)
+    """value as `kind`: an int serves as a float, and nothing else as anything else."""
+    if typing.get_origin(kind) is tuple and isinstance(value, tuple):
+        return tuple(_typed(name, v, typing.get_args(kind)[0], where) for v in value)
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        raise ConfigError(f"{where}: setting {name} must be {kind.__name__}, is {type(value).__name__} {value!r}")
-    if kind is int and abs(value) >= LARGEST:
-        raise ConfigError(f"{where}: setting {name}: too large a number")
+        raise UserError(f"{where}: setting {name} must be {_name_of(kind)}, is {value!r}")
     return value
 
 
-def described(config) -> str:
-    """One line a setting, those that differ from their default marked."""
-    return "\n".join(
-        f"  {'*' if getattr(config, f.name) != f.default else ' '} {f.name} = {getattr(config, f.name)!r}"
-        for f in fields(config)
-    )
+def _name_of(kind: type) -> str:
+    return f"a list of {typing.get_args(kind)[0].__name__}" if typing.get_origin(kind) is tuple else kind.__name__
+
+
+# ---- what the settings mean: --help, docs/configuration.md, the start of a run
+
+
+def explained(config_class: type) -> list[tuple[str, str, object, str]]:
+    """(section, name, default, comment) of every field, from the comments in the dataclass's source."""
+    defaults = {f.name: f.default for f in fields(config_class)}
+    section, found = "", []
+    for line in inspect.getsource(config_class).splitlines():
+        if heading := re.fullmatch(r"    # (.+)", line):
+            section = heading[1]
+        elif (setting := re.match(r"    (\w+):[^#]*(?:# (.*))?", line)) and setting[1] in defaults:
+            found.append((section, setting[1], defaults[setting[1]], setting[2] or ""))
+    return found
+
+
+def help_of(config_class: type) -> str:
+    lines = [(f"--{name}={shown(default)}", comment) for _, name, default, comment in explained(config_class)]
+    width = min(36, max(len(setting) for setting, _ in lines))
+    return "\n".join(f"  {setting:{width}}  {comment}" for setting, comment in lines)
+
+
+def shown(value: object) -> str:
+    """A value as the command line takes it."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def differing(config) -> str:
+    """One line a setting that is not at its default."""
+    values = ((f.name, getattr(config, f.name), f.default) for f in fields(config))
+    return "\n".join(f"  {name} = {value!r}" for name, value, default in values if value != default)
+
+
+def markdown(config_class: type) -> str:
+    """The table of docs/configuration.md."""
+    lines, last = [], ""
+    for section, name, default, comment in explained(config_class):
+        if section != last or not lines:
+            lines += [
+                "",
+                f"**{(section or 'the run').capitalize()}**",
+                "",
+                "| setting | default | meaning |",
+                "|---|---|---|",
+            ]
+            last = section
+        lines.append(
+            f"| `{name}` | {f'`{shown(default)}`' if shown(default) else ''} | {comment.replace('|', chr(92) + '|')} |"
+        )
+    return "\n".join(lines).strip() + "\n"
+
+
+# ---- the frame of every command
+
+
+def command(
+    main: Callable,
+    config_class: type,
+    words: tuple[int, int] = (0, 0),
+    config_files: bool = False,
+    speaks: Callable[[str], bool] = lambda _: True,
+) -> None:
+    """Run main(settings, *words) on the command line; the one handler of errors. Ends the process.
+
+    words: least and most number of arguments that are not settings. config_files: those are config files instead.
+    speaks: whether this process is to print an error; of many ranks that have the same, one is.
+    """
+    doc, arguments = sys.modules[main.__module__].__doc__, sys.argv[1:]
+    if {"-h", "--help"} & set(arguments):
+        print(f"{doc}\nSettings, with their defaults:\n\n{help_of(config_class)}")
+        sys.exit()
+    given = [] if config_files else [a for a in arguments if not a.startswith("--")]
+    if (config_files or words[0]) and not arguments:
+        sys.exit(f"{doc}\n--help lists the settings.")
+    try:
+        if not words[0] <= len(given) <= words[1]:
+            raise UserError(f"{len(given)} arguments beside the settings, expected {words[0]} or more: see --help")
+        main(load(config_class, [a for a in arguments if a not in given]), *given)
+    except UserError as error:
+        if speaks(str(error)):
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except Stopped as stopped:
+        print(stopped, flush=True)
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+
+
+if __name__ == "__main__":
+    import train
+
+    print(markdown(train.Config), end="")

@@ -13,12 +13,12 @@ import numpy as np
 
 import configurator
 import evaluate
-import model as llama
+import hf
 import plot
 import train
+from configurator import UserError
 from data.loader import DomainLoader
-from data.shards import DataError
-from metrics import RunError, read_metrics
+from metrics import read_metrics
 
 OUT = Path("out/demo")
 STAGES = ("pretrain", "prune", "continue")
@@ -48,7 +48,7 @@ def main() -> None:
     print("\n==== summary ====", flush=True)
     run = read_metrics(OUT / "prune" / "metrics.jsonl")[0]
     val = DomainLoader(cfg.data, tuple(run["domains"]), cfg.seq_len, cfg.seed, "val")
-    models = {NAMES[stage]: llama.load(OUT / stage / "model", cfg.device) for stage in STAGES}
+    models = {NAMES[stage]: hf.load(OUT / stage / "model", cfg.device) for stage in STAGES}
     loss = {name: evaluate.evaluate(m, val, SEQUENCES, 8, cfg.device) for name, m in models.items()}
     bits = {name: evaluate.bits_per_byte(loss_M, val) for name, loss_M in loss.items()}
     parameters = {
@@ -77,13 +77,17 @@ def main() -> None:
     print(f"evaluation and mix took {100 * mix_s / (mix_s + step_s):.1f} % of the pruning time")
 
     summary = {
-        "domains": list(val.domains), "seq_len": cfg.seq_len, "windows_per_domain": SEQUENCES,
+        "domains": list(val.domains),
+        "seq_len": cfg.seq_len,
+        "windows_per_domain": SEQUENCES,
         "loss": {name: x.tolist() for name, x in loss.items()},
         "bits_per_byte": {name: x.tolist() for name, x in bits.items()},
         "mean_loss": {name: float(np.mean(x)) for name, x in loss.items()},
-        "parameters": parameters, "step_ms": times, "evaluation_and_mix_share": mix_s / (mix_s + step_s),
+        "parameters": parameters,
+        "step_ms": times,
+        "evaluation_and_mix_share": mix_s / (mix_s + step_s),
         "training_seconds": seconds,
-    }  # fmt: skip
+    }
     (OUT / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     figures = [path for stage in STAGES for path in plot.plot([OUT / stage], OUT / stage)]
     figures += [plot.plot_step_time([plot.read_run(OUT / stage) for stage in STAGES], OUT)]
@@ -96,5 +100,5 @@ if __name__ == "__main__":
         main()
     except train.Stopped as stopped:
         print(f"{stopped}; make demo goes on from there")
-    except (configurator.ConfigError, DataError, llama.CheckpointError, train.TargetError, RunError) as error:
+    except UserError as error:
         sys.exit(f"error: {error}\n(rm -r {OUT} starts the demo from the beginning)")

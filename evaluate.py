@@ -20,10 +20,12 @@ import torch.distributed as dist
 
 import checkpoint
 import configurator
+import hf
 import model as llama
 import tasks
+from configurator import UserError
 from data.loader import DomainLoader
-from data.shards import DataError, read_meta
+from data.shards import read_meta
 from prune import Masks, extract
 
 
@@ -68,11 +70,11 @@ def table(domains: tuple[str, ...], columns: dict[str, np.ndarray]) -> str:
 
 
 def check_device(device: str) -> None:
-    """Raises ConfigError for a device that is not there."""
+    """Raises UserError for a device that is not there."""
     if device not in ("cpu", "cuda"):
-        raise configurator.ConfigError(f"device = {device!r}: must be cpu or cuda (CUDA_VISIBLE_DEVICES chooses which)")
+        raise UserError(f"device = {device!r}: must be cpu or cuda (CUDA_VISIBLE_DEVICES chooses which)")
     if device == "cuda" and not torch.cuda.is_available():
-        raise configurator.ConfigError("device = 'cuda': this machine or this build of torch has no CUDA")
+        raise UserError("device = 'cuda': this machine or this build of torch has no CUDA")
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,12 @@ class Config:
 
 
 def load_any(path: str, device: str) -> llama.Llama:
-    """The model of a Hugging Face folder or of a run's checkpoint. Raises CheckpointError."""
+    """The model of a Hugging Face folder or of a run's checkpoint. Raises UserError."""
     folder = Path(path)
     if not (folder / checkpoint.STATE).is_file():
-        return llama.load(path, device)
+        return hf.load(path, device)
     if problem := checkpoint.problem_of(folder):
-        raise llama.CheckpointError(f"{path}: {problem}")
+        raise UserError(f"{path}: {problem}")
     try:
         state = checkpoint.read_state(folder)
         with torch.device("meta"):
@@ -104,8 +106,8 @@ def load_any(path: str, device: str) -> llama.Llama:
         if state["target"]:
             masks = learned["masks"] = Masks(model.config, llama.LlamaConfig(**state["target"]), seed=0)
         checkpoint.load(folder, {n: p.detach() for k, m in learned.items() for n, p in m.named_parameters(k)})
-    except (checkpoint.RunError, TypeError, ValueError) as error:
-        raise llama.CheckpointError(f"{path}: not a checkpoint of train.py ({error})") from None
+    except (UserError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not a checkpoint of train.py ({error})") from None
     return (extract(model, masks) if masks else model).to(device)
 
 
@@ -113,8 +115,10 @@ def evaluate_tasks(folder: str, cfg: Config) -> None:
     tasks.check_tasks(cfg.tasks)
     tokenizer, model = tasks.text_tokenizer(folder, cfg.data), load_any(folder, cfg.device)
     if tokenizer.vocab_size > model.config.vocab_size:
-        raise DataError(f"tokenizer of {tokenizer.vocab_size} tokens, the model's vocabulary has "
-                        f"{model.config.vocab_size}: give --data, the data set the model was trained on")  # fmt: skip
+        raise UserError(
+            f"tokenizer of {tokenizer.vocab_size} tokens, the model's vocabulary has "
+            f"{model.config.vocab_size}: give --data, the data set the model was trained on"
+        )
     archive, results = tasks.request_archive(), {}
     for task in cfg.tasks:
         documents = tasks.read_documents(archive, task, cfg.limit)
@@ -125,7 +129,7 @@ def evaluate_tasks(folder: str, cfg: Config) -> None:
 def main(folder: str, cfg: Config) -> None:
     for name, least in (("seq_len", 1), ("sequences", 1), ("batch_size", 1), ("limit", 0)):
         if getattr(cfg, name) < least:
-            raise configurator.ConfigError(f"{name} = {getattr(cfg, name)}: must be at least {least}")
+            raise UserError(f"{name} = {getattr(cfg, name)}: must be at least {least}")
     check_device(cfg.device)
     if cfg.tasks:
         evaluate_tasks(folder, cfg)
@@ -134,8 +138,10 @@ def main(folder: str, cfg: Config) -> None:
     domains = cfg.domains or tuple(read_meta(cfg.data)["domains"])
     val = DomainLoader(cfg.data, domains, cfg.seq_len, seed=0, split="val")
     if val.vocab_size > model.config.vocab_size:
-        raise DataError(f"{cfg.data}: vocabulary of {val.vocab_size}, the model's has {model.config.vocab_size}: "
-                        "give --data, a data set prepared with the model's own tokenizer")  # fmt: skip
+        raise UserError(
+            f"{cfg.data}: vocabulary of {val.vocab_size}, the model's has {model.config.vocab_size}: "
+            "give --data, a data set prepared with the model's own tokenizer"
+        )
     loss_M = evaluate(model, val, cfg.sequences, cfg.batch_size, cfg.device)
     print(f"{folder} on {cfg.data}, validation, {cfg.sequences} windows of {cfg.seq_len} tokens a domain at most")
     columns = {"loss (nats)": loss_M, "perplexity": np.exp(loss_M), "bits/byte": bits_per_byte(loss_M, val)}
@@ -147,5 +153,5 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     try:
         main(sys.argv[1], configurator.load(Config, sys.argv[2:]))
-    except (configurator.ConfigError, DataError, llama.CheckpointError) as error:
+    except UserError as error:
         sys.exit(f"error: {error}")

@@ -20,17 +20,26 @@ from safetensors import SafetensorError
 
 import checkpoint
 import configurator
+import hf
 import model as llama
-from configurator import ConfigError
+from configurator import UserError
 from evaluate import load_any
-from metrics import RunError, read_metrics
+from metrics import read_metrics
 from train import Config as TrainConfig
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of these is enough to call a folder's tokenizer
 CARRIED = (
-    *TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
-    "chat_template.jinja", "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
+    *TOKENIZERS,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -55,8 +64,10 @@ def stages(path: Path, step: float = math.inf) -> list[Stage]:
     while os.path.isfile(path.parent / "metrics.jsonl") and path.parent not in [s.folder for s in found]:
         records = read_metrics(path.parent / "metrics.jsonl")
         if not records or records[0]["kind"] != "run":
-            raise RunError(f"{path.parent / 'metrics.jsonl'}: does not begin with the record of a run of train.py: "
-                           "move it away to export without a recipe")  # fmt: skip
+            raise UserError(
+                f"{path.parent / 'metrics.jsonl'}: does not begin with the record of a run of train.py: "
+                "move it away to export without a recipe"
+            )
         evaluated = [r for r in records if r["kind"] in ("eval", "extracted") and r["step"] <= step]
         found.append(Stage(path.parent, records[0], evaluated[-1] if evaluated else None))
         if not records[0]["config"]["init_from"]:
@@ -75,7 +86,7 @@ def tokenizer_files(path: Path, history: list[Stage], given: str) -> list[Path]:
         if any(os.path.isfile(folder / name) for name in TOKENIZERS):
             return sorted(f for pattern in CARRIED for f in folder.glob(pattern) if f.is_file())
     if given:
-        raise ConfigError(f"tokenizer = {given!r}: neither a file nor a folder with one of {', '.join(TOKENIZERS)}")
+        raise UserError(f"tokenizer = {given!r}: neither a file nor a folder with one of {', '.join(TOKENIZERS)}")
     return []
 
 
@@ -148,7 +159,7 @@ what was pruned from it.
 
 
 def write(folder: Path, model: llama.Llama, dtype: torch.dtype, files: list[Path], card_text: str) -> None:
-    model.save(folder, dtype)
+    hf.save(model, folder, dtype)
     for file in files:
         shutil.copyfile(file, folder / file.name)
     c = model.config
@@ -160,12 +171,12 @@ def write(folder: Path, model: llama.Llama, dtype: torch.dtype, files: list[Path
 
 
 def main(path: str, out: str, cfg: Config) -> None:
-    """Raises ConfigError, CheckpointError and RunError; then nothing is written."""
+    """Raises UserError, UserError and UserError; then nothing is written."""
     if cfg.dtype not in DTYPES:
-        raise ConfigError(f"dtype = {cfg.dtype!r}: must be one of {', '.join(DTYPES)}")
+        raise UserError(f"dtype = {cfg.dtype!r}: must be one of {', '.join(DTYPES)}")
     source, target = Path(path), Path(out)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ConfigError(f"{target}: is there already: choose a folder that does not exist or is empty")
+        raise UserError(f"{target}: is there already: choose a folder that does not exist or is empty")
     model = load_any(path, "cpu")
     step = checkpoint.read_state(source)["step"] if (source / checkpoint.STATE).is_file() else math.inf
     history = stages(source, step)
@@ -177,7 +188,7 @@ def main(path: str, out: str, cfg: Config) -> None:
         for file in target.iterdir() if target.is_dir() else ():  # which was empty, or not there
             file.unlink()
         if isinstance(error, OSError | SafetensorError):
-            raise ConfigError(f"{target}: cannot be written ({error}): make room or choose another folder") from None
+            raise UserError(f"{target}: cannot be written ({error}): make room or choose another folder") from None
         raise
 
     kind = f"{cfg.dtype}, {model.config.model_type}"
@@ -196,5 +207,5 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     try:
         main(*paths, configurator.load(Config, [a for a in sys.argv[1:] if a.startswith("--")]))
-    except (ConfigError, llama.CheckpointError, RunError) as error:
+    except UserError as error:
         sys.exit(f"error: {error}")

@@ -14,7 +14,7 @@ import torch
 
 import configurator
 import model as llama
-from data.shards import DataError
+from configurator import UserError
 from data.tokenizer import tokens_of
 from evaluate import check_device, load_any
 from tasks import adds_bos, encode_pair, score, text_tokenizer
@@ -52,16 +52,21 @@ class Answers:
 
         The text is cut into as few windows as cover it; the last one is full, with what it repeats as context only.
         """
-        return [sum(logprob for logprob, _ in score(self.model, self._windows(request.args[0]), self.tokens_per_pass))
-                for request in requests]  # fmt: skip
+        return [
+            sum(logprob for logprob, _ in score(self.model, self._windows(request.args[0]), self.tokens_per_pass))
+            for request in requests
+        ]
 
     def _windows(self, text: str) -> list[tuple[list[int], int]]:
         tokens = [self.tokenizer.bos, *tokens_of(self.tokenizer, text)]
-        ends = [min(start + self.context_size, len(tokens) - 1)
-                for start in range(0, len(tokens) - 1, self.context_size)]  # fmt: skip
+        ends = [
+            min(start + self.context_size, len(tokens) - 1) for start in range(0, len(tokens) - 1, self.context_size)
+        ]
         starts = [0, *ends][: len(ends)]
-        return [(tokens[max(0, end - self.context_size) : end + 1], end - start)
-                for start, end in zip(starts, ends, strict=True)]  # fmt: skip
+        return [
+            (tokens[max(0, end - self.context_size) : end + 1], end - start)
+            for start, end in zip(starts, ends, strict=True)
+        ]
 
     def generate_until(self, requests: list, **_: object) -> list[str]:
         """args: (context, settings). Greedy text up to the first of settings["until"], max_gen_toks at most."""
@@ -70,7 +75,7 @@ class Answers:
     @torch.no_grad()
     def _generate(self, context: str, settings: dict) -> str:
         if settings.get("do_sample"):
-            raise DataError("do_sample = True: only greedy decoding is offered: leave out tasks that sample")
+            raise UserError("do_sample = True: only greedy decoding is offered: leave out tasks that sample")
         n_new, until = settings.get("max_gen_toks", MAX_NEW_TOKENS), settings.get("until") or []
         room = min(n_new, self.context_size // 2)  # for the answer; what does not fit beside it the prompt loses
         until = [until] if isinstance(until, str) else until
@@ -89,11 +94,11 @@ class Answers:
 
 
 def harness_model(model: llama.Llama, tokenizer, tokens_per_pass: int = 2048):
-    """Answers as a model of the harness. Raises DataError where the harness is not installed."""
+    """Answers as a model of the harness. Raises UserError where the harness is not installed."""
     try:
         from lm_eval.api.model import LM  # noqa: PLC0415 - optional
     except ImportError:
-        raise DataError(f"the harness is not installed: pip install {REQUIREMENT}") from None
+        raise UserError(f"the harness is not installed: pip install {REQUIREMENT}") from None
     return type("OurModel", (Answers, LM), {})(model, tokenizer, tokens_per_pass)
 
 
@@ -113,5 +118,5 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     try:
         main(sys.argv[1], configurator.load(Config, sys.argv[2:]))
-    except (configurator.ConfigError, DataError, llama.CheckpointError) as error:
+    except UserError as error:
         sys.exit(f"error: {error}")

@@ -11,18 +11,16 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-
-class RunError(RuntimeError):
-    """A run that cannot start, go on or be resumed; the message says where and what to do."""
+from configurator import UserError
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl; a last line that a killed run has cut is left out. Raises RunError, also for a
+    """The records of a metrics.jsonl; a last line that a killed run has cut is left out. Raises UserError, also for a
     record without the fields of its kind, or with something else in them (see is_record)."""
     try:
         lines = path.read_bytes().splitlines() if path.exists() else []
     except OSError as error:
-        raise RunError(f"{path}: cannot be read ({error.strerror}): choose another out_dir") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}): choose another out_dir") from None
     records, n_domains = [], None
     for number, line in enumerate(lines, start=1):
         try:
@@ -32,7 +30,7 @@ def read_metrics(path: Path) -> list[dict]:
                 break
             record = None
         if not is_record(record, n_domains):
-            raise RunError(f"{path}:{number}: not a record of a run: remove the line")
+            raise UserError(f"{path}:{number}: not a record of a run: remove the line")
         n_domains = len(record["domains"]) if record["kind"] == "run" else n_domains
         records.append(record)
     return records
@@ -41,16 +39,40 @@ def read_metrics(path: Path) -> list[dict]:
 NUMBER, LOSS = int | float, int | float | None  # null is for what is not finite
 FORMS = {  # of each kind of record: the fields that are read, and what they hold
     "run": {
-        "domains": [str], "bytes_per_token": [NUMBER], "config": {
-            "stage": str, "init_from": str, "data": str, "dtype": str, "max_steps": int, "seq_len": int,
-            "eval_sequences": int},
-        "source": {"n_layers": int, "hidden_size": int, "intermediate_size": int, "n_heads": int, "n_kv_heads": int,
-                   "head_dim": int, "vocab_size": int}},
-    "eval": {"step": int, "val_loss": [LOSS], "ratio": [NUMBER], "reference_ratio": [NUMBER],
-             "reference_loss": ([LOSS], None), "tokens": [NUMBER], "eval_s": NUMBER, "mix_s": NUMBER},
+        "domains": [str],
+        "bytes_per_token": [NUMBER],
+        "config": {
+            "stage": str,
+            "init_from": str,
+            "data": str,
+            "dtype": str,
+            "max_steps": int,
+            "seq_len": int,
+            "eval_sequences": int,
+        },
+        "source": {
+            "n_layers": int,
+            "hidden_size": int,
+            "intermediate_size": int,
+            "n_heads": int,
+            "n_kv_heads": int,
+            "head_dim": int,
+            "vocab_size": int,
+        },
+    },
+    "eval": {
+        "step": int,
+        "val_loss": [LOSS],
+        "ratio": [NUMBER],
+        "reference_ratio": [NUMBER],
+        "reference_loss": ([LOSS], None),
+        "tokens": [NUMBER],
+        "eval_s": NUMBER,
+        "mix_s": NUMBER,
+    },
     "train": {"step": int, "domain_loss": [LOSS], "step_s": NUMBER},
     "warning": {"step": int, "text": str},
-}  # fmt: skip
+}
 FORMS["extracted"] = FORMS["eval"]
 MASKS = {name: {str: NUMBER} for name in ("sparsity", "target_sparsity", "lambda1", "lambda2")}  # all or none
 
@@ -106,12 +128,12 @@ class Log:
         self.say = tqdm.write if chief else (lambda _: None)
 
     def open(self, step: int) -> None:
-        """Go on from a step. From here on records can be written. Raises RunError."""
+        """Go on from a step. From here on records can be written. Raises UserError."""
         try:
             keep_metrics_before(self.path, step)
             self.file = open(self.path, "r+b", buffering=0)  # noqa: SIM115 (closed by close)
         except OSError as error:
-            raise RunError(f"{self.path}: cannot be written ({error.strerror}): make room") from None
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}): make room") from None
         self.end = self.file.seek(0, os.SEEK_END)
 
     def record(self, record: dict) -> dict:

@@ -10,9 +10,8 @@ is a checkpoint any tool loads.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from reprlib import repr as short  # as much of a value as a message has room for
 
 import torch
@@ -20,10 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import weights
+from configurator import UserError
 from kernels.dispatch import ops
 from kernels.pack import pack_torch, pack_vector
-from weights import CheckpointError
 
 ROPE_SCALING = {  # rope_type: its numbers
     "linear": {"factor"},
@@ -32,6 +30,7 @@ ROPE_SCALING = {  # rope_type: its numbers
 
 
 MAX_LAYERS, MAX_WIDTH, MAX_NUMBER = 1024, 2**24, 1e30  # a config.json beyond them is damaged or ill-meant
+
 
 @dataclass(frozen=True)
 class LlamaConfig:
@@ -107,9 +106,9 @@ class LlamaConfig:
         return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
 
     def check_length(self, length: int) -> None:
-        """Raises CheckpointError for sequences (tokens) on which this model's attention is not the full one here."""
+        """Raises UserError for sequences (tokens) on which this model's attention is not the full one here."""
         if self.sliding_window and length > self.sliding_window:
-            raise CheckpointError(
+            raise UserError(
                 f"sequences of {length} tokens: in this model a token sees the last {self.sliding_window} only "
                 f"(sliding_window in config.json), here all before it, which is the same up to {self.sliding_window} "
                 "tokens: use shorter sequences"
@@ -371,123 +370,3 @@ class Llama(nn.Module):
     def n_parameters(self, embeddings: bool = True) -> int:
         total = sum(p.numel() for p in self.parameters())
         return total if embeddings else total - sum(p.numel() for p in {self.embed_tokens.weight, self.lm_head.weight})
-
-    def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write a folder that transformers' AutoModelForCausalLM loads: config.json and model.safetensors."""
-        weights.write(folder, to_hugging_face(self.config, dtype), self.named_parameters(), dtype)
-
-
-HF_NAMES = {  # ours: Hugging Face's
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "rope_theta": "rope_theta",
-    "norm_eps": "rms_norm_eps",
-    "tied_embeddings": "tie_word_embeddings",
-    "max_position_embeddings": "max_position_embeddings",
-    "bos_token_id": "bos_token_id",
-    "eos_token_id": "eos_token_id",
-    "pad_token_id": "pad_token_id",
-}
-FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
-            "mistral": "MistralForCausalLM"}  # fmt: skip
-
-
-def to_hugging_face(config: LlamaConfig, dtype: torch.dtype = torch.float32) -> dict:
-    """config.json, in words that transformers 4 and 5 both read."""
-    ours = asdict(config)
-    return {
-        "architectures": [FAMILIES[config.model_type]],
-        "model_type": config.model_type,
-        "hidden_act": "silu",
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        **{theirs: ours[name] for name, theirs in HF_NAMES.items()},
-        **({"rope_scaling": config.rope_scaling} if config.rope_scaling else {}),
-        **({"sliding_window": config.sliding_window} if config.mistral else {}),
-    }
-
-
-def read_config(folder: str | Path) -> LlamaConfig:
-    """The config of a Llama, Qwen2, Qwen3 or Mistral in Hugging Face's format, or of a Llama in Meta's.
-
-    Raises CheckpointError for what model.py cannot run.
-    """
-    path, theirs = weights.read_config(Path(folder))
-    try:
-        arch = theirs["architectures"][0]
-    except (KeyError, IndexError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a model's config ({type(error).__name__}: {error})") from None
-    if arch not in FAMILIES.values():
-        raise CheckpointError(f"{path}: architecture {arch} is not supported; {', '.join(FAMILIES.values())} are")
-    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise CheckpointError(f"{path}: rope_scaling is {rope!r}, expected an object")
-    rope = {"rope_type": rope.get("type", "default"), **rope}
-    llama, qwen2, qwen3, mistral = (arch == FAMILIES[family] for family in FAMILIES)
-    for holds, reason in (
-        (theirs.get("hidden_act", "silu") != "silu", f"hidden_act {theirs.get('hidden_act')!r}; silu is"),
-        (theirs.get("attention_bias") and not qwen2, "biases in the output projection (attention_bias)"),
-        (theirs.get("mlp_bias"), "biases in the FFN projections (mlp_bias)"),
-        (theirs.get("use_sliding_window"), "layers that see only the last tokens (use_sliding_window)"),
-        (theirs.get("layer_types") and any(kind != "full_attention" for kind in list_of(theirs["layer_types"])),
-         "layer_types other than full_attention"),
-        (theirs.get("quantization_config"), "quantized weights (quantization_config)"),
-        ((theirs | rope).get("partial_rotary_factor", 1.0) != 1.0, "RoPE on a part of a head (partial_rotary_factor)"),
-    ):
-        if holds:
-            raise CheckpointError(f"{path}: not supported: {reason}")
-    values = {name: theirs[key] for name, key in HF_NAMES.items() if theirs.get(key) is not None}
-    values["rope_theta"] = rope.get("rope_theta", theirs.get("rope_theta", 10_000.0))
-    values.setdefault("norm_eps", 1e-6)  # what transformers takes where config.json is silent, here and below
-    if llama:
-        values.setdefault("n_kv_heads", values.get("n_heads"))
-    sizes = values.get("hidden_size"), values.get("n_heads")
-    if "head_dim" not in values and not qwen3 and all(type(size) is int and size > 0 for size in sizes):
-        values["head_dim"] = sizes[0] // sizes[1]
-    scaling = {k: v for k, v in rope.items() if k not in ("type", "rope_theta", "partial_rotary_factor")}
-    try:
-        return LlamaConfig(
-            **values,
-            qkv_bias=qwen2,
-            qk_norm=qwen3,
-            rope_scaling=None if scaling["rope_type"] == "default" else scaling,
-            sliding_window=theirs.get("sliding_window", 4096) if mistral else None,
-            mistral=mistral,
-        )
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
-
-
-def tensors_of(folder: str | Path, config: LlamaConfig) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every parameter in a folder, one by one, in the order of Llama(config).named_parameters().
-
-    On the CPU, in the dtype of the file. Raises CheckpointError, before the first one, naming the missing, unexpected
-    or mis-shaped tensor.
-    """
-    with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in Llama(config).named_parameters()}
-    ignored = {f"layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(config.n_layers)}
-    ignored |= {"lm_head.weight"} if config.tied_embeddings else set()
-    return weights.tensors(Path(folder), shapes, ignored)
-
-
-def load(folder: str | Path, device: str = "cpu") -> Llama:
-    """The model in a folder (formats: read_config), float32. Raises CheckpointError."""
-    with torch.device("meta"):
-        model = Llama(read_config(folder))
-    tensors_of(folder, model.config)  # before memory is asked for: config.json may promise anything
-    model.to_empty(device=device).tie()
-    fill(model, folder)
-    return model
-
-
-@torch.no_grad()
-def fill(model: Llama, folder: str | Path, put: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
-    """Hand every parameter its tensor in the folder, one at a time: put(parameter, tensor). Raises CheckpointError."""
-    parameters = dict(model.named_parameters())
-    for name, tensor in tensors_of(folder, model.config):
-        put(parameters[name], tensor)

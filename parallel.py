@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from configurator import ConfigError
+from configurator import UserError
 from model import Llama
 
 
@@ -105,13 +105,15 @@ def versions() -> dict[str, str]:
 
 
 def refuse_unequal(settings: dict) -> None:
-    """Raises ConfigError, on every rank, where one has other settings, code or libraries than the first."""
+    """Raises UserError, on every rank, where one has other settings, code or libraries than the first."""
     of_ranks = exchange({"code of this project": hash_of_code(), **versions(), **settings})
     for rank, here in enumerate(of_ranks):
         for name, value in of_ranks[0].items():
             if here.get(name) != value:
-                raise ConfigError(f"rank {rank} runs with {name} = {here.get(name)!r}, rank 0 with {value!r}: "
-                                  "give every rank the same")  # fmt: skip
+                raise UserError(
+                    f"rank {rank} runs with {name} = {here.get(name)!r}, rank 0 with {value!r}: "
+                    "give every rank the same"
+                )
 
 
 def is_first_to_say(message: str) -> bool:

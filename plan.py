@@ -55,9 +55,15 @@ class LiveBytes(TorchDispatchMode):
 
 
 def activation_bytes(
-    source: LlamaConfig, target: LlamaConfig | None, batch: int, length: int, dtype: torch.dtype, recompute: bool,
-    multiple: int, kernels: str,
-) -> tuple[int, int]:  # fmt: skip
+    source: LlamaConfig,
+    target: LlamaConfig | None,
+    batch: int,
+    length: int,
+    dtype: torch.dtype,
+    recompute: bool,
+    multiple: int,
+    kernels: str,
+) -> tuple[int, int]:
     """Peak of a forward and backward pass, beside weights and gradients: without the loss's logits, and what they add.
 
     batch: sequences of length tokens. multiple: to which sets of living units are padded (prune.PAD).
@@ -103,10 +109,24 @@ def flops_per_token(c: LlamaConfig, alive: dict[str, float], length: int, recomp
 
 
 def plan(
-    source: LlamaConfig, target: LlamaConfig | None, *, batch_size: int, micro_batch_size: int, seq_len: int,
-    max_steps: int, sparsity_warmup: int, dtype: torch.dtype, recompute: bool, parallel: str, kernels: str,
-    multiple: int, gpus: int, gpu_memory: float, tflops: float, mfu: float,
-) -> str:  # fmt: skip
+    source: LlamaConfig,
+    target: LlamaConfig | None,
+    *,
+    batch_size: int,
+    micro_batch_size: int,
+    seq_len: int,
+    max_steps: int,
+    sparsity_warmup: int,
+    dtype: torch.dtype,
+    recompute: bool,
+    parallel: str,
+    kernels: str,
+    multiple: int,
+    gpus: int,
+    gpu_memory: float,
+    tflops: float,
+    mfu: float,
+) -> str:
     """The lines that --plan prints. gpu_memory: GiB of each; tflops: their peak in dtype; mfu: the share expected."""
     with torch.device("meta"):
         model = Llama(source)
@@ -129,10 +149,11 @@ def plan(
     ramps = [min(1.0, step / sparsity_warmup) if sparsity_warmup else 1.0 for step in range(max_steps)]
     masks = Masks(source, target, seed=0) if target else None
     per_step = [
-        flops_per_token(source, {m: 1 - t for m, t in masks.target_sparsity(r).items()} if masks else {}, seq_len,
-                        recompute)
+        flops_per_token(
+            source, {m: 1 - t for m, t in masks.target_sparsity(r).items()} if masks else {}, seq_len, recompute
+        )
         for r in ramps
-    ]  # fmt: skip
+    ]
     dense, mean = flops_per_token(source, {}, seq_len, recompute), sum(per_step) / len(per_step)
     hours = tokens * mean / (gpus * tflops * 1e12 * mfu) / 3600
     lines = [f"parameters: {P:,}, of them embeddings {embeddings:,}"]

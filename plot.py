@@ -19,8 +19,9 @@ matplotlib.use("Agg")  # files only: no display is needed
 import matplotlib.pyplot as plt
 import numpy as np
 
+from configurator import UserError
 from data.shards import DOMAIN
-from metrics import RunError, read_metrics
+from metrics import read_metrics
 
 MAX_PANELS = 200  # small plots in one figure
 SMOOTH = 0.1  # weight of the newest point in the moving averages drawn
@@ -35,16 +36,19 @@ class Run:
 
 
 def read_run(folder: str) -> Run:
-    """Raises RunError where there is no run, or one without any evaluation yet."""
+    """Raises UserError where there is no run, or one without any evaluation yet."""
     records = read_metrics(Path(folder, "metrics.jsonl"))
     kinds = {kind: [r for r in records if r["kind"] == kind] for kind in ("run", "train", "eval")}
     if not kinds["run"] or not kinds["eval"]:
-        raise RunError(f"{folder}: no metrics.jsonl with an evaluation in it: "
-                       "give the out_dir of a run that has evaluated")  # fmt: skip
+        raise UserError(
+            f"{folder}: no metrics.jsonl with an evaluation in it: give the out_dir of a run that has evaluated"
+        )
     names = kinds["run"][0]["domains"] + [name for r in kinds["train"][:1] for name in r.get("sparsity", ())]
     if len(names) > MAX_PANELS or not all(DOMAIN.fullmatch(name) for name in names):
-        raise RunError(f"{folder}: metrics.jsonl names {len(names)} domains and masks: expected at most {MAX_PANELS}, "
-                       "of letters, digits, '_', '.', '-'")  # fmt: skip
+        raise UserError(
+            f"{folder}: metrics.jsonl names {len(names)} domains and masks: expected at most {MAX_PANELS}, "
+            "of letters, digits, '_', '.', '-'"
+        )
     return Run(Path(folder).name, kinds["run"][0], kinds["train"], kinds["eval"])
 
 
@@ -111,10 +115,21 @@ def plot_loss(runs: list[Run], out: Path) -> Path:
             steps = [r["step"] for r in run.evals]
             if len(runs) == 1:
                 train_steps = [r["step"] for r in run.train]
-                axes[domain].plot(train_steps, smoothed(column(run.train, "domain_loss", m)), color="0.75", lw=1,
-                                  label="training loss (moving average)")  # fmt: skip
-            axes[domain].plot(steps, numbers(column(run.evals, "val_loss", m)), color=colour(i), marker=".", ms=4,
-                              label=f"{run.name}: validation")  # fmt: skip
+                axes[domain].plot(
+                    train_steps,
+                    smoothed(column(run.train, "domain_loss", m)),
+                    color="0.75",
+                    lw=1,
+                    label="training loss (moving average)",
+                )
+            axes[domain].plot(
+                steps,
+                numbers(column(run.evals, "val_loss", m)),
+                color=colour(i),
+                marker=".",
+                ms=4,
+                label=f"{run.name}: validation",
+            )
             reference = numbers(column(run.evals, "reference_loss", m))
             if not np.isnan(reference).all():
                 axes[domain].plot(steps, reference, color=colour(i), ls="--", lw=1, label=f"{run.name}: reference")
@@ -186,5 +201,5 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     try:
         print(*plot(runs, options.get("out", runs[0])), sep="\n")
-    except RunError as error:
+    except UserError as error:
         sys.exit(f"error: {error}")

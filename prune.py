@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from configurator import UserError
 from model import BlockUnits, Llama, LlamaConfig, Subnetwork, Units
 
 GAMMA, ZETA, BETA = -0.1, 1.1, 2 / 3  # the stretch and the temperature of the hard concrete
@@ -33,10 +34,6 @@ LOG_ALPHA_RANGE = (math.log(0.01), math.log(100.0))
 MASK_KEY = 2  # apart from the loader's draws, whose key begins with another number
 PAD = {"cpu": 8, "cuda": 64}  # GEMM-friendly multiples to pad what is alive to
 MASK_TYPES = {"hidden": "hidden_size", "head": "n_kv_heads", "intermediate": "intermediate_size", "layer": "n_layers"}
-
-
-class TargetError(ValueError):
-    """A target shape that the source model cannot give."""
 
 
 def hard_concrete(log_alpha: Tensor, u: Tensor) -> Tensor:
@@ -63,7 +60,7 @@ def deterministic(log_alpha_RU: Tensor, keep_R: list[int]) -> Tensor:
 def target_config(
     source: LlamaConfig, *, hidden_size: int, intermediate_size: int, n_layers: int, n_heads: int
 ) -> LlamaConfig:
-    """The source with these sizes. Raises TargetError naming both numbers where the source cannot give one."""
+    """The source with these sizes. Raises UserError naming both numbers where the source cannot give one."""
     asked = {
         "hidden_size": hidden_size,
         "intermediate_size": intermediate_size,
@@ -72,12 +69,12 @@ def target_config(
     }
     for name, size in asked.items():
         if not 1 <= size <= getattr(source, name):
-            raise TargetError(
+            raise UserError(
                 f"target {name} = {size}: the source has {getattr(source, name)}, so 1 to that many can be kept"
             )
     group = source.n_heads // source.n_kv_heads
     if n_heads % group:
-        raise TargetError(
+        raise UserError(
             f"target n_heads = {n_heads}: the source has {source.n_heads} query heads in groups of {group} that share "
             f"a key/value head, and only whole groups can be kept: choose a multiple of {group}"
         )
@@ -97,8 +94,9 @@ class Masks(nn.Module):
                 shape = (1 if mask in ("hidden", "layer") else source.n_layers, getattr(source, size))
                 self.log_alpha[mask] = nn.Parameter(5.0 + 0.01 * torch.randn(shape, generator=generator))
         if not self.log_alpha:
-            raise TargetError(f"the target is as large as the source, {target}: there is nothing to prune: "
-                              "choose a smaller one")  # fmt: skip
+            raise UserError(
+                f"the target is as large as the source, {target}: there is nothing to prune: choose a smaller one"
+            )
         self.lambda1 = nn.Parameter(torch.zeros(len(self.log_alpha)))
         self.lambda2 = nn.Parameter(torch.zeros(len(self.log_alpha)))
         self.clamp()

@@ -115,8 +115,11 @@ def _unfit(points, usable_Mn) -> list[FitError | None]:
     errors: list[FitError | None] = []
     for m, distinct in enumerate(distinct_M.tolist()):
         ranges = zip(RANGES.items(), low[m], high[m], strict=True)
-        wrong = (FitError(f"fit: {name} from {a:g} to {b:g}: expected {least:g} to {most:g}")
-                 for (name, (least, most)), a, b in ranges if not least <= a <= b <= most)  # fmt: skip
+        wrong = (
+            FitError(f"fit: {name} from {a:g} to {b:g}: expected {least:g} to {most:g}")
+            for (name, (least, most)), a, b in ranges
+            if not least <= a <= b <= most
+        )
         error = next(wrong, None)
         if distinct < 3:
             error = FitError(

@@ -17,8 +17,8 @@ from torch import Tensor
 
 import configurator
 import model as llama
-from configurator import ConfigError
-from data.shards import DataError, read_meta
+from configurator import UserError
+from data.shards import read_meta
 from data.tokenizer import encoded, load_tokenizer, open_tokenizer, read_tokenizer_json, tokens_of
 from evaluate import check_device, load_any
 
@@ -45,14 +45,14 @@ class TokenizerJson:
         try:
             return encoded(self.model, text, add_special_tokens=True)
         except ValueError as error:
-            raise DataError(f"{self.path}: {error}: write something else") from None
+            raise UserError(f"{self.path}: {error}: write something else") from None
 
     def decode(self, tokens: list[int]) -> str:
         return self.model.decode(tokens)
 
 
 def tokenizer_of(path: Path, data: str):
-    """What has encode and decode for this model, and the tokens that go before a text. Raises DataError."""
+    """What has encode and decode for this model, and the tokens that go before a text. Raises UserError."""
     if data:
         tokenizer = load_tokenizer(read_meta(data), data)
         return tokenizer, [tokenizer.bos]
@@ -61,7 +61,7 @@ def tokenizer_of(path: Path, data: str):
     if (path / "tokenizer.model").is_file():
         tokenizer = open_tokenizer(path / "tokenizer.model")
         return tokenizer, [tokenizer.bos]
-    raise DataError(f"{path}: no tokenizer.json or tokenizer.model: name the data set it was trained on with --data=")
+    raise UserError(f"{path}: no tokenizer.json or tokenizer.model: name the data set it was trained on with --data=")
 
 
 def choose(logits_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
@@ -103,27 +103,29 @@ def pieces(decode, prompt: list[int], generated: Iterator[int]) -> Iterator[str]
 
 def check(cfg: Config) -> None:
     if cfg.max_tokens < 1:
-        raise ConfigError(f"max_tokens = {cfg.max_tokens}: must be at least 1")
+        raise UserError(f"max_tokens = {cfg.max_tokens}: must be at least 1")
     if not 0 <= cfg.temperature < math.inf:
-        raise ConfigError(f"temperature = {cfg.temperature}: must be 0 or more")
+        raise UserError(f"temperature = {cfg.temperature}: must be 0 or more")
     if not 0 < cfg.top_p <= 1:
-        raise ConfigError(f"top_p = {cfg.top_p}: must be above 0 and at most 1")
+        raise UserError(f"top_p = {cfg.top_p}: must be above 0 and at most 1")
     check_device(cfg.device)
 
 
 def main(path: str, prompt: str, cfg: Config) -> None:
-    """Raises ConfigError, CheckpointError and DataError before anything is generated."""
+    """Raises UserError, UserError and UserError before anything is generated."""
     check(cfg)
     model = load_any(path, cfg.device).eval()
     tokenizer, before = tokenizer_of(Path(path), cfg.data)
     tokens, config = before + tokens_of(tokenizer, prompt), model.config
     if not tokens:
-        raise ConfigError("the prompt is empty, and the tokenizer puts nothing before it: write something")
+        raise UserError("the prompt is empty, and the tokenizer puts nothing before it: write something")
     if max(tokens) >= config.vocab_size:
-        raise DataError(f"token {max(tokens)} is outside the model's vocabulary of {config.vocab_size}: "
-                        "this is not the model's tokenizer")  # fmt: skip
+        raise UserError(
+            f"token {max(tokens)} is outside the model's vocabulary of {config.vocab_size}: "
+            "this is not the model's tokenizer"
+        )
     if len(tokens) >= config.context:
-        raise ConfigError(f"the prompt has {len(tokens)} tokens, the model's context {config.context}: shorten it")
+        raise UserError(f"the prompt has {len(tokens)} tokens, the model's context {config.context}: shorten it")
     if len(tokens) + cfg.max_tokens > config.context:
         room = config.context - len(tokens)
         print(f"warning: max_tokens = {cfg.max_tokens}: {room} fill the context of {config.context}", file=sys.stderr)
@@ -139,7 +141,7 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     try:
         main(*words, configurator.load(Config, [a for a in sys.argv[1:] if a.startswith("--")]))
-    except (ConfigError, DataError, llama.CheckpointError) as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("\nstopped")

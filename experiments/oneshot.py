@@ -22,8 +22,12 @@ CERTAIN = 100.0  # a logit whose soft mask value is 1 (or, negative, 0) to the l
 def scores(model: Llama, tokens: Tensor, batch_size: int = 8) -> dict[str, Tensor]:
     """Importance of every unit of each mask type, in the shapes of Masks.log_alpha; tokens (N, T)."""
     c = model.config
-    units = {"hidden": (1, c.hidden_size), "head": (c.n_layers, c.n_kv_heads), "layer": (1, c.n_layers),
-             "intermediate": (c.n_layers, c.intermediate_size)}  # fmt: skip
+    units = {
+        "hidden": (1, c.hidden_size),
+        "head": (c.n_layers, c.n_kv_heads),
+        "layer": (1, c.n_layers),
+        "intermediate": (c.n_layers, c.intermediate_size),
+    }
     found = {mask: torch.zeros(shape) for mask, shape in units.items()}
 
     def size(x: Tensor) -> Tensor:
@@ -57,9 +61,11 @@ def scores(model: Llama, tokens: Tensor, batch_size: int = 8) -> dict[str, Tenso
         hooks += [
             norm.register_forward_hook(on_norm) for norm in (block.input_layernorm, block.post_attention_layernorm)
         ]
-        hooks += [block.register_forward_hook(on_block(layer)),
-                  block.self_attn.o_proj.register_forward_pre_hook(on_heads(layer)),
-                  block.mlp.down_proj.register_forward_pre_hook(on_ffn(layer))]  # fmt: skip
+        hooks += [
+            block.register_forward_hook(on_block(layer)),
+            block.self_attn.o_proj.register_forward_pre_hook(on_heads(layer)),
+            block.mlp.down_proj.register_forward_pre_hook(on_ffn(layer)),
+        ]
     for part in tokens.split(batch_size):
         model(part)
     for hook in hooks:

@@ -18,11 +18,11 @@ import numpy as np
 from scipy import stats
 
 import configurator
+from configurator import UserError
 from dro import chi_square_ratio
 from experiments.arms import ARMS, HEADLINE, STUDIES
 from experiments.run import read_results
 from experiments.views import CORRUPTIONS
-from train import RunError
 
 RESAMPLES = 10_000
 RHO = 0.1  # radius of the chi-square ball of the worst mix
@@ -189,25 +189,47 @@ def table(head: list[str], rows: list[list]) -> str:
 
 
 def conclusion(results: Results, name: str) -> str:
-    verdicts = [[results.difference("paper", base, loss_of(over=over)).verdict for base in ("sheared", "constant")]
-                for over in (np.mean, np.max)]  # fmt: skip
+    verdicts = [
+        [results.difference("paper", base, loss_of(over=over)).verdict for base in ("sheared", "constant")]
+        for over in (np.mean, np.max)
+    ]
     return f"**Source {name}: {claim(*verdicts)}.**"
 
 
 def headline_table(all_results: dict[str, Results]) -> str:
     """Paper against its two bases, and two controls: the bases against each other; and uniform, a constant mix that
     the metric, which weighs domains equally, favours as well."""
-    pairs = [("paper", "sheared", ""), ("paper", "constant", ""), ("sheared", "constant", " (control)"),
-             ("paper", "uniform", " (control)")]  # fmt: skip
+    pairs = [
+        ("paper", "sheared", ""),
+        ("paper", "constant", ""),
+        ("sheared", "constant", " (control)"),
+        ("paper", "uniform", " (control)"),
+    ]
     rows = []
     for name, results in all_results.items():
         for arm, base, control in pairs:
             mean, worst = (results.difference(arm, base, loss_of(over=over)) for over in (np.mean, np.max))
             if mean.values or not control:
-                rows.append([f"{name}: {arm} - {base}{control}", len(mean.values), str(mean), mean.in_perplexity,
-                             mean.verdict_and_t, str(worst), worst.verdict_and_t])  # fmt: skip
-    head = ["source: difference after continuing", "seeds", "mean of domains, nats a token [95 %]", "perplexity [95 %]",
-            "verdict", "worst domain, nats a token [95 %]", "verdict"]  # fmt: skip
+                rows.append(
+                    [
+                        f"{name}: {arm} - {base}{control}",
+                        len(mean.values),
+                        str(mean),
+                        mean.in_perplexity,
+                        mean.verdict_and_t,
+                        str(worst),
+                        worst.verdict_and_t,
+                    ]
+                )
+    head = [
+        "source: difference after continuing",
+        "seeds",
+        "mean of domains, nats a token [95 %]",
+        "perplexity [95 %]",
+        "verdict",
+        "worst domain, nats a token [95 %]",
+        "verdict",
+    ]
     return table(head, rows)
 
 
@@ -218,10 +240,26 @@ def measures_table(results: Results, when: str) -> str:
         for what, over in (("mean of domains", np.mean), ("worst domain", np.max)):
             loss = results.difference("paper", base, loss_of(when, over=over))
             bits = results.difference("paper", base, bits_of(results.source["bytes_per_token"], over, when))
-            rows.append([f"paper - {base}", what, str(loss), loss.in_perplexity, str(bits), len(loss.values),
-                         loss.verdict_and_t])  # fmt: skip
-    head = ["difference", "over", "loss, nats a token [95 %]", "perplexity [95 %]", "bits per byte [95 %]", "seeds",
-            "verdict on loss"]  # fmt: skip
+            rows.append(
+                [
+                    f"paper - {base}",
+                    what,
+                    str(loss),
+                    loss.in_perplexity,
+                    str(bits),
+                    len(loss.values),
+                    loss.verdict_and_t,
+                ]
+            )
+    head = [
+        "difference",
+        "over",
+        "loss, nats a token [95 %]",
+        "perplexity [95 %]",
+        "bits per byte [95 %]",
+        "seeds",
+        "verdict on loss",
+    ]
     return table(head, rows)
 
 
@@ -250,23 +288,46 @@ def arms_table(results: Results) -> str:
         mean, worst = (r.mean(arm, loss_of(over=over)) for over in (np.mean, np.max))
         bits = [f"{r.mean(arm, bits_of(density_M, over)):.4f}" for over in (np.mean, np.max)]
         pruned = (r.mean(arm, loss_of("pruned", over=over)) for over in (np.mean, np.max))
-        rows.append([label, len(r.seeds(arm)), *(pruned if ARMS[arm].start == "masks" else ("-", "-")), mean,
-                     f"{worst:.4f} {worst_domains(r, arm, [1.0] * len(density_M))}",
-                     f"{math.exp(mean):.2f} / {math.exp(worst):.2f}",
-                     f"{' / '.join(bits)} {worst_domains(r, arm, 1 / np.array(density_M))}",
-                     largest_share(r, arm), largest_miss(r, arm)])  # fmt: skip
-    head = ["arm", "seeds", "pruned: mean", "worst", "continued: mean", "worst", "perplexity, mean / worst",
-            "bits per byte, mean / worst", "largest share of a domain", "largest miss of a target"]  # fmt: skip
+        rows.append(
+            [
+                label,
+                len(r.seeds(arm)),
+                *(pruned if ARMS[arm].start == "masks" else ("-", "-")),
+                mean,
+                f"{worst:.4f} {worst_domains(r, arm, [1.0] * len(density_M))}",
+                f"{math.exp(mean):.2f} / {math.exp(worst):.2f}",
+                f"{' / '.join(bits)} {worst_domains(r, arm, 1 / np.array(density_M))}",
+                largest_share(r, arm),
+                largest_miss(r, arm),
+            ]
+        )
+    head = [
+        "arm",
+        "seeds",
+        "pruned: mean",
+        "worst",
+        "continued: mean",
+        "worst",
+        "perplexity, mean / worst",
+        "bits per byte, mean / worst",
+        "largest share of a domain",
+        "largest miss of a target",
+    ]
     source = results.source["loss"]["final"]["heldout"]
     tokens = sorted({int(sum(stage["tokens"] for stage in r["stages"])) for r in results.runs.values()})
-    return (f"Loss in nats a token; the source has mean {np.mean(source):.4f}, worst {np.max(source):.4f}. "
-            f"Training tokens of an arm: {', '.join(f'{n:,}' for n in tokens)}.\n\n{table(head, rows)}")  # fmt: skip
+    return (
+        f"Loss in nats a token; the source has mean {np.mean(source):.4f}, worst {np.max(source):.4f}. "
+        f"Training tokens of an arm: {', '.join(f'{n:,}' for n in tokens)}.\n\n{table(head, rows)}"
+    )
 
 
 def largest_miss(results: Results, arm: str) -> str:
     """Of all masks and seeds at the end of pruning: |expected - target sparsity|."""
-    gaps = [(results.runs[arm, seed]["stages"][0]["sparsity_gap"], seed) for seed in results.seeds(arm)
-            if "sparsity_gap" in results.runs[arm, seed]["stages"][0]]  # fmt: skip
+    gaps = [
+        (results.runs[arm, seed]["stages"][0]["sparsity_gap"], seed)
+        for seed in results.seeds(arm)
+        if "sparsity_gap" in results.runs[arm, seed]["stages"][0]
+    ]
     return "{:.3f} (seed {})".format(*max(gaps)) if gaps else "-"
 
 
@@ -285,21 +346,35 @@ def differences_table(results: Results) -> str:
     """Every arm minus constant, after pruning and after continuing."""
     rows = []
     for label, arm, r in (row for row in results.rows() if row[1] != "constant"):
-        measured = [r.difference(arm, "constant", loss_of(when, over=over))
-                    for when in ("pruned", "final") for over in (np.mean, np.max)]  # fmt: skip
+        measured = [
+            r.difference(arm, "constant", loss_of(when, over=over))
+            for when in ("pruned", "final")
+            for over in (np.mean, np.max)
+        ]
         pruned = map(str, measured[:2]) if ARMS[arm].start == "masks" else ("-", "-")
         after = (x for d in measured[2:] for x in (str(d), d.verdict_and_t))
         rows.append([label, len(measured[2].values), *pruned, *after])
-    head = ["arm - constant", "seeds", "pruned: mean [95 %]", "worst", "continued: mean [95 %]", "verdict", "worst",
-            "verdict"]  # fmt: skip
+    head = [
+        "arm - constant",
+        "seeds",
+        "pruned: mean [95 %]",
+        "worst",
+        "continued: mean [95 %]",
+        "verdict",
+        "worst",
+        "verdict",
+    ]
     return table(head, rows)
 
 
 def shifts(results: Results) -> dict[str, Metric]:
     domains, p0 = results.source["domains"], results.source["p0"]
     mixes = {f"{domain} alone": loss_of(over=lambda loss_M, m=m: loss_M[m]) for m, domain in enumerate(domains)}
-    mixes |= {"uniform": loss_of(), "training mix": loss_of(over=weighted(p0)),
-              f"worst mix within {RHO} of it": loss_of(over=worst_mix(p0))}  # fmt: skip
+    mixes |= {
+        "uniform": loss_of(),
+        "training mix": loss_of(over=weighted(p0)),
+        f"worst mix within {RHO} of it": loss_of(over=worst_mix(p0)),
+    }
     return mixes | {f"{name} text, mean of domains": loss_of(text=name) for name in CORRUPTIONS}
 
 
@@ -307,8 +382,13 @@ def shift_table(results: Results) -> str:
     rows = []
     for name, metric in shifts(results).items():
         against = [results.difference("paper", base, metric) for base in ("sheared", "constant")]
-        rows.append([name, *(results.mean(arm, metric) for arm in HEADLINE),
-                     *(x for d in against for x in (str(d), d.verdict_and_t))])  # fmt: skip
+        rows.append(
+            [
+                name,
+                *(results.mean(arm, metric) for arm in HEADLINE),
+                *(x for d in against for x in (str(d), d.verdict_and_t)),
+            ]
+        )
     return table(["evaluated on", *HEADLINE, "paper - sheared", "verdict", "paper - constant", "verdict"], rows)
 
 
@@ -340,9 +420,15 @@ def reference_table(results: Results) -> str:
             shares, errors = reference_errors(results, stage, clip)
             for seen in (0.25, 0.5, 0.75, 1.0) if len(shares) else ():
                 error = errors[np.abs(shares - seen).argmin()]  # (histories, domains)
-                rows.append([f"{stage}, first fit at {100 * shares[0]:.0f} %", name, f"{100 * seen:.0f} %",
-                             float(np.nanmean(np.abs(error))),
-                             *(f"{x:+.4f}" for x in np.nanmean(error, axis=0))])  # fmt: skip
+                rows.append(
+                    [
+                        f"{stage}, first fit at {100 * shares[0]:.0f} %",
+                        name,
+                        f"{100 * seen:.0f} %",
+                        float(np.nanmean(np.abs(error))),
+                        *(f"{x:+.4f}" for x in np.nanmean(error, axis=0)),
+                    ]
+                )
     head = ["stage", "reference", "seen", "mean size of the error", *results.source["domains"]]
     return table(head, rows) if rows else "No histories yet."
 
@@ -377,15 +463,34 @@ def cost_table(results: Results, stages: slice) -> str:
         total, training = seconds(*TIMES, stages=stages), seconds("step_s", stages=stages, per="tokens")
         took = results.mean(arm, total)
         peaks = [memory(stages)(results.runs[arm, seed]) for seed in results.seeds(arm)]
-        rows.append([arm, len(results.seeds(arm)), f"{took:.0f}", ratio_to_constant(results, arm, total),
-                     f"{1e6 * results.mean(arm, training):.0f}", ratio_to_constant(results, arm, training),
-                     f"{100 * results.mean(arm, seconds('eval_s', stages=stages)) / took:.1f} %",
-                     f"{1e3 * results.mean(arm, seconds('mix_s', stages=stages, per='updates')):.1f}",
-                     f"{100 * results.mean(arm, seconds('mix_s', stages=stages)) / took:.2f} %",
-                     "-" if np.isnan(peaks).all() else f"{np.nanmean(peaks):.0f}",
-                     ratio_to_constant(results, arm, memory(stages))])  # fmt: skip
-    head = ["arm", "seeds", "seconds", "of constant's, median (range)", "us a training token", "of constant's",
-            "evaluation, share", "mix and fits, ms each", "share", "peak memory, MiB", "of constant's"]  # fmt: skip
+        rows.append(
+            [
+                arm,
+                len(results.seeds(arm)),
+                f"{took:.0f}",
+                ratio_to_constant(results, arm, total),
+                f"{1e6 * results.mean(arm, training):.0f}",
+                ratio_to_constant(results, arm, training),
+                f"{100 * results.mean(arm, seconds('eval_s', stages=stages)) / took:.1f} %",
+                f"{1e3 * results.mean(arm, seconds('mix_s', stages=stages, per='updates')):.1f}",
+                f"{100 * results.mean(arm, seconds('mix_s', stages=stages)) / took:.2f} %",
+                "-" if np.isnan(peaks).all() else f"{np.nanmean(peaks):.0f}",
+                ratio_to_constant(results, arm, memory(stages)),
+            ]
+        )
+    head = [
+        "arm",
+        "seeds",
+        "seconds",
+        "of constant's, median (range)",
+        "us a training token",
+        "of constant's",
+        "evaluation, share",
+        "mix and fits, ms each",
+        "share",
+        "peak memory, MiB",
+        "of constant's",
+    ]
     return table(head, rows)
 
 
@@ -398,28 +503,59 @@ def cost_sentence(results: Results) -> str:
     update_s = results.mean("paper", seconds("mix_s", stages=PRUNING, per="updates"))
     there = PAPER_UPDATES * update_s / (3600 * PAPER_HOURS)
     over_or_under = "under" if share < 0.01 else "over"
-    return (f"Mix and fits take {100 * share:.2f} % of paper's pruning time here, {over_or_under} 1 %. "
-            f"An update costs the same at any model's size: the published {PAPER_UPDATES} would take "
-            f"{100 * there:.2f} % of the {PAPER_HOURS} h that `--plan` gives its pruning stage on 8 H100.")  # fmt: skip
+    return (
+        f"Mix and fits take {100 * share:.2f} % of paper's pruning time here, {over_or_under} 1 %. "
+        f"An update costs the same at any model's size: the published {PAPER_UPDATES} would take "
+        f"{100 * there:.2f} % of the {PAPER_HOURS} h that `--plan` gives its pruning stage on 8 H100."
+    )
 
 
 QUESTIONS = {  # arms and what each is compared with, in loss after continuing
-    "Smaller targets": [("constant_8th", "random"), ("paper_8th", "random"), ("constant_16th", "random"),
-                        ("paper_16th", "random"), ("paper_8th", "constant_8th"), ("paper_16th", "constant_16th")],
+    "Smaller targets": [
+        ("constant_8th", "random"),
+        ("paper_8th", "random"),
+        ("constant_16th", "random"),
+        ("paper_16th", "random"),
+        ("paper_8th", "constant_8th"),
+        ("paper_16th", "constant_16th"),
+    ],
     "The mix when pretraining from scratch": [("random_paper", "random")],
-    "Domains merged or split": [("paper_merged", "paper"), ("paper_split", "paper"), ("paper_merged", "constant"),
-                                ("paper_split", "constant")],
+    "Domains merged or split": [
+        ("paper_merged", "paper"),
+        ("paper_split", "paper"),
+        ("paper_merged", "constant"),
+        ("paper_split", "constant"),
+    ],
     "The mix updated more and less often": [("paper_often", "paper"), ("paper_seldom", "paper")],
-    "Parts of the method": [("dro_fixed", "constant"), ("dro_dynamic", "dro_fixed"), ("paper", "dro_dynamic"),
-                            ("paper_train_loss", "paper"), ("paper_noclip", "paper")],
-    "Other updates": [("bandit", "sheared"), ("bandit", "paper"), ("sheared_law", "sheared"),
-                      ("sheared_law", "constant"), ("paper", "sheared_law")],
+    "Parts of the method": [
+        ("dro_fixed", "constant"),
+        ("dro_dynamic", "dro_fixed"),
+        ("paper", "dro_dynamic"),
+        ("paper_train_loss", "paper"),
+        ("paper_noclip", "paper"),
+    ],
+    "Other updates": [
+        ("bandit", "sheared"),
+        ("bandit", "paper"),
+        ("sheared_law", "sheared"),
+        ("sheared_law", "constant"),
+        ("paper", "sheared_law"),
+    ],
     "Robust, or merely flatter": [("paper", "uniform"), ("uniform", "constant")],
-    "Pruning itself": [("constant", "random"), ("constant", "oneshot"), ("constant", "oneshot_384"),
-                        ("oneshot", "oneshot_384"), ("constant", "masks_only")],
-    "The Lagrangian damped": [("constant_damped", "constant"), ("paper_damped", "paper"),
-                              ("paper_damped", "constant_damped"), ("constant_damped", "oneshot")],
-}  # fmt: skip
+    "Pruning itself": [
+        ("constant", "random"),
+        ("constant", "oneshot"),
+        ("constant", "oneshot_384"),
+        ("oneshot", "oneshot_384"),
+        ("constant", "masks_only"),
+    ],
+    "The Lagrangian damped": [
+        ("constant_damped", "constant"),
+        ("paper_damped", "paper"),
+        ("paper_damped", "constant_damped"),
+        ("constant_damped", "oneshot"),
+    ],
+}
 
 
 def questions(results: Results) -> str:
@@ -428,8 +564,9 @@ def questions(results: Results) -> str:
         rows = []
         for arm, base in pairs:
             mean, worst = (results.difference(arm, base, loss_of(over=over)) for over in (np.mean, np.max))
-            rows.append([f"{arm} - {base}", len(mean.values), str(mean), mean.verdict_and_t, str(worst),
-                         worst.verdict_and_t])  # fmt: skip
+            rows.append(
+                [f"{arm} - {base}", len(mean.values), str(mean), mean.verdict_and_t, str(worst), worst.verdict_and_t]
+            )
         head = ["difference", "seeds", "mean of domains [95 %]", "verdict", "worst domain [95 %]", "verdict"]
         parts.append(f"### {question}\n\n{table(head, rows)}")
         if question == "Smaller targets" and results.seeds("random"):
@@ -465,8 +602,11 @@ def plot_arms(results: Results, path: Path) -> None:
         axis.grid(alpha=0.3)
     labels = [label if "," in label else f"{label} ({len(r.seeds(arm))})" for label, arm, r in rows]
     axes[0].set_yticks(range(len(rows)), labels, fontsize=9)
-    figure.suptitle("Loss after continuing: seeds (dots, their number in brackets), mean, 95 % interval; "
-                    "green: better, red: worse, grey: no difference seen", fontsize=10)  # fmt: skip
+    figure.suptitle(
+        "Loss after continuing: seeds (dots, their number in brackets), mean, 95 % interval; "
+        "green: better, red: worse, grey: no difference seen",
+        fontsize=10,
+    )
     save(figure, path)
 
 
@@ -502,8 +642,11 @@ def plot_targets(results: Results, path: Path) -> None:
     results = results.on([s for s in results.seeds("constant") if all(s in results.seeds(a) for a in arms)])
     figure, axis = plt.subplots(figsize=(7, 5), layout="constrained")
     for name, style in (("constant", "o-"), ("paper", "s--")):
-        sizes = [(arm, share) for arm, share in ((name, 1 / 4), (f"{name}_8th", 1 / 8), (f"{name}_16th", 1 / 16))
-                 if results.seeds(arm)]  # fmt: skip
+        sizes = [
+            (arm, share)
+            for arm, share in ((name, 1 / 4), (f"{name}_8th", 1 / 8), (f"{name}_16th", 1 / 16))
+            if results.seeds(arm)
+        ]
         for over, colour in ((np.mean, "C0"), (np.max, "C1")):
             what = "mean of domains" if over is np.mean else "worst domain"
             losses = [results.mean(arm, loss_of(over=over)) for arm, _ in sizes]
@@ -565,10 +708,12 @@ def provenance(records: dict[str, dict]) -> str:
     threads = {str(stage["threads"]) for r in records.values() for stage in r["stages"]}
     versions = {" ".join(f"{name} {v}" for name, v in r["versions"].items()) for r in records.values()}
     sources = sum("arm" not in r for r in records.values())
-    return (f"{len(records) - sources} runs and {sources} sources, {hours:.1f} hours of training with its evaluations, "
-            f"at {', '.join(sorted(threads))} thread(s) a run; "
-            f"commits {', '.join(sorted({r['commit'] for r in records.values()}))}; {', '.join(sorted(versions))}; "
-            f"source weights {', '.join(sorted(hashes))}.")  # fmt: skip
+    return (
+        f"{len(records) - sources} runs and {sources} sources, {hours:.1f} hours of training with its evaluations, "
+        f"at {', '.join(sorted(threads))} thread(s) a run; "
+        f"commits {', '.join(sorted({r['commit'] for r in records.values()}))}; {', '.join(sorted(versions))}; "
+        f"source weights {', '.join(sorted(hashes))}."
+    )
 
 
 def page(records: dict[str, dict], figures: Path) -> str:
@@ -591,8 +736,15 @@ def page(records: dict[str, dict], figures: Path) -> str:
         parts += [f"## Source {s}: shifts", SHIFTS, shift_table(results), shifts_of_arms(results)]
         parts += [f"## Source {s}: reference losses", REFERENCE, reference_table(results)]
         parts += [f"![Error of the reference losses]({figures.name}/reference.png)"] if s == "A" else []
-        parts += [f"## Source {s}: costs", COSTS, "Pruning, the first stage:", cost_table(results, PRUNING),
-                  cost_sentence(results), "All stages:", cost_table(results, ALL_STAGES)]  # fmt: skip
+        parts += [
+            f"## Source {s}: costs",
+            COSTS,
+            "Pruning, the first stage:",
+            cost_table(results, PRUNING),
+            cost_sentence(results),
+            "All stages:",
+            cost_table(results, ALL_STAGES),
+        ]
         if s == "A":
             parts += ["## Open questions", QUESTIONED, questions(results), f"![Sizes]({figures.name}/targets.png)"]
     parts += ["## Missing", missing(records), "## Made with", provenance(records)]
@@ -607,7 +759,7 @@ class Options:
 def main(opt: Options) -> None:
     records = read_results(opt.results)
     if not records:
-        raise RunError(f"{opt.results}: no results yet: make evidence makes them")
+        raise UserError(f"{opt.results}: no results yet: make evidence makes them")
     out = Path(opt.results).parent
     (out / "RESULTS.md").write_text(page(records, out / "figures"))
     print(out / "RESULTS.md")
@@ -616,5 +768,5 @@ def main(opt: Options) -> None:
 if __name__ == "__main__":
     try:
         main(configurator.load(Options, sys.argv[1:]))
-    except (configurator.ConfigError, RunError) as error:
+    except UserError as error:
         sys.exit(f"error: {error}")

@@ -29,10 +29,12 @@ import numpy as np
 import torch
 
 import configurator
+import hf
 import model as llama
 import train
+from configurator import UserError
 from data.loader import DomainLoader
-from data.shards import DataError, read_meta, sha256
+from data.shards import read_meta, sha256
 from data.tokenizer import load_tokenizer
 from dro import Mix
 from evaluate import evaluate
@@ -84,7 +86,7 @@ def domains_of(view: Path) -> tuple[str, ...]:
 
 def measured(folder: str, data: Path, seq_len: int, sets: tuple[str, ...]) -> dict[str, list[float]]:
     """Loss of the model in a folder on each domain of the evaluation sets, nats a token."""
-    model, loss = llama.load(folder), {}
+    model, loss = hf.load(folder), {}
     for name in sets:
         val = DomainLoader(data / name, domains_of(data / name), seq_len, 0, "val")
         loss[name] = evaluate(model, val, int(val.size_M.max()), 16, "cpu").round(6).tolist()
@@ -107,14 +109,22 @@ def summary(cfg: train.Config) -> dict:
         gaps = [abs(s - steps[-1]["target_sparsity"][m]) for m, s in steps[-1]["sparsity"].items()]
         mask = {"sparsity_gap": max(gaps), "final_sparsity": steps[-1]["overall_sparsity"]}
     return {
-        "stage": cfg.stage, "domains": header["domains"], "tokens": sum(evals[-1]["tokens"]),
-        "tokens_M": evals[-1]["tokens"], "steps": len(steps), "updates": len(evals) - 1, "threads": header["threads"],
+        "stage": cfg.stage,
+        "domains": header["domains"],
+        "tokens": sum(evals[-1]["tokens"]),
+        "tokens_M": evals[-1]["tokens"],
+        "steps": len(steps),
+        "updates": len(evals) - 1,
+        "threads": header["threads"],
         "n_parameters": header["n_parameters"],
-        "step_s": sum(r["step_s"] for r in steps), "median_step_s": float(np.median([r["step_s"] for r in steps])),
-        "eval_s": sum(r["eval_s"] for r in evals), "mix_s": sum(r["mix_s"] for r in evals),
+        "step_s": sum(r["step_s"] for r in steps),
+        "median_step_s": float(np.median([r["step_s"] for r in steps])),
+        "eval_s": sum(r["eval_s"] for r in evals),
+        "mix_s": sum(r["mix_s"] for r in evals),
         "largest_share_M": np.max([r["ratio"] for r in evals], axis=0).round(4).tolist(),
-        "ratio": [[evals[i]["step"], np.round(evals[i]["ratio"], 4).tolist()] for i in points], **mask,
-    }  # fmt: skip
+        "ratio": [[evals[i]["step"], np.round(evals[i]["ratio"], 4).tolist()] for i in points],
+        **mask,
+    }
 
 
 def predictions(cfg: train.Config, clip: bool) -> dict:
@@ -142,9 +152,9 @@ def prune_at_once(cfg: train.Config, source: str, target: dict, data: Path) -> N
     loader = DomainLoader(data / "plain", domains_of(data / "plain"), cfg.seq_len, cfg.seed - 1, "train")
     batch = loader.next_batch(0, loader.size_M / loader.size_M.sum(), CALIBRATION)
     tokens = torch.from_numpy(loader.read(batch)).long()[:, :-1]
-    model = llama.load(source)
+    model = hf.load(source)
     small = one_shot(model, target_config(model.config, **target), tokens)
-    small.save(cfg.init_from)
+    hf.save(small, cfg.init_from)
 
 
 def source_record(name: str, opt: Options, data: Path) -> dict:
@@ -157,9 +167,13 @@ def source_record(name: str, opt: Options, data: Path) -> dict:
     size_M = DomainLoader(data / "plain", val.domains, seq_len, 0, "train").size_M
     tokenizer = load_tokenizer(read_meta(SOURCES[name].data), SOURCES[name].data)
     loss = measured(source_folder(name, opt.out), data, seq_len, views.EVALUATION)
-    return {"domains": val.domains, "p0": (size_M / size_M.sum()).tolist(),
-            "bytes_per_token": bytes_per_token(val, tokenizer),
-            "stages": [summary(cfg) for cfg in configs], "loss": {"final": loss}}  # fmt: skip
+    return {
+        "domains": val.domains,
+        "p0": (size_M / size_M.sum()).tolist(),
+        "bytes_per_token": bytes_per_token(val, tokenizer),
+        "stages": [summary(cfg) for cfg in configs],
+        "loss": {"final": loss},
+    }
 
 
 def arm_record(run: Run, opt: Options, data: Path) -> dict:
@@ -181,8 +195,15 @@ def arm_record(run: Run, opt: Options, data: Path) -> dict:
         if arm.carries_mix:
             carried = {"ratios": last_ratio(cfg)}
     loss["final"] = measured(f"{configs[-1].out_dir}/model", data, seq_len, views.EVALUATION)
-    record = {"arm": run.arm, "seed": run.seed, "reference_losses": reference, "loss": loss, "peak_bytes": peaks,
-              "resumed": resumed, "stages": [summary(cfg) for cfg in configs]}  # fmt: skip
+    record = {
+        "arm": run.arm,
+        "seed": run.seed,
+        "reference_losses": reference,
+        "loss": loss,
+        "peak_bytes": peaks,
+        "resumed": resumed,
+        "stages": [summary(cfg) for cfg in configs],
+    }
     if run.arm in ("constant", "paper") and run.seed <= LAW_SEEDS:
         record["law"] = {cfg.stage: {str(clip): predictions(cfg, clip) for clip in (True, False)} for cfg in configs}
     return record
@@ -202,9 +223,11 @@ def execute(name: str, opt: Options) -> dict:
         record |= arm_record(Run(source, arm, int(seed)), opt, data)
         model = f"{planned(name, opt)[-1].out_dir}/model"
     record["hashes"] = {
-        "data": sha256(data / "plain" / "meta.json"), "heldout": sha256(data / "heldout" / "meta.json"),
-        "source": weights_hash(source_folder(source, opt.out)), "model": weights_hash(model),
-    }  # fmt: skip
+        "data": sha256(data / "plain" / "meta.json"),
+        "heldout": sha256(data / "heldout" / "meta.json"),
+        "source": weights_hash(source_folder(source, opt.out)),
+        "model": weights_hash(model),
+    }
     return record | {"seconds": time.time() - start, "cpu_s": time.process_time()}
 
 
@@ -223,7 +246,7 @@ def peak_bytes() -> int:
 def reference_losses(folder: str, view: Path, cfg: train.Config) -> tuple[float, ...]:
     """The source's loss on the windows that will steer the mix."""
     val = DomainLoader(view, domains_of(view), cfg.seq_len, 0, "val")
-    return tuple(evaluate(llama.load(folder), val, cfg.eval_sequences, cfg.micro_batch_size, "cpu").tolist())
+    return tuple(evaluate(hf.load(folder), val, cfg.eval_sequences, cfg.micro_batch_size, "cpu").tolist())
 
 
 def weights_hash(folder: str) -> str:
@@ -243,7 +266,7 @@ def commit() -> str:
 
 
 def read_results(path: str | Path) -> dict[str, dict]:
-    """The recorded runs by name. Raises RunError for a line that is none."""
+    """The recorded runs by name. Raises UserError for a line that is none."""
     lines = Path(path).read_text().splitlines() if Path(path).exists() else []
     records = {}
     for number, line in enumerate(lines, start=1):
@@ -251,7 +274,7 @@ def read_results(path: str | Path) -> dict[str, dict]:
             record = json.loads(line)
             records[record["run"]] = record
         except (ValueError, KeyError, TypeError):
-            raise train.RunError(f"{path}:{number}: not a run's record: delete the line, to make it again") from None
+            raise UserError(f"{path}:{number}: not a run's record: delete the line, to make it again") from None
     return records
 
 
@@ -269,8 +292,13 @@ def in_own_process(name: str, opt: Options) -> dict | None:
     folder.mkdir(parents=True, exist_ok=True)
     options = [f"--only={name}", f"--out={opt.out}", f"--shorten={opt.shorten}"]
     with open(folder / "log.txt", "a") as log:
-        process = subprocess.Popen([sys.executable, "-m", "experiments.run", *options], stdin=subprocess.PIPE,
-                                   stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+        process = subprocess.Popen(
+            [sys.executable, "-m", "experiments.run", *options],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
         if process.wait():
             return None
     return json.loads((folder / "record.json").read_text())
@@ -289,24 +317,28 @@ def forget_weights(folder: Path) -> None:
 
 
 def check_recorded(done: dict[str, dict], names: list[str], opt: Options) -> None:
-    """Raises RunError for a record of other settings; one that its Config did not have yet is at its default."""
+    """Raises UserError for a record of other settings; one that its Config did not have yet is at its default."""
     for name in (name for name in names if name in done):
         now, then = settings(planned(name, opt)), done[name]["config"]
         if len(now) != len(then) or any(
             old.get(k, v) != v for new, old in zip(now, then, strict=True) for k, v in new.items()
         ):
-            raise train.RunError(f"{opt.out}/results.jsonl: {name} was made with other settings than "
-                                 "experiments/arms.py has: give another --out, or delete its line")  # fmt: skip
+            raise UserError(
+                f"{opt.out}/results.jsonl: {name} was made with other settings than "
+                "experiments/arms.py has: give another --out, or delete its line"
+            )
 
 
 def same_source(done: dict[str, dict]) -> None:
-    """Raises RunError where runs of one source did not start from the same weights and text."""
+    """Raises UserError where runs of one source did not start from the same weights and text."""
     for record in done.values():
         of_source = done.get(f"{record['source']}/source", record)
         for what in ("source", "data", "heldout"):
             if record["hashes"][what] != of_source["hashes"][what]:
-                raise train.RunError(f"{record['run']}: its {what} is not that of {record['source']}/source: the text "
-                                     "or the machine changed: begin anew with another --out")  # fmt: skip
+                raise UserError(
+                    f"{record['run']}: its {what} is not that of {record['source']}/source: the text "
+                    "or the machine changed: begin anew with another --out"
+                )
 
 
 def in_parallel(names: list[str], opt: Options) -> Generator[tuple[str, dict | None], None, None]:
@@ -321,17 +353,17 @@ def in_parallel(names: list[str], opt: Options) -> Generator[tuple[str, dict | N
 
 
 def main(opt: Options) -> bool:
-    """Make the runs that are missing; True when all are there. Raises RunError, DataError, CheckpointError."""
+    """Make the runs that are missing; True when all are there. Raises UserError, UserError, UserError."""
     out = Path(opt.out)
     results = out / "results.jsonl"
     if opt.study not in STUDIES:
-        raise configurator.ConfigError(f"study = {opt.study!r}: must be one of {', '.join(STUDIES)}")
+        raise UserError(f"study = {opt.study!r}: must be one of {', '.join(STUDIES)}")
     out.mkdir(parents=True, exist_ok=True)
     lock = open(out / "lock", "w")  # noqa: SIM115 (held until the process ends)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise train.RunError(f"{out}: another runner is at work there") from None
+        raise UserError(f"{out}: another runner is at work there") from None
     arms, sources = [str(run) for run in runs(opt.study, opt.seeds)], [f"{name}/source" for name in STUDIES[opt.study]]
     done = read_results(results)
     check_recorded(done, sources + arms, opt)
@@ -378,7 +410,7 @@ def start(opt: Options) -> None:
 if __name__ == "__main__":
     try:
         start(configurator.load(Options, sys.argv[1:]))
-    except (configurator.ConfigError, DataError, llama.CheckpointError, train.TargetError, train.RunError) as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
     except train.Stopped as stopped:
         sys.exit(str(stopped))

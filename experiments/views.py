@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.shards import DataError, open_shard, read_meta, sha256, write_meta, write_shard
+from configurator import UserError
+from data.shards import open_shard, read_meta, sha256, write_meta, write_shard
 from data.tokenizer import load_tokenizer
 
 STEERING = 4  # one in so many validation tokens steers the mix
@@ -24,13 +25,17 @@ Text = tuple[np.ndarray, float]  # tokens (n,), and UTF-8 bytes a token
 
 
 def build(data: str, out: Path, seq_len: int, windows: int, corrupted_windows: int) -> None:
-    """Write every view of the data set into folders below out, once. Raises DataError; also for views of another."""
+    """Write every view of the data set into folders below out, once. Raises UserError; also for views of another."""
     made_of, meta, rng = out / "made_of.json", read_meta(data), np.random.default_rng(0)
-    settings = {"data": sha256(Path(data, "meta.json")), "seq_len": seq_len, "windows": [windows, corrupted_windows],
-                "constants": [STEERING, MERGED, NOISE, RUN]}  # fmt: skip
+    settings = {
+        "data": sha256(Path(data, "meta.json")),
+        "seq_len": seq_len,
+        "windows": [windows, corrupted_windows],
+        "constants": [STEERING, MERGED, NOISE, RUN],
+    }
     if made_of.exists():
         if json.loads(made_of.read_text()) != json.loads(json.dumps(settings)):
-            raise DataError(f"{out} was made of other text or with other settings: give another --out")
+            raise UserError(f"{out} was made of other text or with other settings: give another --out")
         return
     tokenizer, text = load_tokenizer(meta, data), {}
     for domain, splits in meta["domains"].items():
@@ -82,13 +87,18 @@ def merged(plain: dict) -> dict:
 
     if not all(domain in plain for pair in MERGED.values() for domain in pair):
         return {}
-    return {name: {split: together([plain[d][split] for d in pair]) for split in ("train", "val")}
-            for name, pair in MERGED.items()}  # fmt: skip
+    return {
+        name: {split: together([plain[d][split] for d in pair]) for split in ("train", "val")}
+        for name, pair in MERGED.items()
+    }
 
 
 def halves(plain: dict) -> dict:
-    return {f"{domain}_{i + 1}": {split: (np.array_split(tokens, 2)[i], b) for split, (tokens, b) in splits.items()}
-            for domain, splits in plain.items() for i in range(2)}  # fmt: skip
+    return {
+        f"{domain}_{i + 1}": {split: (np.array_split(tokens, 2)[i], b) for split, (tokens, b) in splits.items()}
+        for domain, splits in plain.items()
+        for i in range(2)
+    }
 
 
 def rewritten(windows: np.ndarray, corrupt, tokenizer, rng: np.random.Generator) -> Text:

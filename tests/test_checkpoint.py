@@ -25,7 +25,8 @@ import model as llama
 import plot
 import train
 from checkpoint import Lock, problem_of
-from metrics import Log, RunError
+from configurator import UserError
+from metrics import Log
 from train import Stopped
 
 
@@ -160,7 +161,7 @@ def test_a_full_disk_does_not_keep_a_run_from_taking_its_folder(tmp_path, monkey
     monkeypatch.setattr(os, "write", full)
     lock = Lock(tmp_path)
     lock.take()
-    with pytest.raises(RunError, match="is in use by process of unknown number"):
+    with pytest.raises(UserError, match="is in use by process of unknown number"):
         Lock(tmp_path).take()
     lock.close()
 
@@ -227,7 +228,7 @@ def test_a_checkpoint_of_before_a_setting_existed_had_its_default():
     cfg = train.Config(stage="continue", seed=5)
     saved = {k: v for k, v in dataclasses.asdict(cfg).items() if k != "damping"}
     train.same_run(saved, cfg, "r")
-    with pytest.raises(RunError, match=r"r: was written with damping = 1.0, this run has 10.0"):
+    with pytest.raises(UserError, match=r"r: was written with damping = 1.0, this run has 10.0"):
         train.same_run(saved, dataclasses.replace(cfg, damping=10.0), "r")
 
 
@@ -237,7 +238,7 @@ def test_a_run_without_any_whole_checkpoint_does_not_start_anew_by_itself(unfini
     for folder in checkpoint.checkpoints(out):
         flip(folder / "state.json", at=5)
     before = (out / "metrics.jsonl").read_bytes()
-    with pytest.raises(RunError, match=r"none of its checkpoints is whole \(step_000020: state.json"):
+    with pytest.raises(UserError, match=r"none of its checkpoints is whole \(step_000020: state.json"):
         train.main(cfg)
     assert (out / "metrics.jsonl").read_bytes() == before
 
@@ -246,7 +247,7 @@ def test_a_run_without_any_whole_checkpoint_does_not_start_anew_by_itself(unfini
 def test_a_damaged_checkpoint_is_neither_evaluated_nor_exported(damage, unfinished, tmp_path):
     shutil.copytree(unfinished[0] / "step_000024", tmp_path / "step_000024")
     DAMAGE[damage](tmp_path / "step_000024")
-    with pytest.raises(llama.CheckpointError):
+    with pytest.raises(UserError):
         evaluate.load_any(str(tmp_path / "step_000024"), "cpu")
 
 
@@ -261,7 +262,7 @@ def test_a_state_that_is_none_is_refused_by_field_though_its_checksum_agrees(cha
     lines = [f"{digest}  state.json" if line.endswith("state.json") else line for line in lines]
     (folder / "SHA256SUMS").write_text("\n".join(lines) + "\n")
     assert problem_of(folder) == ""
-    with pytest.raises(llama.CheckpointError, match="not a checkpoint of train"):
+    with pytest.raises(UserError, match="not a checkpoint of train"):
         evaluate.load_any(str(folder), "cpu")
 
 
@@ -276,7 +277,7 @@ def test_a_state_of_no_run_of_this_kind_is_refused_in_one_line(change, unfinishe
     lines = [line for line in (folder / "SHA256SUMS").read_text().splitlines() if not line.endswith("state.json")]
     lines.append(f"{hashlib.sha256((folder / 'state.json').read_bytes()).hexdigest()}  state.json")
     (folder / "SHA256SUMS").write_text("\n".join(lines) + "\n")
-    with pytest.raises(RunError, match="step_000024: its mix or position in the data is of no run") as caught:
+    with pytest.raises(UserError, match="step_000024: its mix or position in the data is of no run") as caught:
         train.main(dataclasses.replace(unfinished[1], out_dir=str(tmp_path / "r")))
     assert "\n" not in str(caught.value)
 
@@ -384,7 +385,12 @@ def poisoned(monkeypatch):
 
 @pytest.mark.parametrize("of_gradient", [False, True])
 def test_a_step_that_is_not_finite_is_skipped_counted_and_said_with_domain_and_shard(
-    of_gradient, whole, data, tmp_path, poisoned, capsys  # noqa: F811
+    of_gradient,
+    whole,
+    data,
+    tmp_path,
+    poisoned,
+    capsys,
 ):
     poisoned({13}, of_gradient)  # two micro-batches a step: the seventh
     last = train.main(config_of(whole, tmp_path / "r"))
@@ -424,7 +430,7 @@ def test_ten_steps_in_a_row_that_are_not_finite_stop_the_run_and_nine_do_not(who
     poisoned(set(range(5, 5 + 18)))
     train.main(config_of(whole, tmp_path / "nine"))
     poisoned(set(range(5, 500)))
-    with pytest.raises(RunError, match="10 steps in a row were skipped, at last since the loss is not finite on"):
+    with pytest.raises(UserError, match="10 steps in a row were skipped, at last since the loss is not finite on"):
         train.main(config_of(whole, tmp_path / "ten"))
 
 
@@ -454,7 +460,7 @@ def test_a_second_run_in_an_out_dir_is_refused_as_long_as_the_first_lives(whole,
 
     def second(at, c):
         if at == 5:
-            with pytest.raises(RunError, match=rf"r is in use by process {os.getpid()} on "):
+            with pytest.raises(UserError, match=rf"r is in use by process {os.getpid()} on "):
                 train.main(dataclasses.replace(cfg, resume=True))
             refused.append(at)
         return rate(at, c)
@@ -470,7 +476,7 @@ def test_a_lock_is_free_again_when_its_process_has_died(tmp_path):
     holder = subprocess.Popen([sys.executable, "-u", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     holder.stdout.readline()
     lock = Lock(tmp_path)
-    with pytest.raises(RunError, match="is in use by process"):
+    with pytest.raises(UserError, match="is in use by process"):
         lock.take()
     holder.kill()
     holder.wait()
@@ -482,7 +488,7 @@ def test_a_lock_is_free_again_when_its_process_has_died(tmp_path):
 
 def test_an_out_dir_that_cannot_be_written_is_refused_before_the_first_step(data, tmp_path):  # noqa: F811
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match=r"file/r cannot be used \(Not a directory\): choose another out_dir"):
+    with pytest.raises(UserError, match=r"file/r cannot be used \(Not a directory\): choose another out_dir"):
         train.main(tiny(data, tmp_path / "file/r"))
 
 
@@ -500,7 +506,7 @@ sys.exit(train.command_line(sys.argv[1:]))
 """
 HARM = {
     "killed": ("os.kill(os.getpid(), signal.SIGKILL)", "rank 0, taking step 2[67]: another rank is gone, or made"),
-    "fails": ("raise train.RunError('the dog ate it')", "the dog ate it"),
+    "fails": ("raise UserError('the dog ate it')", "the dog ate it"),
     "hangs": ("os.kill(os.getpid(), signal.SIGSTOP)", "longer than rank_timeout = 5 s"),
 }
 
@@ -532,8 +538,13 @@ sys.exit(train.command_line(sys.argv[1:]))
 def test_a_rank_says_its_error_though_torchrun_stops_it_for_another_that_is_gone(tmp_path):
     (tmp_path / "stopped.py").write_text(STOPPED_WHILE_SAYING_WHY.format(root=str(ROOT)))
     command = [sys.executable, tmp_path / "stopped.py", f"--data={tmp_path / 'none'}", f"--out_dir={tmp_path / 'r'}"]
-    done = subprocess.run([*command, "--device=cpu"], env=os.environ | {"RANK": "0", "WORLD_SIZE": "1"},
-                          capture_output=True, text=True, check=False)  # fmt: skip
+    done = subprocess.run(
+        [*command, "--device=cpu"],
+        env=os.environ | {"RANK": "0", "WORLD_SIZE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 1 and done.stderr.startswith("error: "), (done.returncode, done.stderr)
 
 
@@ -544,7 +555,7 @@ def test_a_rank_that_loses_another_before_the_first_step_says_so_too(tmp_path, m
     monkeypatch.setattr(train, "run", lost)
     monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(train.dist, "get_rank", lambda: 1)
-    with pytest.raises(RunError, match="rank 1, reading the data and building the model: another rank is gone"):
+    with pytest.raises(UserError, match="rank 1, reading the data and building the model: another rank is gone"):
         train.main(tiny(tmp_path, tmp_path / "r"))
 
 

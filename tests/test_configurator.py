@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from configurator import ConfigError, described, load
+from configurator import UserError, described, load
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def test_a_text_may_look_like_a_number():
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         load(Settings, arguments)
     assert message in str(caught.value)
 
@@ -103,7 +103,7 @@ def test_bad_arguments_are_refused(arguments, message):
 )
 def test_bad_files_are_refused_naming_the_file(file, text, message):
     path = file(text)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         load(Settings, [path])
     assert message in str(caught.value) and path in str(caught.value)
 

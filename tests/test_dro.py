@@ -46,12 +46,16 @@ def test_without_a_floor_the_robust_mix_is_the_solution_of_the_optimisation_prob
     excess_M = dro.excess_loss(loss_M, reference_M)
     q_M = chi_square_ratio(loss_M, reference_M, p_M, rho=rho, floor=0.0, clamp_to_min=False)
     best = minimize(
-        lambda q: -q @ excess_M, p_M, jac=lambda q: -excess_M, method="SLSQP", bounds=[(0, 1)] * len(p_M),
+        lambda q: -q @ excess_M,
+        p_M,
+        jac=lambda q: -excess_M,
+        method="SLSQP",
+        bounds=[(0, 1)] * len(p_M),
         constraints=[
             {"type": "eq", "fun": lambda q: q.sum() - 1, "jac": np.ones_like},
             {"type": "ineq", "fun": lambda q: rho - divergence(q, p_M), "jac": lambda q: -(q - p_M) / p_M},
         ],
-    )  # fmt: skip
+    )
     if best.success:
         assert q_M @ excess_M >= -best.fun - 1e-4 * (1 + np.ptp(excess_M))
 
@@ -125,9 +129,13 @@ def test_the_last_clamp_raises_every_ratio_to_the_least_reference_ratio(case):
 
 @pytest.mark.parametrize(
     ("loss", "ratio", "message"),
-    [([1.0, np.nan], [0.5, 0.5], "finite"), ([1.0, 2.0], [0.5, -0.5], "negative"), ([1.0], [0.5, 0.5], "shape"),
-     ([1.0, 2.0], [0.0, 0.0], "all zero")],
-)  # fmt: skip
+    [
+        ([1.0, np.nan], [0.5, 0.5], "finite"),
+        ([1.0, 2.0], [0.5, -0.5], "negative"),
+        ([1.0], [0.5, 0.5], "shape"),
+        ([1.0, 2.0], [0.0, 0.0], "all zero"),
+    ],
+)
 def test_what_is_no_loss_or_no_ratio_is_refused(loss, ratio, message):
     with pytest.raises(ValueError, match=message):
         chi_square_ratio(loss, [1.0] * len(loss), ratio)

@@ -14,16 +14,25 @@ import tokenizers
 import torch
 
 import evaluate
+import hf
 import lm_eval_adapter
 import tasks
-from data.shards import DataError
+from configurator import UserError
 from lm_eval_adapter import Answers, harness_model
 from model import Llama, LlamaConfig
 from tasks import Document, encode_pair, score
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .:\n"
-CONFIG = LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=24, n_layers=2, n_heads=2, n_kv_heads=1,
-                     head_dim=8, max_position_embeddings=24)  # fmt: skip
+CONFIG = LlamaConfig(
+    vocab_size=40,
+    hidden_size=16,
+    intermediate_size=24,
+    n_layers=2,
+    n_heads=2,
+    n_kv_heads=1,
+    head_dim=8,
+    max_position_embeddings=24,
+)
 
 
 class Letters:
@@ -69,8 +78,7 @@ def some_pairs(n, seed=0):
 
 
 def row(doc_id, idx, continuation, label, context="a question:"):
-    return {"doc_id": doc_id, "idx": idx, "label": label,
-            "request": {"context": context, "continuation": continuation}}  # fmt: skip
+    return {"doc_id": doc_id, "idx": idx, "label": label, "request": {"context": context, "continuation": continuation}}
 
 
 def write_archive(path, **rows_by_task):
@@ -156,7 +164,7 @@ def test_a_tokenizer_json_decides_itself_whether_a_text_begins_with_bos(tmp_path
         model.post_processor = tokenizers.processors.TemplateProcessing(
             single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 2)]
         )
-    model.save(str(tmp_path / "tokenizer.json"))
+    hf.save(model, str(tmp_path / "tokenizer.json"))
     tokenizer = tasks.text_tokenizer(str(tmp_path), "nowhere")
     assert tasks.adds_bos(tokenizer) == adds
     assert tasks.adds_bos(Letters())
@@ -199,11 +207,17 @@ def test_without_a_choice_the_answer_must_be_the_models_first():
     assert result.acc == 0.75
     assert math.isnan(result.acc_norm)
     assert tasks.task_table({"lambada": result}).splitlines()[1].split() == [
-        "lambada", "4", "75.0", "(25.0)", "-", f"{result.bits_per_byte:.4f}"]  # fmt: skip
+        "lambada",
+        "4",
+        "75.0",
+        "(25.0)",
+        "-",
+        f"{result.bits_per_byte:.4f}",
+    ]
 
 
 def test_evaluate_prints_a_line_a_task(tmp_path, model, monkeypatch, capsys):
-    model.save(tmp_path / "model")
+    hf.save(model, tmp_path / "model")
     rows = [row(i, k, continuation, i % 2) for i in range(6) for k, continuation in enumerate((" the", " that"))]
     archive = write_archive(tmp_path / "a.whl", piqa=rows, boolq=rows)
     monkeypatch.setattr(tasks, "request_archive", lambda: archive)
@@ -220,15 +234,15 @@ def test_evaluate_prints_a_line_a_task(tmp_path, model, monkeypatch, capsys):
 
 
 def test_a_task_that_is_not_there_is_refused_before_anything_is_loaded():
-    with pytest.raises(DataError, match="task 'arc': no such task: expected some of arc_easy"):
+    with pytest.raises(UserError, match="task 'arc': no such task: expected some of arc_easy"):
         evaluate.main("nowhere", evaluate.Config(tasks=("arc",), device="cpu"))
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, model, monkeypatch):
-    model.save(tmp_path)
+    hf.save(model, tmp_path)
     larger = SimpleNamespace(vocab_size=41)
     monkeypatch.setattr(tasks, "text_tokenizer", lambda *_: larger)
-    with pytest.raises(DataError, match="tokenizer of 41 tokens, the model's vocabulary has 40: give --data"):
+    with pytest.raises(UserError, match="tokenizer of 41 tokens, the model's vocabulary has 40: give --data"):
         evaluate.main(str(tmp_path), evaluate.Config(tasks=("piqa",), device="cpu"))
 
 
@@ -290,13 +304,13 @@ def test_greedy_text_ends_at_its_stop_and_at_its_length(model):
 
 
 def test_sampling_is_refused_rather_than_done_greedily(model):
-    with pytest.raises(DataError, match="only greedy"):
+    with pytest.raises(UserError, match="only greedy"):
         Answers(model, Letters()).generate_until([request("ab", {"do_sample": True})])
 
 
 def test_without_the_harness_one_line_says_what_to_install(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
-    with pytest.raises(DataError, match=f"pip install {lm_eval_adapter.REQUIREMENT}"):
+    with pytest.raises(UserError, match=f"pip install {lm_eval_adapter.REQUIREMENT}"):
         harness_model(model, Letters())
 
 
@@ -305,9 +319,17 @@ def test_the_harness_takes_our_model_and_joins_texts_as_we_do(model, tmp_path):
     ours = harness_model(model, Letters())
     docs = [{"q": "at", "choices": ["he", "t he", "x"], "gold": i % 3} for i in range(8)]
     (tmp_path / "docs.json").write_text("\n".join(map(json.dumps, docs)))
-    task = {"task": "ours", "dataset_path": "json", "dataset_kwargs": {"data_files": str(tmp_path / "docs.json")},
-            "test_split": "train", "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "choices",
-            "doc_to_target": "gold", "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]}  # fmt: skip
+    task = {
+        "task": "ours",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": str(tmp_path / "docs.json")},
+        "test_split": "train",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "gold",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }
     theirs = lm_eval.simple_evaluate(model=ours, tasks=[task], bootstrap_iters=0)["results"]["ours"]
     documents = [Document((d["q"],) * 3, tuple(" " + c for c in d["choices"]), d["gold"]) for d in docs]
     result = tasks.run_task(model, Letters(), documents, tokens_per_pass=100)

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import train
+from configurator import UserError
 from data.loader import DomainLoader
-from data.shards import DataError, write_meta, write_shard
+from data.shards import write_meta, write_shard
 from experiments import arms, oneshot, report, run, views
 from model import Llama, LlamaConfig
 from prune import subnetwork, target_config
@@ -194,10 +195,10 @@ def test_views_keep_the_text_apart_that_steers_from_the_text_that_judges(data, t
 def test_views_of_another_text_or_of_other_settings_are_refused(data, tmp_path):
     views.build(str(data), tmp_path / "v", 16, 20, 10)
     views.build(str(data), tmp_path / "v", 16, 20, 10)
-    with pytest.raises(DataError, match="v was made of other text or with other settings: give another --out"):
+    with pytest.raises(UserError, match="v was made of other text or with other settings: give another --out"):
         views.build(str(data), tmp_path / "v", 16, 21, 10)
     (data / "meta.json").write_text((data / "meta.json").read_text() + "\n")
-    with pytest.raises(DataError, match="other text"):
+    with pytest.raises(UserError, match="other text"):
         views.build(str(data), tmp_path / "v", 16, 20, 10)
 
 
@@ -249,15 +250,34 @@ def test_mixing_takes_every_other_run_from_the_next_domain():
 
 def made_up(run_name, loss_M, source="A", **more):
     """A record as the runner writes it."""
-    stage = {"stage": "prune", "domains": DOMAINS, "tokens": 1000, "steps": 8, "updates": 4, "threads": 1,
-             "step_s": 2.0, "eval_s": 0.5, "mix_s": 0.1, "ratio": [[0, [1 / 6] * 6], [8, [1 / 6] * 6]],
-             "largest_share_M": [1 / 6] * 6}  # fmt: skip
+    stage = {
+        "stage": "prune",
+        "domains": DOMAINS,
+        "tokens": 1000,
+        "steps": 8,
+        "updates": 4,
+        "threads": 1,
+        "step_s": 2.0,
+        "eval_s": 0.5,
+        "mix_s": 0.1,
+        "ratio": [[0, [1 / 6] * 6], [8, [1 / 6] * 6]],
+        "largest_share_M": [1 / 6] * 6,
+    }
     loss_M = list(map(float, loss_M))
     loss = {"final": dict.fromkeys(views.EVALUATION, loss_M), "pruned": {"heldout": loss_M}}
     hashes = dict.fromkeys(("source", "data", "heldout", "model"), "0" * 64)
-    record = {"run": run_name, "source": source, "commit": "abc", "versions": {"torch": "2"}, "hashes": hashes,
-              "loss": loss, "stages": [stage, {**stage, "stage": "continue"}], "seconds": 9.0,
-              "peak_bytes": [2**28, 2**29], "resumed": [False, False]}  # fmt: skip
+    record = {
+        "run": run_name,
+        "source": source,
+        "commit": "abc",
+        "versions": {"torch": "2"},
+        "hashes": hashes,
+        "loss": loss,
+        "stages": [stage, {**stage, "stage": "continue"}],
+        "seconds": 9.0,
+        "peak_bytes": [2**28, 2**29],
+        "resumed": [False, False],
+    }
     if run_name.endswith("source"):
         record |= {"domains": DOMAINS, "p0": [0.3, 0.2, 0.2, 0.1, 0.1, 0.1], "bytes_per_token": [3.0] * 6, "stages": []}
     else:
@@ -325,10 +345,15 @@ def test_losses_and_bits_are_compared_after_pruning_and_after_continuing():
 
 @pytest.mark.parametrize(
     ("values", "verdict"),
-    [([-0.1, -0.2, -0.1], "better"), ([0.1, 0.2, 0.1], "worse"), ([-0.1, 0.2, 0.1], "no difference seen"),
-     ([0.1, -0.3, -0.1], "no difference seen"),
-     ([0.1], "one seed"), ([], "missing")],
-)  # fmt: skip
+    [
+        ([-0.1, -0.2, -0.1], "better"),
+        ([0.1, 0.2, 0.1], "worse"),
+        ([-0.1, 0.2, 0.1], "no difference seen"),
+        ([0.1, -0.3, -0.1], "no difference seen"),
+        ([0.1], "one seed"),
+        ([], "missing"),
+    ],
+)
 def test_verdicts_follow_from_the_interval(values, verdict):
     interval = report.bootstrap(values) if values else (np.nan, np.nan)
     assert report.Difference(values, *interval).verdict == verdict
@@ -348,8 +373,12 @@ def test_arms_of_more_seeds_are_shown_again_on_the_seeds_that_all_have():
     losses = {"constant": [2.0, 3.0, 4.0], "paper": [1.0, 2.0, 9.0], "bandit": [1.0, 2.0]}
     results = report.Results(records_of(losses), "A")
     assert [label for label, *_ in results.rows()] == [
-        "constant", "constant, seeds 1, 2", "paper", "paper, seeds 1, 2", "bandit"
-    ]  # fmt: skip
+        "constant",
+        "constant, seeds 1, 2",
+        "paper",
+        "paper, seeds 1, 2",
+        "bandit",
+    ]
     rows = [line.split(" | ") for line in report.differences_table(results).splitlines()[2:]]
     assert [row[4].split()[0] for row in rows] == ["+1.0000", "-1.0000", "-1.0000"]
 
@@ -407,8 +436,12 @@ def test_the_headline_compares_with_both_bases_and_the_control():
     losses = {"paper": [2.9, 2.8], "sheared": [3.0, 3.0], "constant": [2.8, 2.9], "uniform": [2.7, 2.6]}
     rows = report.headline_table({"A": report.Results(records_of(losses), "A")}).splitlines()[2:]
     cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
-    assert [row[0] for row in cells] == ["A: paper - sheared", "A: paper - constant",
-                                        "A: sheared - constant (control)", "A: paper - uniform (control)"]  # fmt: skip
+    assert [row[0] for row in cells] == [
+        "A: paper - sheared",
+        "A: paper - constant",
+        "A: sheared - constant (control)",
+        "A: paper - uniform (control)",
+    ]
     assert [row[4].split(" (")[0] for row in cells] == ["better", "no difference seen", "worse", "worse"]
     assert cells[0][3].startswith("-13.93 %")  # of -0.15 nats
 
@@ -464,9 +497,15 @@ def tiny_source():
     pretrain = replace(
         arms.PRETRAIN, **common, max_steps=4, **arms.shape(2, 16, 24, 2), n_kv_heads=1, head_dim=8, seed=1
     )
-    return arms.Source("", prune, replace(arms.CONTINUE, **common, max_steps=4),
-                       dict.fromkeys(("4th", "8th", "16th"), arms.shape(1, 8, 16, 2)), pretrain,
-                       windows=8, corrupted_windows=4)  # fmt: skip
+    return arms.Source(
+        "",
+        prune,
+        replace(arms.CONTINUE, **common, max_steps=4),
+        dict.fromkeys(("4th", "8th", "16th"), arms.shape(1, 8, 16, 2)),
+        pretrain,
+        windows=8,
+        corrupted_windows=4,
+    )
 
 
 @pytest.fixture
@@ -556,10 +595,10 @@ def test_what_failed_or_is_missing_is_made_when_run_again(tiny, monkeypatch, cap
 
 def test_results_of_other_settings_or_another_source_are_not_mixed(tiny, monkeypatch):
     monkeypatch.setattr(run, "in_own_process", lambda name, opt: fake_record(name, opt, name[:3]))
-    with pytest.raises(train.RunError, match=r"A/constant/1: its source is not that of A/source"):
+    with pytest.raises(UserError, match=r"A/constant/1: its source is not that of A/source"):
         run.main(tiny)
     monkeypatch.setitem(arms.SOURCES, "A", replace(arms.SOURCES["A"], pretrain=replace(arms.PRETRAIN, lr=1.0)))
-    with pytest.raises(train.RunError, match=r"A/source was made with other settings"):
+    with pytest.raises(UserError, match=r"A/source was made with other settings"):
         run.main(tiny)
 
 
@@ -573,7 +612,7 @@ def test_nothing_more_is_begun_once_the_runner_has_to_stop(tiny, monkeypatch):
 
     monkeypatch.setattr(run, "in_own_process", slow)
     monkeypatch.setitem(arms.STUDIES, "evidence", {"A": {"constant": 100}})
-    with pytest.raises(train.RunError, match="its source is not that of") as error:
+    with pytest.raises(UserError, match="its source is not that of") as error:
         run.main(tiny)
     n = len(begun)
     time.sleep(0.1)
@@ -582,7 +621,7 @@ def test_nothing_more_is_begun_once_the_runner_has_to_stop(tiny, monkeypatch):
 
 def test_two_runners_do_not_share_a_folder(tiny, monkeypatch):
     def nested(name, opt):
-        with pytest.raises(train.RunError, match="another runner"):
+        with pytest.raises(UserError, match="another runner"):
             run.main(opt)
         return fake_record(name, opt)
 
@@ -625,8 +664,9 @@ def test_a_run_has_a_process_of_its_own_with_one_thread_and_a_pipe_to_its_runner
     script += "threads = os.environ['OMP_NUM_THREADS']; blocks = os.isatty(0) or os.fstat(0).st_mode // 0o10000 == 1\n"
     script += "json.dump([name, threads, blocks], open(f'{folder}/{name}/record.json', 'w')); sys.exit(name == 'bad')"
     popen = subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", lambda command, **more: popen(
-        [sys.executable, "-c", script, *command[3:]], **more))  # fmt: skip
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda command, **more: popen([sys.executable, "-c", script, *command[3:]], **more)
+    )
     assert run.in_own_process("good", run.Options(out=str(tmp_path))) == ["good", "1", True]
     assert run.in_own_process("bad", run.Options(out=str(tmp_path))) is None
     assert (tmp_path / "bad/log.txt").read_text() == "bad\n"

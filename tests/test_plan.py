@@ -6,12 +6,14 @@ import re
 import pytest
 import torch
 
+import hf
 import model as llama
 import plan
 import train
+from configurator import UserError
 from kernels import dispatch
 from prune import Masks, subnetwork, target_config
-from train import Config, ConfigError
+from train import Config
 
 SOURCE = llama.LlamaConfig(2048, 192, 512, 3, n_heads=6, n_kv_heads=3, head_dim=32)
 TARGET = target_config(SOURCE, hidden_size=96, intermediate_size=256, n_layers=2, n_heads=4)
@@ -57,7 +59,7 @@ def test_flops_of_a_whole_model_are_six_a_weight_beside_attention_and_the_logits
 
 
 def config(tmp_path, **changes):
-    (tmp_path / "config.json").write_text(json.dumps(llama.to_hugging_face(SOURCE)))
+    (tmp_path / "config.json").write_text(json.dumps(hf.to_hugging_face(SOURCE)))
     shape = dict(hidden_size=96, intermediate_size=256, n_layers=2, n_heads=4)
     return Config(stage="prune", init_from=str(tmp_path), plan=True, **(shape | changes))
 
@@ -94,5 +96,5 @@ def test_hsdp_shares_within_a_node_of_eight(tmp_path, capsys):
 
 
 def test_micro_batches_that_do_not_divide_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="1 micro-batches a step cannot be shared by 3 gpus"):
+    with pytest.raises(UserError, match="1 micro-batches a step cannot be shared by 3 gpus"):
         train.main(config(tmp_path, gpus=3))

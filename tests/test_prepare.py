@@ -34,11 +34,12 @@ from hypothesis import strategies as st
 
 import configurator
 import train
+from configurator import UserError
 from data import reader
 from data.culturax import prepare as culturax
 from data.embedded import prepare as embedded
 from data.jsonl import prepare as jsonl
-from data.shards import DataError, open_shard, read_meta, verify
+from data.shards import open_shard, read_meta, verify
 from data.slimpajama import prepare as slimpajama
 from data.tokenizer import (
     FAMILIES,
@@ -128,20 +129,20 @@ def test_the_same_texts_train_the_same_tokenizer(model, tmp_path):
 
 
 def test_too_little_text_for_a_vocabulary_is_refused(tmp_path):
-    with pytest.raises(DataError, match="no tokenizer of 9000 pieces can be trained on these texts"):
+    with pytest.raises(UserError, match="no tokenizer of 9000 pieces can be trained on these texts"):
         train_tokenizer(["a few words only"], 9000, tmp_path)
 
 
 def test_a_changed_tokenizer_file_is_noticed(model, tmp_path):
     spec = {"kind": "sentencepiece", "file": model.name, "sha256": "0" * 64}
-    with pytest.raises(DataError, match=r"tokenizer\.model: checksum differs"):
+    with pytest.raises(UserError, match=r"tokenizer\.model: checksum differs"):
         load_tokenizer(spec, model.parent)
 
 
 @pytest.mark.parametrize("text", [b"", b"not a model"])
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, text):
     (tmp_path / "a.model").write_bytes(text)
-    with pytest.raises(DataError, match=r"a\.model: not a sentencepiece model"):
+    with pytest.raises(UserError, match=r"a\.model: not a sentencepiece model"):
         SentencePiece(tmp_path / "a.model")
 
 
@@ -165,9 +166,9 @@ def test_a_tiktoken_encoding_without_network_says_what_to_set(monkeypatch):
         raise requests.exceptions.ConnectionError("unreachable")
 
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
-    with pytest.raises(DataError, match="TIKTOKEN_CACHE_DIR"):
+    with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR"):
         Tiktoken("cl100k_base")
-    with pytest.raises(DataError, match="expected one of"):
+    with pytest.raises(UserError, match="expected one of"):
         Tiktoken("cl100k")
 
 
@@ -176,9 +177,15 @@ def byte_level_bpe(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<|endoftext|>", "<s>"], initial_alphabet=alphabet,
-        show_progress=False))  # fmt: skip
+    tokenizer.train_from_iterator(
+        texts,
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=["<|endoftext|>", "<s>"],
+            initial_alphabet=alphabet,
+            show_progress=False,
+        ),
+    )
     return tokenizer
 
 
@@ -204,15 +211,18 @@ def rank_file(tmp_path, monkeypatch):
 
 def test_a_file_of_ranks_merges_by_rank_and_its_special_tokens_follow_the_ranks(rank_file, tmp_path):
     spec = install_tokenizer(rank_file, tmp_path)
-    assert spec == {"kind": "tiktoken", "file": "tokenizer.tiktoken",
-                    "sha256": hashlib.sha256(rank_file.read_bytes()).hexdigest()}  # fmt: skip
+    assert spec == {
+        "kind": "tiktoken",
+        "file": "tokenizer.tiktoken",
+        "sha256": hashlib.sha256(rank_file.read_bytes()).hexdigest(),
+    }
     tokenizer = load_tokenizer(spec, tmp_path)
     assert (tokenizer.vocab_size, tokenizer.bos, tokenizer.eos) == (259 + 256, 259, 260)
     assert list(tokenizer.encode("masked")) == [258, ord("e"), ord("d")]
     assert list(tokenizer.encode("<|begin_of_text|>")) == list(b"<|begin_of_text|>")
     assert tokenizer.decode([259, *tokenizer.encode(ODD_TEXT), 260]) == ODD_TEXT
     (tmp_path / "tokenizer.tiktoken").write_bytes(rank_file.read_bytes() + b"\n")
-    with pytest.raises(DataError):
+    with pytest.raises(UserError):
         load_tokenizer(spec, tmp_path)
 
 
@@ -247,7 +257,7 @@ def test_qwen_composes_unicode_first(rank_file, monkeypatch):
 )
 def test_a_file_of_ranks_that_is_broken_or_of_no_family_is_refused(rank_file, change, message):
     rank_file.write_bytes(change(rank_file.read_bytes()))
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         open_tokenizer(rank_file)
 
 
@@ -284,24 +294,24 @@ def test_bos_and_eos_of_a_tokenizer_json_are_those_asked_for_or_those_of_its_con
     assert sorted(spec) == ["file", "kind", "sha256"]
     tokenizer = load_tokenizer(spec, tmp_path / "out")
     assert (tokenizer.bos, tokenizer.eos) == (0, 1)
-    with pytest.raises(DataError, match=r"eos is 0 in meta\.json, 1 by the tokenizer"):
+    with pytest.raises(UserError, match=r"eos is 0 in meta\.json, 1 by the tokenizer"):
         load_tokenizer({"tokenizer": spec, "bos": 0, "eos": 0}, tmp_path / "out")
-    with pytest.raises(DataError, match="has no token '</nothing>'"):
+    with pytest.raises(UserError, match="has no token '</nothing>'"):
         open_tokenizer(tmp_path / "tokenizer.json", eos="</nothing>")
     config.write_text("{")
-    with pytest.raises(DataError, match=r"tokenizer_config\.json: not valid JSON"):
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: not valid JSON"):
         HuggingFace(tmp_path / "tokenizer.json")
 
 
 def test_a_tokenizer_json_that_is_none_or_has_no_end_of_text_is_refused(tmp_path, model):
     path = tmp_path / "tokenizer.json"
     path.write_text('{"model": 3}')
-    with pytest.raises(DataError, match=r"tokenizer\.json: not a tokenizer\.json"):
+    with pytest.raises(UserError, match=r"tokenizer\.json: not a tokenizer\.json"):
         open_tokenizer(path)
     tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, [])).save(str(path))
-    with pytest.raises(DataError, match="no end-of-text token is known: give --eos"):
+    with pytest.raises(UserError, match="no end-of-text token is known: give --eos"):
         open_tokenizer(path)
-    with pytest.raises(DataError, match=r"--bos and --eos are for a tokenizer\.json"):
+    with pytest.raises(UserError, match=r"--bos and --eos are for a tokenizer\.json"):
         open_tokenizer(model, eos="</s>")
 
 
@@ -395,7 +405,7 @@ def test_a_complete_data_set_is_left_alone_and_another_one_is_refused(two_domain
     written = {path: path.stat().st_mtime_ns for path in (folder / "out").iterdir()}
     prepare(folder, model)
     assert "nothing to do" in capsys.readouterr().out
-    with pytest.raises(DataError, match="holds another data set"):
+    with pytest.raises(UserError, match="holds another data set"):
         prepare(folder, model, "--val-fraction", "0.3")
     assert {path: path.stat().st_mtime_ns for path in (folder / "out").iterdir()} == written
     prepare(folder, model, "--val-fraction", "0.3", "--force")
@@ -423,7 +433,7 @@ def test_shards_of_another_origin_are_never_removed(two_domains, model):
     folder, _, _ = two_domains
     (folder / "out").mkdir()
     (folder / "out" / "web_train_000007.bin").write_bytes(b"precious")
-    with pytest.raises(DataError, match=r"holds \.bin files of another origin"):
+    with pytest.raises(UserError, match=r"holds \.bin files of another origin"):
         prepare(folder, model)
     assert content(folder / "out") == {"web_train_000007.bin": b"precious"}
 
@@ -435,7 +445,7 @@ def test_a_damaged_compressed_file_is_an_error_that_names_it(tmp_path, model, na
     packed = gzip.compress(raw) if name.endswith("gz") else zstandard.compress(raw)
     half = len(packed) // 2
     (tmp_path / name).write_bytes(packed[:half] + (b"" if damage == "cut off" else b"\xaa" * half))
-    with pytest.raises(DataError, match=f"{name}: damaged or cut off"):
+    with pytest.raises(UserError, match=f"{name}: damaged or cut off"):
         list(reader.records(tmp_path / name))
 
 
@@ -465,14 +475,14 @@ def test_a_line_without_an_end_is_cut_and_counted_as_bad(tmp_path, model, monkey
     monkeypatch.setattr(reader, "MAX_RECORD_BYTES", 5000)
     (tmp_path / "a.jsonl").write_bytes(json_lines(["first", "x" * 9000, "last"]))
     records = list(reader.records(tmp_path / "a.jsonl"))
-    assert [len(record) for record in records] == [len(json_lines(['first'])) - 1, 5001, len(json_lines(['last'])) - 1]
+    assert [len(record) for record in records] == [len(json_lines(["first"])) - 1, 5001, len(json_lines(["last"])) - 1]
     with pytest.raises(ValueError, match="a line of over 5,000 bytes"):
         reader.text_of(records[1])
 
 
 def test_a_domain_without_a_usable_document_is_an_error(tmp_path, model):
     (tmp_path / "a.jsonl").write_bytes(b'{"content": "wrong field"}\n')
-    with pytest.raises(DataError, match="domain web: not one usable document"):
+    with pytest.raises(UserError, match="domain web: not one usable document"):
         jsonl.main([f"web={tmp_path}/a.jsonl", "--out", str(tmp_path / "out"), "--tokenizer", str(model)])
     assert not (tmp_path / "out" / "meta.json").exists()
 
@@ -495,7 +505,7 @@ def test_a_domain_without_a_usable_document_is_an_error(tmp_path, model):
 def test_wrong_arguments_are_refused_before_anything_is_written(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.jsonl").write_bytes(json_lines(["text"]))
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         jsonl.main(["--out", "out", "--tokenizer", "train", *arguments])
     assert not (tmp_path / "out").exists()
 
@@ -575,15 +585,17 @@ def test_parquet_that_cannot_be_read_is_refused_by_name(tmp_path, monkeypatch, d
         os.truncate(path, path.stat().st_size // 2)
     if damage == "library":
         monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(DataError, match=rf"a\.parquet: .*{message}"):
+    with pytest.raises(UserError, match=rf"a\.parquet: .*{message}"):
         list(reader.records(path))
 
 
 def slimpajama_lines(n: int, seed: int, names: list[str]) -> bytes:
     """Documents of all these sets mixed; text and set can be told from each other."""
     texts = some_documents(n, seed)
-    lines = [{"text": f"{names[i % len(names)]} {text}", "meta": {"redpajama_set_name": names[i % len(names)]}}
-             for i, text in enumerate(texts)]  # fmt: skip
+    lines = [
+        {"text": f"{names[i % len(names)]} {text}", "meta": {"redpajama_set_name": names[i % len(names)]}}
+        for i, text in enumerate(texts)
+    ]
     return "".join(json.dumps(line) + "\n" for line in lines).encode()
 
 
@@ -607,8 +619,22 @@ def test_slimpajama_goes_into_seven_domains_by_the_name_in_each_record(tmp_path,
     for name, domain in slimpajama.DOMAINS.items():
         texts = [t for split in ("train", "val") for t in stored_documents(tmp_path / "all", domain, split)]
         assert len(texts) == 80 and all(text.startswith(f"{name} ") for text in texts)
-    slimpajama.main([str(tmp_path / "train"), "--out", str(tmp_path / "two"), "--domains", "wiki", "c4",
-                     "--tokenizer", "train", "--vocab_size", "400", "--val_fraction", "0.2"])  # fmt: skip
+    slimpajama.main(
+        [
+            str(tmp_path / "train"),
+            "--out",
+            str(tmp_path / "two"),
+            "--domains",
+            "wiki",
+            "c4",
+            "--tokenizer",
+            "train",
+            "--vocab_size",
+            "400",
+            "--val_fraction",
+            "0.2",
+        ]
+    )
     assert "ratios = (0.2308, 0.7692)" in capsys.readouterr().out
     assert list(read_meta(tmp_path / "two")["domains"]) == ["wiki", "c4"]
 
@@ -624,7 +650,7 @@ def test_culturax_takes_a_folder_for_each_language_and_prints_the_ratios_of_the_
     assert f"ratios = {tuple(round(r, 4) for r in ratios)}" in capsys.readouterr().out
     assert list(read_meta(tmp_path / "out")["domains"]) == ["en", "ru", "zh", "ja", "ar", "tr", "ko", "th"]
     (tmp_path / "copy" / "th" / "part-0.parquet").unlink()
-    with pytest.raises(DataError, match="copy/th: no such file"):
+    with pytest.raises(UserError, match="copy/th: no such file"):
         culturax.main([str(tmp_path / "copy"), "--out", str(tmp_path / "missing"), *more])
 
 
@@ -661,19 +687,19 @@ def test_a_stream_gives_what_the_files_would_and_says_when_it_cannot(tmp_path, m
     assert asked == [((slimpajama.HUB, None), {"split": "train", "streaming": True, "revision": "abc"})]
     assert read_meta(tmp_path / "stream")["domains"] == read_meta(tmp_path / "files")["domains"]
     stream.broken = True
-    with pytest.raises(DataError, match=r"file 1 of 2: the stream broke \(ConnectionError: reset by peer\): run again"):
+    with pytest.raises(UserError, match=r"file 1 of 2: the stream broke \(ConnectionError: reset by peer\): run again"):
         slimpajama.main(["--out", str(tmp_path / "broken"), "--stream", *more])
 
     def offline(*_, **__):
         raise OSError("offline")
 
     library.load_dataset = offline
-    with pytest.raises(DataError, match=r"CulturaX, en: cannot be streamed \(OSError: offline\): check the name"):
+    with pytest.raises(UserError, match=r"CulturaX, en: cannot be streamed \(OSError: offline\): check the name"):
         culturax.main(["--out", str(tmp_path / "offline"), "--stream", *more])
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match="--stream needs a package more: pip install datasets"):
+    with pytest.raises(UserError, match="--stream needs a package more: pip install datasets"):
         culturax.main(["--out", str(tmp_path / "offline"), "--stream", *more])
-    with pytest.raises(DataError, match="give either the FOLDER of a local copy or --stream"):
+    with pytest.raises(UserError, match="give either the FOLDER of a local copy or --stream"):
         culturax.main(["--out", str(tmp_path / "offline"), *more])
 
 
@@ -681,8 +707,9 @@ def test_a_document_that_a_tokenizer_cannot_encode_is_a_bad_record_of_its_own(tm
     documents = some_documents(40, seed=14)
     (tmp_path / "a.jsonl").write_bytes(json_lines([*documents[:20], " " * 3_000_000 + "x", *documents[20:]]))
     parcel = Parcel(0, 0, list(reader.records(tmp_path / "a.jsonl")), "web")
-    monkeypatch.setattr("data.writer._worker", {"tokenizer": open_tokenizer(rank_file), "parse": reader.text_of,
-                                                "val_fraction": 0.1})  # fmt: skip
+    monkeypatch.setattr(
+        "data.writer._worker", {"tokenizer": open_tokenizer(rank_file), "parse": reader.text_of, "val_fraction": 0.1}
+    )
     rows, tokens = encode_parcel(parcel, {"web"})
     assert [row.number for row in rows if row.problem] == [21]
     assert "Regex error while tokenizing" in rows[20].problem
@@ -733,15 +760,31 @@ def long_domains(tmp_path_factory, model):
 
 
 def arguments(folder, model, out: str, processes: int) -> list[str]:
-    return [f"web={folder}/web-*", f"code={folder}/code.jsonl.zst", "--out", str(folder / out), "--tokenizer",
-            str(model), "--val-fraction", "0.2", "--processes", str(processes), *SPLIT]  # fmt: skip
+    return [
+        f"web={folder}/web-*",
+        f"code={folder}/code.jsonl.zst",
+        "--out",
+        str(folder / out),
+        "--tokenizer",
+        str(model),
+        "--val-fraction",
+        "0.2",
+        "--processes",
+        str(processes),
+        *SPLIT,
+    ]
 
 
 def run_until_killed(folder, model, out: str, place: str, n: int, processes: int = 1) -> None:
     command = [sys.executable, "-c", STOPPED, str(folder / out), place, str(n)]
     with open(folder / "log", "w+b") as log:  # not a pipe: what the run leaves behind would keep it open
-        run = subprocess.run([*command, *arguments(folder, model, out, processes)], cwd=Path(__file__).parents[1],
-                             check=False, stdout=log, stderr=log)  # fmt: skip
+        run = subprocess.run(
+            [*command, *arguments(folder, model, out, processes)],
+            cwd=Path(__file__).parents[1],
+            check=False,
+            stdout=log,
+            stderr=log,
+        )
     assert run.returncode == -signal.SIGKILL, (folder / "log").read_text()
     for pid in (folder / out / "pids").read_text().split():
         end = time.monotonic() + 30
@@ -753,8 +796,13 @@ def run_until_killed(folder, model, out: str, place: str, n: int, processes: int
 
 def test_a_run_that_was_killed_again_and_again_gives_the_bytes_of_one_that_was_not(long_domains, model, capsys):
     folder = long_domains
-    places = [("_checkpoint", 5), ("_ShardWriter.add", 13), ("os.replace", 9), ("_ShardWriter.close", 2),
-              ("write_meta", 0)]  # fmt: skip
+    places = [
+        ("_checkpoint", 5),
+        ("_ShardWriter.add", 13),
+        ("os.replace", 9),
+        ("_ShardWriter.close", 2),
+        ("write_meta", 0),
+    ]
     for i, (place, n) in enumerate(places):
         run_until_killed(folder, model, "killed", place, n, processes=1 + i % 2)
         assert not (folder / "killed" / "meta.json").exists()
@@ -801,8 +849,17 @@ def test_a_run_stopped_at_any_place_loses_and_repeats_nothing(long_domains, mode
     monkeypatch.setattr("data.writer._pool", InThisProcess)
     monkeypatch.setattr("data.writer.CHECKPOINT_S", 0)
     monkeypatch.setattr("data.writer.PARCEL_CHARS", 1000 + 1000 * seed)
-    for name in ("_checkpoint", "_sync", "_report", "sha256", "json.dump", "os.replace", "_ShardWriter.add",
-                 "_ShardWriter.close", "Seen.add"):  # fmt: skip
+    for name in (
+        "_checkpoint",
+        "_sync",
+        "_report",
+        "sha256",
+        "json.dump",
+        "os.replace",
+        "_ShardWriter.add",
+        "_ShardWriter.close",
+        "Seen.add",
+    ):
         owner, _, attribute = f"data.writer.{name}".rpartition(".")
         monkeypatch.setattr(f"{owner}.{attribute}", stopping(pkgutil.resolve_name(f"{owner}.{attribute}")))
     stops, steps = 0, 100
@@ -852,7 +909,7 @@ def test_an_unfinished_data_set_that_cannot_go_on_is_refused_and_made_again_by_f
         (out / "unfinished.digests").write_bytes(b"")
     else:
         (out / "unfinished").write_text("{")
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         jsonl.main([*arguments(long_domains, model, out.name, 1), *more])
     jsonl.main([*arguments(long_domains, model, out.name, 1), "--force"])
     assert content(out) == content(long_domains / "out")
@@ -862,8 +919,13 @@ def test_an_unfinished_data_set_that_cannot_go_on_is_refused_and_made_again_by_f
 def test_an_error_of_the_disk_is_one_line(script, tmp_path):
     (tmp_path / "file").write_text("{}")
     inputs = [f"web={tmp_path}/file", "--tokenizer=none"] if script == "jsonl" else []
-    done = subprocess.run([sys.executable, f"data/{script}/prepare.py", *inputs, f"--out={tmp_path}/file/out"],
-                          cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, f"data/{script}/prepare.py", *inputs, f"--out={tmp_path}/file/out"],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: "), done.stderr
 
@@ -889,9 +951,12 @@ def test_two_runs_never_write_into_one_folder(long_domains, model, tmp_path):
     command = [f"web={long_domains}/web-0.jsonl", "--out", str(tmp_path), "--tokenizer", str(model)]
     (tmp_path / "web_train_000000.bin").write_text("what the other has written")
     with locked(tmp_path):
-        for prepare_it, arguments in ((jsonl.main, command), (jsonl.main, [*command, "--force"]),
-                                      (embedded.main, ["--out", str(tmp_path), "--force"])):  # fmt: skip
-            with pytest.raises(DataError, match="another process is writing this data set"):
+        for prepare_it, arguments in (
+            (jsonl.main, command),
+            (jsonl.main, [*command, "--force"]),
+            (embedded.main, ["--out", str(tmp_path), "--force"]),
+        ):
+            with pytest.raises(UserError, match="another process is writing this data set"):
                 prepare_it(arguments)
     assert [f.name for f in tmp_path.iterdir()] == ["web_train_000000.bin"]
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import prune
+from configurator import UserError
 from model import Llama, LlamaConfig
 from prune import Masks, backward_to_masks, extract, subnetwork, target_config
 
@@ -285,5 +286,5 @@ def test_a_target_that_the_source_cannot_give_is_refused_with_both_numbers(chang
 
 
 def test_a_target_as_large_as_the_source_is_refused():
-    with pytest.raises(prune.TargetError, match="nothing to prune"):
+    with pytest.raises(UserError, match="nothing to prune"):
         Masks(BASE, BASE, seed=0)

@@ -115,11 +115,11 @@ def test_a_row_has_a_message_and_what_to_do():
 
 def test_what_counts_as_a_message():
     source = """
-raise ConfigError(f"{name} = {value}: must be one of " "a and b")
-raise llama.CheckpointError("no such file")
+raise UserError(f"{name} = {value}: must be one of " "a and b")
+raise UserError("no such file")
 raise AssertionError("a bug")
 raise KernelError("x must be contiguous")
-raise RunError(problem)
+raise UserError(problem)
 log.warn(step, f"domain {d} ends")
 warnings.warn("it drifts", stacklevel=2)
 say(f"warning: {name}: it is full")
@@ -127,10 +127,17 @@ print("stopped by hand", file=sys.stderr)
 print("all is well")
 """
     found = [text for _, text in messages_of(source, "shared.py")]
-    assert sorted(found) == sorted([
-        "... = ...: must be one of a and b", "no such file", "...", "domain ... ends", "it drifts",
-        "warning: ...: it is full", "stopped by hand",
-    ])  # fmt: skip
+    assert sorted(found) == sorted(
+        [
+            "... = ...: must be one of a and b",
+            "no such file",
+            "...",
+            "domain ... ends",
+            "it drifts",
+            "warning: ...: it is full",
+            "stopped by hand",
+        ]
+    )
 
 
 def test_dots_stand_for_anything_and_nothing_else_does():

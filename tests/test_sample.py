@@ -11,10 +11,11 @@ import tokenizers
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import hf
 import model as m
 import sample
-from configurator import ConfigError
-from data.shards import DataError, write_meta, write_shard
+from configurator import UserError
+from data.shards import write_meta, write_shard
 from data.tokenizer import FAMILIES, train_tokenizer
 from sample import Config, choose, generate, pieces
 
@@ -134,7 +135,7 @@ def write_tokenizer_json(folder):
     model.train_from_iterator([TEXT * 20], trainer)
     bos = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     model.post_processor = bos
-    model.save(str(folder / "tokenizer.json"))
+    hf.save(model, str(folder / "tokenizer.json"))
 
 
 def test_the_printed_text_is_that_of_transformers(tmp_path, capsys):
@@ -177,7 +178,7 @@ def test_a_prompt_in_ranks_begins_with_bos_and_has_the_tokens_of_its_text(tmp_pa
     )
     model = m.Llama(m.LlamaConfig(512, 8, 8, 1, 1, 1, 8, max_position_embeddings=16))
     model.init_weights(0)
-    model.save(tmp_path)
+    hf.save(model, tmp_path)
     monkeypatch.setattr(sample, "generate", lambda _, prompt, __: seen.append(prompt) or iter(()))
     for prompt in ("ab", "a", ""):
         sample.main(str(tmp_path), prompt, CONFIG)
@@ -190,7 +191,7 @@ def test_truncation_and_padding_of_a_tokenizer_json_leave_a_prompt_whole(tmp_pat
     model = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     for change in (lambda: model.enable_truncation(3), lambda: model.enable_padding(length=400)):
         change()
-        model.save(str(tmp_path / "tokenizer.json"))
+        hf.save(model, str(tmp_path / "tokenizer.json"))
         assert sample.TokenizerJson(tmp_path / "tokenizer.json").encode(TEXT) == whole
 
 
@@ -204,14 +205,14 @@ def test_a_shortened_text_is_announced(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "prompt", "error", "message"),
     [
-        (dict(max_tokens=0), "fox", ConfigError, "max_tokens = 0: must be at least 1"),
-        (dict(temperature=-1.0), "fox", ConfigError, "temperature = -1.0: must be 0 or more"),
-        (dict(temperature=float("nan")), "fox", ConfigError, "temperature = nan"),
-        (dict(top_p=0.0), "fox", ConfigError, "top_p = 0.0: must be above 0"),
-        (dict(top_p=1.1), "fox", ConfigError, "top_p = 1.1"),
-        (dict(device="tpu"), "fox", ConfigError, "device = 'tpu'"),
-        ({}, "q" * 64, ConfigError, "the prompt has 65 tokens, the model's context 64: shorten it"),
-        (dict(data="nowhere"), "fox", DataError, "nowhere"),
+        (dict(max_tokens=0), "fox", UserError, "max_tokens = 0: must be at least 1"),
+        (dict(temperature=-1.0), "fox", UserError, "temperature = -1.0: must be 0 or more"),
+        (dict(temperature=float("nan")), "fox", UserError, "temperature = nan"),
+        (dict(top_p=0.0), "fox", UserError, "top_p = 0.0: must be above 0"),
+        (dict(top_p=1.1), "fox", UserError, "top_p = 1.1"),
+        (dict(device="tpu"), "fox", UserError, "device = 'tpu'"),
+        ({}, "q" * 64, UserError, "the prompt has 65 tokens, the model's context 64: shorten it"),
+        (dict(data="nowhere"), "fox", UserError, "nowhere"),
     ],
 )
 def test_what_cannot_be_sampled_is_refused(change, prompt, error, message, tmp_path):
@@ -229,13 +230,16 @@ def no_bos(path):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (Path.unlink, DataError, "no tokenizer.json or tokenizer.model: name the data set .* with --data="),
-        (lambda path: path.write_text("{}"), DataError, "not a tokenizer.json"),
-        (no_bos, ConfigError, "the prompt is empty"),
-        (lambda path: m.Llama(m.LlamaConfig(1, 8, 8, 1, 1, 1, 8)).save(path.parent), DataError,
-         "is outside the model's vocabulary of 1"),
+        (Path.unlink, UserError, "no tokenizer.json or tokenizer.model: name the data set .* with --data="),
+        (lambda path: path.write_text("{}"), UserError, "not a tokenizer.json"),
+        (no_bos, UserError, "the prompt is empty"),
+        (
+            lambda path: m.Llama(m.LlamaConfig(1, 8, 8, 1, 1, 1, 8)).save(path.parent),
+            UserError,
+            "is outside the model's vocabulary of 1",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_tokenizer_that_cannot_be_used_is_refused(change, error, message, tmp_path):
     random_model().save(tmp_path)
     write_tokenizer_json(tmp_path)

@@ -8,8 +8,9 @@ from resource import RLIM_INFINITY
 import numpy as np
 import pytest
 
+from configurator import UserError
 from data.loader import OPEN_FILES, DomainLoader, OpenFiles
-from data.shards import HEADER_BYTES, DataError, header, write_meta, write_shard
+from data.shards import HEADER_BYTES, header, write_meta, write_shard
 
 SHARDS, SHARD_TOKENS, T = 1000, 100_000_000, 4096
 WINDOWS = SHARDS * (SHARD_TOKENS // (T + 1))
@@ -71,10 +72,16 @@ def test_no_more_files_are_open_than_a_share_of_what_the_process_may_open(folder
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-@pytest.mark.parametrize(("soft", "hard", "asked", "limit"), [
-    (1024, 2**20, 8 * OPEN_FILES, OPEN_FILES), (1024, RLIM_INFINITY, 8 * OPEN_FILES, OPEN_FILES),
-    (1024, 4096, 4096, 512), (2**20, 2**20, None, OPEN_FILES), (RLIM_INFINITY, RLIM_INFINITY, None, OPEN_FILES),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("soft", "hard", "asked", "limit"),
+    [
+        (1024, 2**20, 8 * OPEN_FILES, OPEN_FILES),
+        (1024, RLIM_INFINITY, 8 * OPEN_FILES, OPEN_FILES),
+        (1024, 4096, 4096, 512),
+        (2**20, 2**20, None, OPEN_FILES),
+        (RLIM_INFINITY, RLIM_INFINITY, None, OPEN_FILES),
+    ],
+)
 def test_a_process_of_few_files_asks_for_more_and_the_loader_takes_a_share(monkeypatch, soft, hard, asked, limit):
     calls = []
     monkeypatch.setattr("data.loader.resource.getrlimit", lambda _: (soft, hard))
@@ -87,7 +94,7 @@ def test_a_token_in_the_last_of_many_shards_is_checked_at_the_start(folder, monk
     with open(folder / f"web_train_{SHARDS - 1:06d}.bin", "r+b", buffering=0) as f:
         f.seek(HEADER_BYTES + 2 * 1000)
         f.write(b"\xff\xff")
-        with pytest.raises(DataError, match=r"web_train_000999\.bin: token id 65535 is not in the vocabulary"):
+        with pytest.raises(UserError, match=r"web_train_000999\.bin: token id 65535 is not in the vocabulary"):
             DomainLoader(folder, ("web",), T, 17, "train")
         f.seek(HEADER_BYTES + 2 * 1000)
         f.write(b"\0\0")
@@ -100,7 +107,7 @@ def test_a_shard_cut_short_while_in_use_is_an_error_that_names_it(tmp_path):
     files.read(0, HEADER_BYTES + 180, tokens)
     np.testing.assert_array_equal(tokens, np.arange(90, 100))
     os.truncate(path, HEADER_BYTES + 100)
-    with pytest.raises(DataError, match=r"a\.bin: became shorter while it was in use"):
+    with pytest.raises(UserError, match=r"a\.bin: became shorter while it was in use"):
         files.read(0, HEADER_BYTES + 180, tokens)
 
 

@@ -4,7 +4,8 @@ import struct
 import numpy as np
 import pytest
 
-from data.shards import DataError, open_shard, read_meta, sha256, verify, write_meta, write_shard
+from configurator import UserError
+from data.shards import open_shard, read_meta, sha256, verify, write_meta, write_shard
 
 SMALL, LARGE = 4096, 100_000  # vocabularies of 2-byte and of 4-byte tokens
 
@@ -42,7 +43,7 @@ def test_a_shard_cannot_be_written_to_through_its_map(tmp_path):
 
 @pytest.mark.parametrize("tokens", [[1, SMALL], [-1, 5]])
 def test_a_token_outside_the_vocabulary_is_refused_and_nothing_written(tmp_path, tokens):
-    with pytest.raises(DataError, match="do not fit vocabulary 4096"):
+    with pytest.raises(UserError, match="do not fit vocabulary 4096"):
         write_shard(tmp_path / "a.bin", np.array(tokens), SMALL)
     assert not list(tmp_path.iterdir())
 
@@ -70,12 +71,12 @@ def header(*first: int) -> bytes:
 )
 def test_a_file_that_is_no_whole_shard_is_refused_by_name(tmp_path, content, message):
     (tmp_path / "a.bin").write_bytes(content)
-    with pytest.raises(DataError, match=rf"a\.bin: .*{message}"):
+    with pytest.raises(UserError, match=rf"a\.bin: .*{message}"):
         open_shard(tmp_path / "a.bin")
 
 
 def test_a_missing_shard_is_refused_by_name(tmp_path):
-    with pytest.raises(DataError, match=r"a\.bin: no such shard"):
+    with pytest.raises(UserError, match=r"a\.bin: no such shard"):
         open_shard(tmp_path / "a.bin")
 
 
@@ -111,19 +112,19 @@ def test_verification_names_the_shard_whose_content_changed(data_set):
     with open(data_set / "web_val_000000.bin", "r+b") as f:
         f.seek(-1, 2)
         f.write(b"\1")
-    with pytest.raises(DataError, match=r"web_val_000000\.bin: checksum differs"):
+    with pytest.raises(UserError, match=r"web_val_000000\.bin: checksum differs"):
         verify(data_set)
 
 
 @pytest.mark.parametrize("content", ["", "{", "\0"])
 def test_a_meta_that_is_not_json_is_refused(tmp_path, content):
     (tmp_path / "meta.json").write_text(content)
-    with pytest.raises(DataError, match=r"meta\.json: not valid JSON"):
+    with pytest.raises(UserError, match=r"meta\.json: not valid JSON"):
         read_meta(tmp_path)
 
 
 def test_a_missing_meta_says_what_to_run(tmp_path):
-    with pytest.raises(DataError, match=r"not found: prepare the data set first .*data/embedded/prepare\.py"):
+    with pytest.raises(UserError, match=r"not found: prepare the data set first .*data/embedded/prepare\.py"):
         read_meta(tmp_path)
 
 
@@ -159,11 +160,11 @@ def test_a_meta_with_a_broken_field_is_refused_by_the_fields_name(data_set, keys
     else:
         at[keys[-1]] = value
     write_meta(data_set, meta)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         read_meta(data_set)
 
 
 def test_a_meta_that_is_a_list_is_refused(tmp_path):
     (tmp_path / "meta.json").write_text("[]")
-    with pytest.raises(DataError, match="expected a JSON object"):
+    with pytest.raises(UserError, match="expected a JSON object"):
         read_meta(tmp_path)

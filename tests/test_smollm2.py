@@ -9,8 +9,10 @@ import tiktoken
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import hf
 import model as llama
-from data.shards import DataError, read_meta, verify
+from configurator import UserError
+from data.shards import read_meta, verify
 from data.smollm2 import prepare
 from data.tokenizer import load_tokenizer
 
@@ -65,10 +67,17 @@ def known_weights(tied: bool) -> dict[str, torch.Tensor]:
     if not tied:
         shapes["lm_head.weight"] = (vocab, HIDDEN)
     for layer in range(LAYERS):
-        block = {"self_attn.q_proj": (q, HIDDEN), "self_attn.k_proj": (kv, HIDDEN), "self_attn.v_proj": (kv, HIDDEN),
-                 "self_attn.o_proj": (HIDDEN, q), "mlp.gate_proj": (FFN, HIDDEN), "mlp.up_proj": (FFN, HIDDEN),
-                 "mlp.down_proj": (HIDDEN, FFN), "input_layernorm": (HIDDEN,),
-                 "post_attention_layernorm": (HIDDEN,)}  # fmt: skip
+        block = {
+            "self_attn.q_proj": (q, HIDDEN),
+            "self_attn.k_proj": (kv, HIDDEN),
+            "self_attn.v_proj": (kv, HIDDEN),
+            "self_attn.o_proj": (HIDDEN, q),
+            "mlp.gate_proj": (FFN, HIDDEN),
+            "mlp.up_proj": (FFN, HIDDEN),
+            "mlp.down_proj": (HIDDEN, FFN),
+            "input_layernorm": (HIDDEN,),
+            "post_attention_layernorm": (HIDDEN,),
+        }
         shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in block.items()}
     return {name: torch.randn(shape, generator=generator) * 0.2 for name, shape in shapes.items()}
 
@@ -165,9 +174,20 @@ def test_the_weights_of_a_gguf_file_come_back_under_our_names_and_in_our_order_o
 def test_the_sizes_of_a_gguf_file_become_the_config(tmp_path):
     config = prepare.model_of(prepare.Gguf(write_gguf(tmp_path / "a.gguf"))).config
     assert config == llama.LlamaConfig(
-        vocab_size=len(vocabulary()), hidden_size=HIDDEN, intermediate_size=FFN, n_layers=LAYERS, n_heads=HEADS,
-        n_kv_heads=KV_HEADS, head_dim=HEAD_DIM, rope_theta=5e4, norm_eps=1e-5, tied_embeddings=True,
-        max_position_embeddings=128, bos_token_id=1, eos_token_id=2)  # fmt: skip
+        vocab_size=len(vocabulary()),
+        hidden_size=HIDDEN,
+        intermediate_size=FFN,
+        n_layers=LAYERS,
+        n_heads=HEADS,
+        n_kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        rope_theta=5e4,
+        norm_eps=1e-5,
+        tied_embeddings=True,
+        max_position_embeddings=128,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
 
 
 def test_weights_of_4_bits_are_read_to_half_a_step_of_their_block(tmp_path):
@@ -184,7 +204,7 @@ def test_weights_of_4_bits_are_read_to_half_a_step_of_their_block(tmp_path):
 
 def test_the_folder_is_what_transformers_reads(tmp_path, offline):
     prepare.main(["--out", str(tmp_path)])
-    ours, theirs = llama.load(tmp_path / "model"), AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    ours, theirs = hf.load(tmp_path / "model"), AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     tokens = torch.arange(3, 40)[None]
     assert (ours(tokens) - theirs(tokens).logits).abs().max() < 1e-4
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
@@ -245,16 +265,16 @@ def test_an_interrupted_conversion_starts_again(tmp_path, offline, monkeypatch):
     ],
 )
 def test_a_file_of_another_model_is_refused(tmp_path, change, message):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         prepare.model_of(prepare.Gguf(write_gguf(tmp_path / "a.gguf", **change)))
 
 
 def test_a_tokenizer_that_splits_otherwise_is_refused(tmp_path):
-    with pytest.raises(DataError, match="tokenizer gpt2/llama-bpe: only byte-level BPE as SmolLM2 splits it"):
+    with pytest.raises(UserError, match="tokenizer gpt2/llama-bpe: only byte-level BPE as SmolLM2 splits it"):
         prepare.tokenizer_of(prepare.Gguf(write_gguf(tmp_path / "a.gguf", pre="llama-bpe")))
 
 
 def test_a_file_that_is_no_gguf_is_refused(tmp_path):
     (tmp_path / "a.gguf").write_bytes(b"not a model" * 9)
-    with pytest.raises(DataError, match=r"a\.gguf: not a readable GGUF file"):
+    with pytest.raises(UserError, match=r"a\.gguf: not a readable GGUF file"):
         prepare.Gguf(tmp_path / "a.gguf")

