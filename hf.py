@@ -23,7 +23,7 @@ from torch import Tensor
 
 from configurator import UserError
 from data.shards import read_json
-from model import Llama, LlamaConfig, list_of
+from model import FAMILIES, Llama, LlamaConfig
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9  # of a safetensors file at most, as tools expect
@@ -182,25 +182,19 @@ HF_NAMES = {  # ours: Hugging Face's
     "eos_token_id": "eos_token_id",
     "pad_token_id": "pad_token_id",
 }
-FAMILIES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "mistral": "MistralForCausalLM",
-}
 
 
 def to_hugging_face(config: LlamaConfig, dtype: torch.dtype = torch.float32) -> dict:
     """config.json, in words that transformers 4 and 5 both read."""
     ours = asdict(config)
     return {
-        "architectures": [FAMILIES[config.model_type]],
-        "model_type": config.model_type,
+        "architectures": [FAMILIES[config.family].architecture],
+        "model_type": config.family,
         "hidden_act": "silu",
         "torch_dtype": str(dtype).removeprefix("torch."),
         **{theirs: ours[name] for name, theirs in HF_NAMES.items()},
         **({"rope_scaling": config.rope_scaling} if config.rope_scaling else {}),
-        **({"sliding_window": config.sliding_window} if config.mistral else {}),
+        **({"sliding_window": config.sliding_window} if config.family == "mistral" else {}),
     }
 
 
@@ -214,20 +208,20 @@ def read_config(folder: str | Path) -> LlamaConfig:
         arch = theirs["architectures"][0]
     except (KeyError, IndexError, TypeError) as error:
         raise UserError(f"{path}: not a model's config ({type(error).__name__}: {error})") from None
-    if arch not in FAMILIES.values():
-        raise UserError(f"{path}: architecture {arch} is not supported; {', '.join(FAMILIES.values())} are")
+    family = next((name for name, f in FAMILIES.items() if f.architecture == arch), None)
+    if family is None:
+        raise UserError(f"{path}: {arch} is not supported; {', '.join(f.architecture for f in FAMILIES.values())} are")
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise UserError(f"{path}: rope_scaling is {rope!r}, expected an object")
     rope = {"rope_type": rope.get("type", "default"), **rope}
-    llama, qwen2, qwen3, mistral = (arch == FAMILIES[family] for family in FAMILIES)
     for holds, reason in (
         (theirs.get("hidden_act", "silu") != "silu", f"hidden_act {theirs.get('hidden_act')!r}; silu is"),
-        (theirs.get("attention_bias") and not qwen2, "biases in the output projection (attention_bias)"),
+        (theirs.get("attention_bias") and family != "qwen2", "biases in the output projection (attention_bias)"),
         (theirs.get("mlp_bias"), "biases in the FFN projections (mlp_bias)"),
         (theirs.get("use_sliding_window"), "layers that see only the last tokens (use_sliding_window)"),
         (
-            theirs.get("layer_types") and any(kind != "full_attention" for kind in list_of(theirs["layer_types"])),
+            theirs.get("layer_types") and any(kind != "full_attention" for kind in theirs["layer_types"]),
             "layer_types other than full_attention",
         ),
         (theirs.get("quantization_config"), "quantized weights (quantization_config)"),
@@ -238,22 +232,20 @@ def read_config(folder: str | Path) -> LlamaConfig:
     values = {name: theirs[key] for name, key in HF_NAMES.items() if theirs.get(key) is not None}
     values["rope_theta"] = rope.get("rope_theta", theirs.get("rope_theta", 10_000.0))
     values.setdefault("norm_eps", 1e-6)  # what transformers takes where config.json is silent, here and below
-    if llama:
+    if family == "llama":
         values.setdefault("n_kv_heads", values.get("n_heads"))
     sizes = values.get("hidden_size"), values.get("n_heads")
-    if "head_dim" not in values and not qwen3 and all(type(size) is int and size > 0 for size in sizes):
+    if "head_dim" not in values and family != "qwen3" and all(type(size) is int and size > 0 for size in sizes):
         values["head_dim"] = sizes[0] // sizes[1]
     scaling = {k: v for k, v in rope.items() if k not in ("type", "rope_theta", "partial_rotary_factor")}
     try:
         return LlamaConfig(
             **values,
-            qkv_bias=qwen2,
-            qk_norm=qwen3,
+            family=family,
             rope_scaling=None if scaling["rope_type"] == "default" else scaling,
-            sliding_window=theirs.get("sliding_window", 4096) if mistral else None,
-            mistral=mistral,
+            sliding_window=theirs.get("sliding_window", 4096) if family == "mistral" else None,
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, UserError) as error:
         raise UserError(f"{path}: {error}") from None
 
 

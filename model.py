@@ -11,8 +11,7 @@ is a checkpoint any tool loads.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from reprlib import repr as short  # as much of a value as a message has room for
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +22,28 @@ from configurator import UserError
 from kernels.dispatch import ops
 from kernels.pack import pack_torch, pack_vector
 
+MAX_SIZE = 2**24  # a config.json beyond it is damaged
 ROPE_SCALING = {  # rope_type: its numbers
     "linear": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
 }
 
 
-MAX_LAYERS, MAX_WIDTH, MAX_NUMBER = 1024, 2**24, 1e30  # a config.json beyond them is damaged or ill-meant
+@dataclass(frozen=True)
+class Family:
+    """What tells a family of models from a Llama."""
+
+    architecture: str  # of config.json
+    qkv_bias: bool = False  # biases in the query, key and value projections
+    qk_norm: bool = False  # RMSNorm of every head's queries and keys before RoPE
+
+
+FAMILIES = {  # model_type of config.json: the family
+    "llama": Family("LlamaForCausalLM"),
+    "mistral": Family("MistralForCausalLM"),
+    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True),
+    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True),
+}
 
 
 @dataclass(frozen=True)
@@ -43,62 +57,37 @@ class LlamaConfig:
     head_dim: int  # explicit: pruning heads or channels does not change it
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
-    qkv_bias: bool = False  # Qwen2
     tied_embeddings: bool = False
+    family: str = "llama"  # a key of FAMILIES
+    rope_scaling: dict | None = None  # rope_type and its numbers, as in ROPE_SCALING
+    sliding_window: int | None = None  # Mistral: tokens that its attention sees; see check_length
     max_position_embeddings: int = 2048  # this and the ids are only carried along, for the tools that load us
     bos_token_id: int | None = None
     eos_token_id: int | list | None = None
     pad_token_id: int | None = None
-    qk_norm: bool = False  # Qwen3: RMSNorm of every head's queries and keys before RoPE
-    rope_scaling: dict | None = None  # rope_type and its numbers, as in ROPE_SCALING
-    sliding_window: int | None = None  # Mistral: tokens that its attention sees; see check_length
-    mistral: bool = False  # in nothing else than a Llama, but for the tools that load us
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            if f.type is int and (type(getattr(self, f.name)) is not int or getattr(self, f.name) < 1):
-                raise ValueError(f"{f.name} = {short(getattr(self, f.name))}: must be a whole number of at least 1")
-            if f.type is bool and type(getattr(self, f.name)) is not bool:
-                raise ValueError(f"{f.name} = {short(getattr(self, f.name))}: must be true or false")
-        if self.n_layers > MAX_LAYERS:
-            raise ValueError(f"n_layers = {short(self.n_layers)}: must be at most {MAX_LAYERS}")
-        widths = {f.name: getattr(self, f.name) for f in fields(self) if f.type is int}
-        for name, width in (widths | {"n_heads * head_dim": self.n_heads * self.head_dim}).items():
-            if width > MAX_WIDTH:
-                raise ValueError(f"{name} = {short(width)}: must be at most {MAX_WIDTH:,}")
-        for token in (self.bos_token_id, self.pad_token_id, *list_of(self.eos_token_id)):
-            if token is not None and (type(token) is not int or not abs(token) < 2**31):
-                raise ValueError(f"token id {short(token)}: must be a whole number")
-        if self.sliding_window is not None and (type(self.sliding_window) is not int or self.sliding_window < 1):
-            raise ValueError(f"sliding_window = {short(self.sliding_window)}: must be a number of tokens")
+        """Raises UserError for sizes that make no model."""
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "n_layers", "n_heads", "n_kv_heads", "head_dim")
+        for name in sizes:
+            if type(getattr(self, name)) is not int or not 1 <= getattr(self, name) <= MAX_SIZE:
+                raise UserError(f"{name} = {getattr(self, name)!r}: must be a whole number from 1 to {MAX_SIZE:,}")
         if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"n_heads = {self.n_heads} is not a multiple of n_kv_heads = {self.n_kv_heads}")
+            raise UserError(f"n_heads = {self.n_heads} is not a multiple of n_kv_heads = {self.n_kv_heads}")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim = {self.head_dim} must be even: RoPE turns pairs")
-        for name in ("rope_theta", "norm_eps"):
-            if not is_positive(getattr(self, name)):
-                raise ValueError(f"{name} = {short(getattr(self, name))}: must be positive")
-        if self.qk_norm and self.qkv_bias:
-            raise ValueError("qk_norm and qkv_bias together: no family of models has both")
+            raise UserError(f"head_dim = {self.head_dim} must be even: RoPE turns pairs")
         if self.rope_scaling is not None:
-            self._check_rope_scaling()
-
-    def _check_rope_scaling(self) -> None:
-        kind = self.rope_scaling.get("rope_type")
-        if kind not in ROPE_SCALING:
-            raise ValueError(f"RoPE scaling of type {kind!r} is not supported; {' and '.join(ROPE_SCALING)} are")
-        for name in sorted(ROPE_SCALING[kind] | self.rope_scaling.keys() - {"rope_type"}):
-            value = self.rope_scaling.get(name)
-            if name not in ROPE_SCALING[kind]:
-                raise ValueError(f"RoPE scaling {kind}: {name} = {value!r} is not supported")
-            if not is_positive(value):
-                raise ValueError(f"RoPE scaling {kind}: {name} = {value!r}: must be a positive number")
-        if kind == "llama3" and self.rope_scaling["low_freq_factor"] >= self.rope_scaling["high_freq_factor"]:
-            raise ValueError("RoPE scaling llama3: low_freq_factor must be below high_freq_factor")
+            kind, numbers = self.rope_scaling.get("rope_type"), self.rope_scaling.keys() - {"rope_type"}
+            if numbers != ROPE_SCALING.get(kind):
+                raise UserError(f"RoPE scaling {self.rope_scaling} is not supported; these are: {ROPE_SCALING}")
 
     @property
-    def model_type(self) -> str:
-        return "qwen3" if self.qk_norm else "qwen2" if self.qkv_bias else "mistral" if self.mistral else "llama"
+    def qkv_bias(self) -> bool:
+        return FAMILIES[self.family].qkv_bias
+
+    @property
+    def qk_norm(self) -> bool:
+        return FAMILIES[self.family].qk_norm
 
     @property
     def context(self) -> int:
@@ -109,18 +98,9 @@ class LlamaConfig:
         """Raises UserError for sequences (tokens) on which this model's attention is not the full one here."""
         if self.sliding_window and length > self.sliding_window:
             raise UserError(
-                f"sequences of {length} tokens: in this model a token sees the last {self.sliding_window} only "
-                f"(sliding_window in config.json), here all before it, which is the same up to {self.sliding_window} "
-                "tokens: use shorter sequences"
+                f"sequences of {length} tokens: this model's attention sees the last {self.sliding_window} only "
+                "(sliding_window in config.json), which is not implemented: use sequences of at most that length"
             )
-
-
-def list_of(value: object) -> list:
-    return value if isinstance(value, list) else [value]
-
-
-def is_positive(value: object) -> bool:
-    return type(value) in (int, float) and 0 < value < MAX_NUMBER
 
 
 @dataclass(frozen=True)

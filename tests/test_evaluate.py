@@ -275,7 +275,7 @@ def test_a_whole_text_is_scored_every_token_once_with_a_full_last_window(model, 
 
 
 def test_a_sliding_window_bounds_what_the_harness_and_the_tasks_see_at_once():
-    model = Llama(replace(CONFIG, max_position_embeddings=64, sliding_window=16, mistral=True))
+    model = Llama(replace(CONFIG, max_position_embeddings=64, sliding_window=16, family="mistral"))
     model.init_weights(0)
     ours = Answers(model, Letters())
     windows = ours._windows("abcdefg" * 8)

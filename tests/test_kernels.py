@@ -587,7 +587,7 @@ def test_ops_compile_without_a_graph_break_to_the_same_bits(op):
     assert_same(evaluate(compiled, inputs_of(op, RICH[op], MIXED), BF16), once(op))
 
 
-SOURCE = llama.LlamaConfig(70, 80, 72, 1, 4, 2, 6, qkv_bias=True)
+SOURCE = llama.LlamaConfig(70, 80, 72, 1, 4, 2, 6, family="qwen2")
 TARGET = target_config(SOURCE, hidden_size=40, intermediate_size=40, n_layers=1, n_heads=2)
 
 

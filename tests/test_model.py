@@ -569,4 +569,4 @@ def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path):
 
 def test_a_family_that_does_not_exist_is_refused():
     with pytest.raises(ValueError, match="no family of models has both"):
-        m.LlamaConfig(V, D, 80, L, 4, 2, 12, qkv_bias=True, qk_norm=True)
+        m.LlamaConfig(V, D, 80, L, 4, 2, 12, family="qwen2", family="qwen3")

@@ -28,9 +28,9 @@ BASE = LlamaConfig(
 CONFIGS = {
     "grouped": BASE,
     "equal heads": replace(BASE, n_kv_heads=6),
-    "biases": replace(BASE, qkv_bias=True),
+    "biases": replace(BASE, family="qwen2"),
     "tied": replace(BASE, tied_embeddings=True),
-    "tied biases": replace(BASE, tied_embeddings=True, qkv_bias=True),
+    "tied biases": replace(BASE, tied_embeddings=True, family="qwen2"),
 }
 TARGET = dict(hidden_size=15, intermediate_size=17, n_layers=3, n_heads=4)
 

@@ -95,7 +95,7 @@ def test_generation_stops_at_the_end_of_the_text(as_list):
     assert list(generate(ours, [5], greedy)) == free[: free.index(end)]
 
 
-@pytest.mark.parametrize(("changes", "length"), [({}, 64), (dict(mistral=True, sliding_window=32), 32)])
+@pytest.mark.parametrize(("changes", "length"), [({}, 64), (dict(family="mistral", sliding_window=32), 32)])
 def test_generation_stops_where_the_context_is_full(changes, length):
     ours = random_model(**changes)
     assert len(list(generate(ours, [5] * 10, dataclasses.replace(CONFIG, max_tokens=1000)))) == length - 10

@@ -575,7 +575,7 @@ def test_damaged_shards_stop_the_run_before_its_first_step(damage, data, tmp_pat
 
 SOURCES = {  # what each pruning config starts from
     "models/Llama-2-7b-hf": llama.LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128),
-    "models/Qwen2-7B": llama.LlamaConfig(152064, 3584, 18944, 28, 28, 4, 128, 1e6, 1e-6, qkv_bias=True),
+    "models/Qwen2-7B": llama.LlamaConfig(152064, 3584, 18944, 28, 28, 4, 128, 1e6, 1e-6, family="qwen2"),
     "out/demo/pretrain/model": llama.LlamaConfig(4096, 192, 512, 6, 6, 3, 32),
     "data/smollm2/model": llama.LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, 1e5, tied_embeddings=True),
 }
