@@ -37,11 +37,12 @@ from data.shards import HEADER_BYTES, header, open_shard, write_meta, write_shar
 from data.tokenizer import FAMILIES, install_tokenizer, load_tokenizer, train_tokenizer
 from data.writer import Parcel, encode_parcel, load_worker
 from dro import Mix
-from kernels import dispatch
+from kernels import ops as dispatch
 from kernels.cases import Case, cases
-from kernels.linear_cross_entropy import CHUNKS, linear_cross_entropy
+from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.machine_code import LLAMA_1B, LLAMA_7B
 from kernels.masked_linear import masked_linear, packed_linear
+from kernels.reference import CHUNKS
 from metrics import read_metrics
 from model import BlockUnits, Llama, LlamaConfig, Subnetwork, Units
 from prune import LOG_ALPHA_RANGE, PAD, Masks, backward_to_masks, extract, probability_dead, subnetwork, target_config

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError
-from kernels.dispatch import ops
-from kernels.pack import pack_torch, pack_vector
+from kernels.ops import ops
+from kernels.reference import pack, pack_vector
 
 MAX_SIZE = 2**24  # a config.json beyond it is damaged
 ROPE_SCALING = {  # rope_type: its numbers
@@ -179,7 +179,7 @@ class Embedding(nn.Embedding):
 
     def forward(self, tokens: Tensor, u: Units = ALL) -> Tensor:
         x = F.embedding(tokens, self.weight)  # look up first: B*T rows are fewer than V
-        return pack_torch(x.flatten(0, -2), None, u.cols, None, u.col_scale).unflatten(0, tokens.shape)
+        return pack(x.flatten(0, -2), None, u.cols, None, u.col_scale).unflatten(0, tokens.shape)
 
 
 class RMSNorm(nn.Module):

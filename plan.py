@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from kernels import dispatch
-from kernels.linear_cross_entropy import CHUNKS
+from kernels import ops as dispatch
+from kernels.reference import CHUNKS
 from model import Llama, LlamaConfig
 from prune import Masks, subnetwork
 

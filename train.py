@@ -40,7 +40,7 @@ from data.loader import DomainLoader
 from data.shards import read_meta, sha256
 from dro import MIXES, Mix
 from evaluate import bits_per_byte, check_device, evaluate, table
-from kernels import dispatch
+from kernels import ops as dispatch
 from metrics import Log, read_metrics
 from parallel import average_over_ranks, gather, is_first_to_say, put, refuse_unequal, shard, versions, whole
 from plan import plan
@@ -785,7 +785,7 @@ def command_line(arguments: list[str]) -> int:
             tool = "torchrun ..." if "RANK" in os.environ else "python"
             print(f"{stopped}; to go on: {tool} {again}", flush=True)
         status = 0
-    except (UserError, dispatch.KernelError) as error:
+    except UserError as error:
         if is_first_to_say(str(error)):
             print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:

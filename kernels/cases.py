@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.linear_cross_entropy import CHUNKS, linear_cross_entropy, linear_cross_entropy_torch
-from kernels.masked_linear import masked_linear, masked_linear_torch, packed_linear
-from kernels.masked_swiglu import masked_swiglu, masked_swiglu_torch
-from kernels.pack import pack, pack_torch
-from kernels.rmsnorm import rms_norm, rms_norm_torch
-from kernels.rope import rope, rope_torch
+from kernels.linear_cross_entropy import linear_cross_entropy
+from kernels.masked_linear import masked_linear, packed_linear
+from kernels.masked_swiglu import masked_swiglu
+from kernels.pack import pack
+from kernels.reference import CHUNKS
+from kernels.rmsnorm import rms_norm
+from kernels.rope import rope
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,7 @@ class Case:
     op: str  # the name in kernels.ops
     where: str  # the layer
     fused: Callable
-    torch: Callable
-    inputs: Callable[[], tuple]  # of both; made when asked for; tensors that require a gradient get one
+    inputs: Callable[[], tuple]  # made when asked for; tensors that require a gradient get one
     work: dict[str, tuple[float, float]]  # kernel: bytes it must move, operations
     shape: tuple[int, int] | None = None  # of the full weight of a linear layer
 
@@ -66,7 +66,6 @@ def cases(
             "rms_norm",
             where,
             rms_norm,
-            rms_norm_torch,
             inputs,
             {
                 "rmsnorm.forward": (N * d * (4 + size + (not first) * (4 + size)), 8 * N * d),  # x, delta in; y, h out
@@ -83,7 +82,7 @@ def cases(
             return heads, None, random(c.head_dim, dtype=torch.float32), None, None, 1.0, c.norm_eps
 
         work = {"rmsnorm.forward": (2 * N * q * size, 8 * N * q), "rmsnorm.backward": (3 * N * q * size, 12 * N * q)}
-        return Case("rms_norm", where, rms_norm, rms_norm_torch, inputs, work)
+        return Case("rms_norm", where, rms_norm, inputs, work)
 
     def swiglu(where: str) -> Case:
         def inputs() -> tuple:
@@ -94,7 +93,6 @@ def cases(
             "swiglu",
             where,
             masked_swiglu,
-            masked_swiglu_torch,
             inputs,
             {
                 "masked_swiglu.forward": (3 * N * channels * size, 6 * N * channels),
@@ -108,7 +106,7 @@ def cases(
             return *(random(batch, length, n, c.head_dim) for n in (pruned.n_heads, pruned.n_kv_heads)), *tables
 
         work = {"rope.rotate": (2 * N * (q + kv) * size, 3 * N * (q + kv))}
-        return Case("rope", where, rope, rope_torch, inputs, work)
+        return Case("rope", where, rope, inputs, work)
 
     def loss(where: str) -> Case:
         def inputs() -> tuple:
@@ -120,7 +118,6 @@ def cases(
             "linear_cross_entropy",
             where,
             linear_cross_entropy,
-            linear_cross_entropy_torch,
             inputs,
             {
                 "linear_cross_entropy.fold": (chunk * size, 4 * chunk),
@@ -147,9 +144,9 @@ def cases(
         product = (N * (n + m) * size + 4 * n * read, 2 * N * n * m)
         fused = {"masked_linear.forward": product, "masked_linear.dx": product, "pack.unpack": packing["pack.unpack"]}
         return [
-            Case("pack", where, pack, pack_torch, packed, packing),
-            Case("linear", where, packed_linear, masked_linear_torch, inputs, packing, (R, C)),
-            Case("linear", where, masked_linear, masked_linear_torch, inputs, fused, (R, C)),
+            Case("pack", where, pack, packed, packing),
+            Case("linear", where, packed_linear, inputs, packing, (R, C)),
+            Case("linear", where, masked_linear, inputs, fused, (R, C)),
         ]
 
     linears = []

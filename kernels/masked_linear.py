@@ -24,27 +24,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.pack import check_units, gathered, pack, pack_torch, scale_of, unpack
-from kernels.shared import INTERPRETED, compute_dtype, launch, require, require_kernel_input, size, tokens_of
+from kernels.pack import check_units, gathered, pack, scale_of, unpack
+from kernels.reference import compute_dtype
+from kernels.shared import INTERPRETED, launch, require, require_kernel_input, size, tokens_of
 
 # Not tuned on a GPU; from the table of `make kernels`.
 TOKENS, UNITS, STEP = 256, 64, 32  # of a tile: tokens, units of the output, units summed over at a time
 OPTIONS = {"num_warps": 8, "num_stages": 3}
 
 INTERPRET = tl.constexpr(INTERPRETED)
-
-
-def masked_linear_torch(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rows: Tensor | None,
-    cols: Tensor | None,
-    row_scale: Tensor | None,
-    col_scale: Tensor | None,
-) -> Tensor:
-    """What `masked_linear` computes, in plain PyTorch."""
-    return F.linear(x, pack_torch(weight, rows, cols, row_scale, col_scale), bias)
 
 
 @triton.jit
@@ -224,7 +212,7 @@ def masked_linear(
     """x (..., m), weight (R, C), bias (n,), rows (n,), cols (m,) int64, scales (n,), (m,) -> (..., n), compute dtype.
 
     None: no bias, all rows, all columns, scale 1. Indices ascend. checked: the caller knows that they do, within the
-    weight. Raises KernelError where shapes, dtypes or indices do not fit.
+    weight. Raises ValueError where shapes, dtypes or indices do not fit.
     """
     flat = tokens_of("masked_linear", x).to(compute_dtype(x))
     return _masked_linear(flat, weight, bias, rows, cols, row_scale, col_scale, checked).unflatten(0, x.shape[:-1])

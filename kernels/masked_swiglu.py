@@ -14,7 +14,6 @@ Shapes: N tokens, I living channels.
 """
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,26 +23,6 @@ from kernels.shared import launch, require, require_kernel_input, tokens_of
 # Not tuned on a GPU; from the table of `make kernels`.
 TOKENS, CHANNELS, WARPS = 4, 256, 4  # of a tile
 TOKENS_A_PROGRAM = 64  # backward: summed into one line of dz
-
-
-class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up; backward computes silu again: autograd's own would keep it, one (N, I) more a layer."""
-
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx, grad):
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
-
-
-def masked_swiglu_torch(gate: Tensor, up: Tensor, z: Tensor | None = None) -> Tensor:
-    """What `masked_swiglu` computes, in plain PyTorch."""
-    h = _SwiGLU.apply(gate, up)
-    return h if z is None else h * z.to(h.dtype)
 
 
 @triton.jit
@@ -158,7 +137,7 @@ _masked_swiglu.register_autograd(_backward, setup_context=_setup)
 
 
 def masked_swiglu(gate: Tensor, up: Tensor, z: Tensor | None = None) -> Tensor:
-    """gate, up (..., I) of one dtype, z (I,) or None for all 1 -> (..., I). Raises KernelError."""
+    """gate, up (..., I) of one dtype, z (I,) or None for all 1 -> (..., I). Raises ValueError."""
     require(gate.shape == up.shape, "masked_swiglu", "gate and up must have one shape", gate=gate, up=up)
     h = _masked_swiglu(tokens_of("masked_swiglu", gate), up.flatten(0, -2), z)
     return h.view(gate.shape)

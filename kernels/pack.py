@@ -21,49 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.shared import compute_dtype, launch, require, require_index, require_kernel_input, size
+from kernels.reference import compute_dtype
+from kernels.shared import launch, require, require_index, require_kernel_input, size
 
 # Not tuned on a GPU; from the table of `make kernels`: larger tiles spill where columns are gathered.
 BLOCK_R, BLOCK_C, WARPS = 8, 256, 8
-
-
-class _Select(torch.autograd.Function):
-    """weight[rows][:, cols]; its gradient is written once into zeros, where autograd's own would sort and add."""
-
-    @staticmethod
-    def forward(ctx, weight, rows, cols):
-        ctx.save_for_backward(rows, cols)
-        ctx.shape = weight.shape
-        out = weight if rows is None else weight.index_select(0, rows)
-        return out if cols is None else out.index_select(1, cols)
-
-    @staticmethod
-    def backward(ctx, grad):
-        rows, cols = ctx.saved_tensors
-        if cols is not None:
-            grad = grad.new_zeros(grad.shape[0], ctx.shape[1]).index_copy_(1, cols, grad)
-        if rows is not None:
-            grad = grad.new_zeros(ctx.shape).index_copy_(0, rows, grad)
-        return grad, None, None
-
-
-def select(weight: Tensor, rows: Tensor | None, cols: Tensor | None = None) -> Tensor:
-    return weight if rows is None and cols is None else _Select.apply(weight, rows, cols)
-
-
-def pack_torch(
-    weight: Tensor, rows: Tensor | None, cols: Tensor | None, row_scale: Tensor | None, col_scale: Tensor | None
-) -> Tensor:
-    """What `pack` computes, in plain PyTorch, in the weight's dtype."""
-    small = select(weight, rows, cols)
-    small = small if row_scale is None else small * row_scale[:, None]
-    return small if col_scale is None else small * col_scale
-
-
-def pack_vector(vector: Tensor, index: Tensor | None, scale: Tensor | None) -> Tensor:
-    """vector[index] * scale: the bias or gain of the subnetwork, (n,)."""
-    small = select(vector, index)
-    return small if scale is None else small * scale
 
 
 @triton.jit
@@ -148,7 +110,7 @@ def _unpack_kernel(
 
 
 def check_units(op: str, weight: Tensor, rows, cols, row_scale, col_scale, checked: bool) -> tuple[int, int]:
-    """n and m. Raises KernelError."""
+    """n and m. Raises ValueError."""
     require_kernel_input(op, weight=weight, row_scale=row_scale, col_scale=col_scale)
     require(weight.dim() == 2, op, "weight must have two axes", weight=weight)
     require_index(op, "rows", rows, weight.shape[0], checked, weight=weight)
@@ -277,6 +239,6 @@ def pack(
     """weight (R, C), rows (n,) and cols (m,) int64, scales (n,) and (m,) -> (n, m) in dtype.
 
     None: all rows, all columns, scale 1, the compute dtype. Indices ascend; checked: the caller knows that they do,
-    within the weight. Raises KernelError where shapes, dtypes or indices do not fit.
+    within the weight. Raises ValueError where shapes, dtypes or indices do not fit.
     """
     return _pack(weight, rows, cols, row_scale, col_scale, dtype or compute_dtype(weight), checked)

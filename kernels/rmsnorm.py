@@ -16,16 +16,14 @@ tokens in registers, then over programs through a buffer: repeatable bit for bit
 Shapes: N tokens, D channels of the weight, d gathered ones.
 """
 
-import math
-
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.pack import gathered, pack_vector, scale_of
-from kernels.shared import compute_dtype, launch, require, require_index, require_kernel_input, size, tokens_of
+from kernels.pack import gathered, scale_of
+from kernels.reference import compute_dtype
+from kernels.shared import launch, require, require_index, require_kernel_input, size, tokens_of
 
 TOKENS_A_PROGRAM = 16  # backward; not tuned on a GPU
 
@@ -34,23 +32,6 @@ def _options(d: int) -> dict:
     """A program holds whole tokens. Warps from the table of `make kernels`: 8 channels a thread, no spills."""
     block = triton.next_power_of_2(max(d, 1))
     return {"CHANNELS": block, "num_warps": min(16, max(1, block // 256))}
-
-
-def rms_norm_torch(
-    x: Tensor,
-    delta: Tensor | None,
-    weight: Tensor,
-    rows: Tensor | None,
-    scale: Tensor | None,
-    fill: float,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """What `rms_norm` computes, in plain PyTorch."""
-    h = x if delta is None else x + delta
-    gain = pack_vector(weight, rows, scale)
-    if fill != 1.0:  # the padded mean is `fill` times the true one: put the factor into gain and eps
-        gain = gain * math.sqrt(fill)
-    return F.rms_norm(h, gain.shape, gain, eps * fill), h
 
 
 @triton.jit
@@ -228,7 +209,7 @@ def rms_norm(
     """x, delta (..., d), weight (D,), rows (d,) int64, scale (d,) -> y, in the compute dtype, and h = x + delta.
 
     None: nothing to add, all channels, scale 1. fill: living channels / d. checked: the caller knows that rows lie
-    within the weight. Raises KernelError where shapes, dtypes or indices do not fit.
+    within the weight. Raises ValueError where shapes, dtypes or indices do not fit.
     """
     same = delta is None or delta.shape == x.shape
     require(same, "rms_norm", "delta must have the shape of x", delta=delta, x=x)

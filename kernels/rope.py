@@ -20,17 +20,6 @@ from kernels.shared import launch, require, require_kernel_input
 WARPS = 4  # one program a token, all heads; not tuned on a GPU, from the table of `make kernels`
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    a, b = x.float().chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]  # (T, 1, K/2)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-
-
-def rope_torch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """What `rope` computes, in plain PyTorch."""
-    return _rotate(q, cos, sin), _rotate(k, cos, sin)
-
-
 @triton.jit
 def _rotate_heads(x, y, cos, sin, first, heads, c, HALF, HEADS: tl.constexpr):
     head = tl.arange(0, HEADS)
@@ -118,5 +107,5 @@ _rope.register_autograd(_backward, setup_context=_setup)
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """q (B, T, h, K), k (B, T, g, K), cos and sin (T, K/2) float32 -> both, rotated. Raises KernelError."""
+    """q (B, T, h, K), k (B, T, g, K), cos and sin (T, K/2) float32 -> both, rotated. Raises ValueError."""
     return _rope(q, k, cos, sin)

@@ -9,18 +9,14 @@ ON_CPU = INTERPRETED  # whether a launch may get CPU tensors; also set by machin
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class KernelError(ValueError):
-    """Arguments an op cannot take; the message names the op, the arguments and their shapes."""
-
-
 def shapes(**tensors: Tensor | None) -> str:
     return ", ".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in tensors.items() if t is not None)
 
 
 def require(condition: bool, op: str, what: str, **tensors: Tensor | None) -> None:
-    """Raises KernelError with the op's name, what was expected, and the shapes and dtypes of the tensors."""
+    """Raises ValueError with the op's name, what was expected, and the shapes and dtypes of the tensors."""
     if not condition:
-        raise KernelError(f"{op}: {what}; got {shapes(**tensors)}")
+        raise ValueError(f"{op}: {what}; got {shapes(**tensors)}")
 
 
 def require_kernel_input(op: str, **tensors: Tensor | None) -> None:
@@ -54,12 +50,6 @@ def tokens_of(op: str, x: Tensor) -> Tensor:
     """(..., channels) -> (N, channels)."""
     require(x.dim() >= 2, op, "expected (..., channels), at least one token axis", x=x)
     return x.flatten(0, -2)
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """What matrix products compute in: autocast's dtype where it is on, else that of x."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:

@@ -11,7 +11,7 @@ import model as llama
 import plan
 import train
 from configurator import UserError
-from kernels import dispatch
+from kernels import ops as dispatch
 from prune import Masks, subnetwork, target_config
 from train import Config
 

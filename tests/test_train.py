@@ -26,7 +26,8 @@ from configurator import UserError
 from data.loader import DomainLoader
 from data.shards import write_meta, write_shard
 from dro import Mix
-from kernels import dispatch, masked_swiglu, pack
+from kernels import fused, masked_swiglu, pack
+from kernels import ops as dispatch
 from kernels.masked_linear import masked_linear, packed_linear
 from metrics import read_metrics
 from prune import target_config
@@ -398,7 +399,7 @@ def torch_kernels_afterwards():
 @pytest.mark.parametrize("linear", [packed_linear, pytest.param(masked_linear, marks=pytest.mark.full)])
 def test_triton_kernels_prune_like_torch(linear, data, tmp_path, monkeypatch):
     """20 steps as small as they get: Triton's interpreter takes half a second for each."""
-    monkeypatch.setattr(dispatch, "packed_linear", linear)  # what dispatch.use takes until something is measured
+    monkeypatch.setattr(fused, "packed_linear", linear)  # what use takes until something is measured
     monkeypatch.setattr(pack, "BLOCK_R", VOCAB)  # one program a weight
     monkeypatch.setattr(masked_swiglu, "TOKENS_A_PROGRAM", masked_swiglu.TOKENS)
     model = llama.Llama(llama.LlamaConfig(VOCAB, 16, 24, 1, 2, 2, 4))
@@ -409,7 +410,7 @@ def test_triton_kernels_prune_like_torch(linear, data, tmp_path, monkeypatch):
     for kernels in ("torch", "triton"):
         cfg = prune_tiny(data, tmp_path / kernels, tmp_path / "model", kernels=kernels, mask_lr=1.0, **shape, **small)
         train.main(cfg)
-    assert dispatch.fastest == {dispatch.ELSE: linear}
+    assert fused.fastest == {fused.ELSE: linear}
     for a, b in zip(metrics(tmp_path / "torch", "train"), metrics(tmp_path / "triton", "train"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         for name in ("lambda1", "lambda2", "sparsity"):

@@ -1,8 +1,8 @@
-"""The one place that decides which implementation of an op runs: plain PyTorch or Triton kernels.
+"""The ops by their kernels, and the trial before a run.
 
-model.py calls ops.linear, ops.rms_norm and so on; `use` sets them for the process. Most kernels meet a GPU for the
-first time at a user's: `self_check` tries each on the run's own shapes, forward and backward, and puts PyTorch in the
-place of one that does not compile or differs.
+Most kernels meet a GPU for the first time at a user's: `self_check` tries each on the run's own shapes, forward and
+backward, and puts PyTorch in the place of one that does not compile or differs. Of the two ways to a linear layer it
+measures which is faster.
 """
 
 import inspect
@@ -10,20 +10,19 @@ import time
 from collections.abc import Callable
 from functools import partial
 from statistics import median
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.cases import Case, cases
-from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_torch
-from kernels.masked_linear import masked_linear_torch, packed_linear
-from kernels.masked_swiglu import masked_swiglu, masked_swiglu_torch
-from kernels.pack import pack, pack_torch
-from kernels.rmsnorm import rms_norm, rms_norm_torch
-from kernels.rope import rope, rope_torch
-from kernels.shared import INTERPRETED, KernelError
+from kernels.linear_cross_entropy import linear_cross_entropy
+from kernels.masked_linear import packed_linear
+from kernels.masked_swiglu import masked_swiglu
+from kernels.ops import TORCH, ops
+from kernels.pack import pack
+from kernels.rmsnorm import rms_norm
+from kernels.rope import rope
 
 # |kernel - PyTorch in float32| / |PyTorch in float32|, Euclidean norms; float32 products may use TF32.
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 5e-3, torch.bfloat16: 4e-2}
@@ -39,51 +38,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *units: Tensor | None
     return fastest.get(tuple(weight.shape), fastest[ELSE])(x, weight, bias, *units, checked=True)
 
 
-# checked: prune.subnetwork makes indices on the host from the weights' own shapes, and the loader checks the tokens.
-TORCH = {
-    "pack": pack_torch,
-    "linear": masked_linear_torch,
-    "swiglu": masked_swiglu_torch,
-    "rms_norm": rms_norm_torch,
-    "rope": rope_torch,
-    "linear_cross_entropy": partial(linear_cross_entropy_torch, checked=True),
-}
 TRITON = {
     "pack": partial(pack, checked=True),
     "linear": linear,
     "swiglu": masked_swiglu,
     "rms_norm": partial(rms_norm, checked=True),
     "rope": rope,
-    "linear_cross_entropy": partial(linear_cross_entropy, checked=True),
+    "linear_cross_entropy": linear_cross_entropy,
 }
-ops = SimpleNamespace(**TORCH)
 
 
-def use(kernels: str, device: str) -> bool:
-    """kernels: auto (Triton on a GPU, PyTorch elsewhere) | torch | triton -> whether that means Triton.
-
-    Raises KernelError where Triton cannot run.
-    """
-    on_gpu = device.startswith("cuda")
-    if kernels == "triton" and not (on_gpu or INTERPRETED):
-        raise KernelError(
-            f"kernels = 'triton' on {device}: Triton needs a GPU: "
-            "leave it at auto (TRITON_INTERPRET=1 runs it on a CPU, for tests)"
-        )
-    fused = kernels == "triton" or (kernels == "auto" and on_gpu)
-    _set(TRITON if fused else TORCH)
-    return fused
-
-
-def _set(implementations: dict[str, Callable]) -> None:
-    vars(ops).update(implementations)
+def fresh_ops() -> dict[str, Callable]:
+    """The ops by name; nothing is measured yet."""
     fastest.clear()
     fastest[ELSE] = packed_linear
-
-
-def plan(kernels: str) -> None:
-    """Set the ops of a run on a GPU, to be traced with fake tensors on any machine. kernels: auto | torch | triton."""
-    _set(TORCH if kernels == "torch" else TRITON)
+    return TRITON
 
 
 def outcome(way: Callable, inputs: tuple, dtype: torch.dtype, upcast: bool = False) -> dict[str, Tensor]:
@@ -117,7 +86,7 @@ def fault(case: Case, dtype: torch.dtype) -> str | None:
         ours = outcome(case.fused, inputs, dtype)
     except Exception as error:  # whatever a compiler or driver raises: the run goes on without this kernel
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
-    theirs = outcome(case.torch, inputs, dtype, upcast=True)
+    theirs = outcome(TORCH[case.op], inputs, dtype, upcast=True)
     for name, expected in theirs.items():
         if ours[name].shape != expected.shape:
             return f"{name} has shape {list(ours[name].shape)}, expected {list(expected.shape)}"
@@ -166,7 +135,7 @@ def self_check(source, target, batch: int, length: int, dtype: torch.dtype, devi
     if working:
         fastest[ELSE] = working[0]
     else:
-        ops.linear = masked_linear_torch
+        ops.linear = TORCH["linear"]
     for shape in dict.fromkeys(case.shape for case in linears):
         here = [case for case in linears if case.shape == shape]
         ms = {way: sum(milliseconds(case, dtype) for case in here if case.fused is way) for way in working}

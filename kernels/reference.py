@@ -1,0 +1,189 @@
+"""The ops in plain PyTorch: what every kernel is measured against, and what runs where there is no GPU.
+
+Nothing here needs triton. Where autograd's own backward would keep or move more than is needed, it is written out.
+Each kernel's page has the formulas.
+
+Shapes: (R, C) a weight, n of its rows and m of its columns kept, N tokens, D channels, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNKS = 16  # the loss goes through the vocabulary in so many steps
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What matrix products compute in: autocast's dtype where it is on, else that of x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+class _Select(torch.autograd.Function):
+    """weight[rows][:, cols]; its gradient is written once into zeros, where autograd's own would sort and add."""
+
+    @staticmethod
+    def forward(ctx, weight, rows, cols):
+        ctx.save_for_backward(rows, cols)
+        ctx.shape = weight.shape
+        out = weight if rows is None else weight.index_select(0, rows)
+        return out if cols is None else out.index_select(1, cols)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, cols = ctx.saved_tensors
+        if cols is not None:
+            grad = grad.new_zeros(grad.shape[0], ctx.shape[1]).index_copy_(1, cols, grad)
+        if rows is not None:
+            grad = grad.new_zeros(ctx.shape).index_copy_(0, rows, grad)
+        return grad, None, None
+
+
+def select(weight: Tensor, rows: Tensor | None, cols: Tensor | None = None) -> Tensor:
+    """weight[rows][:, cols]; None: all of them."""
+    return weight if rows is None and cols is None else _Select.apply(weight, rows, cols)
+
+
+def pack(
+    weight: Tensor, rows: Tensor | None, cols: Tensor | None, row_scale: Tensor | None, col_scale: Tensor | None
+) -> Tensor:
+    """row_scale * weight[rows][:, cols] * col_scale: the weight of the subnetwork, (n, m), in the weight's dtype."""
+    small = select(weight, rows, cols)
+    small = small if row_scale is None else small * row_scale[:, None]
+    return small if col_scale is None else small * col_scale
+
+
+def pack_vector(vector: Tensor, index: Tensor | None, scale: Tensor | None) -> Tensor:
+    """vector[index] * scale: the bias or gain of the subnetwork, (n,)."""
+    small = select(vector, index)
+    return small if scale is None else small * scale
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *units: Tensor | None) -> Tensor:
+    """x (..., m), bias (n,) -> (..., n); units: the rows, cols, row_scale and col_scale of pack."""
+    return F.linear(x, pack(weight, *units), bias)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up; backward computes silu again: autograd's own would keep it, one (N, I) more a layer."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+def swiglu(gate: Tensor, up: Tensor, z: Tensor | None = None) -> Tensor:
+    """silu(gate) * up * z, (..., I); z (I,)."""
+    h = _SwiGLU.apply(gate, up)
+    return h if z is None else h * z.to(h.dtype)
+
+
+def rms_norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, rows: Tensor | None, scale: Tensor | None, fill: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    """h = x + delta, (..., d), and its norm, which comes first; gain weight[rows] * scale, fill: kept channels / d."""
+    h = x if delta is None else x + delta
+    gain = pack_vector(weight, rows, scale)
+    if fill != 1.0:  # the padded mean is `fill` times the true one: put the factor into gain and eps
+        gain = gain * math.sqrt(fill)
+    return F.rms_norm(h, gain.shape, gain, eps * fill), h
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """q (B, T, h, K), k (B, T, g, K), cos and sin (T, K/2): channels c and c + K/2 turned as one pair."""
+    cos, sin = cos[:, None], sin[:, None]  # (T, 1, K/2)
+
+    def rotate(x: Tensor) -> Tensor:
+        a, b = x.float().chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+    return rotate(q), rotate(k)
+
+
+# ---- the loss, a chunk of the vocabulary at a time (kernels/linear_cross_entropy.py says why)
+
+
+def _chunks(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
+    width = -(-len(weight) // (CHUNKS * 64)) * 64
+    for first in range(0, len(weight), width):
+        yield first, weight[first : first + width]
+
+
+def _fold(logits: Tensor, targets: Tensor, first: int, lse: Tensor, picked: Tensor) -> None:
+    """A chunk's logits, those of words first, first + 1, ..., into lse (N,) and the targets' logits picked (N,)."""
+    logits = logits.float()
+    torch.logaddexp(lse, logits.logsumexp(dim=1), out=lse)
+    place = targets - first
+    inside = (place >= 0) & (place < logits.shape[1])
+    here = logits.gather(1, place.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+    torch.where(inside, here, picked, out=picked)
+
+
+def _gradient(logits: Tensor, targets: Tensor, first: int, lse: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of a chunk's logits; grad (N,): that of each token's loss."""
+    p = logits.float().sub_(lse[:, None]).exp_()
+    place = targets - first
+    inside = (place >= 0) & (place < p.shape[1])
+    p.scatter_add_(1, place.clamp(0, p.shape[1] - 1)[:, None], -inside[:, None].float())
+    return p.mul_(grad[:, None]).to(logits.dtype)
+
+
+def chunked_loss(name: str, fold: Callable, gradient: Callable) -> Callable:
+    """A custom op: h (N, D), weight (V, D), targets (N,) -> loss (N,) and logsumexp (N,), float32, with gradients."""
+
+    @torch.library.custom_op(f"drpruning::{name}", mutates_args=())
+    def forward(h: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        lse = h.new_full(h.shape[:1], -torch.inf, dtype=torch.float32)
+        picked = torch.zeros_like(lse)
+        for first, part in _chunks(weight):
+            fold(h @ part.t(), targets, first, lse, picked)
+        return lse - picked, lse
+
+    @forward.register_fake
+    def _(h, weight, targets):
+        return h.new_empty(h.shape[0], dtype=torch.float32), h.new_empty(h.shape[0], dtype=torch.float32)
+
+    @torch.library.custom_op(f"drpruning::{name}_backward", mutates_args=())
+    def backward(grad: Tensor, h: Tensor, weight: Tensor, targets: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        dh, dweight = torch.zeros_like(h, dtype=torch.float32), torch.empty_like(weight)
+        for first, part in _chunks(weight):
+            dlogits = gradient(h @ part.t(), targets, first, lse, grad)
+            dh += dlogits @ part
+            torch.mm(dlogits.t(), h, out=dweight[first : first + len(part)])
+        return dh.to(h.dtype, copy=True) if dh.dtype != h.dtype else dh, dweight
+
+    @backward.register_fake
+    def _(grad, h, weight, targets, lse):
+        return torch.empty_like(h), torch.empty_like(weight)
+
+    def setup(ctx, inputs, output):
+        ctx.save_for_backward(*inputs, output[1])
+
+    forward.register_autograd(
+        lambda ctx, grad, _: (*backward(grad.contiguous(), *ctx.saved_tensors), None), setup_context=setup
+    )
+    return forward
+
+
+def loss_per_token(op: Callable, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """An op of chunked_loss on h (..., D) and targets (...), in the compute dtype."""
+    dtype = compute_dtype(h)
+    loss, _ = op(h.flatten(0, -2).to(dtype), weight.to(dtype), targets.flatten())
+    return loss.view(targets.shape)
+
+
+_linear_cross_entropy = chunked_loss("linear_cross_entropy_reference", _fold, _gradient)
+
+
+def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """h (..., D), weight (V, D), targets (...) int64 below V -> cross-entropy of each token in nats (...), float32."""
+    return loss_per_token(_linear_cross_entropy, h, weight, targets)
