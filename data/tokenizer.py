@@ -26,7 +26,7 @@ import tiktoken
 import tokenizers
 
 from configurator import UserError
-from data.shards import read_json, sha256, short
+from data.shards import read_json, sha256
 
 MODEL_FILE = "tokenizer.model"
 FILES = {"sentencepiece": MODEL_FILE, "tiktoken": "tokenizer.tiktoken", "huggingface": "tokenizer.json"}
@@ -236,9 +236,9 @@ def load_tokenizer(spec: dict, folder: str | Path) -> Tokenizer:
     if spec.get("kind") == "tiktoken" and "name" in spec:
         return Tiktoken(spec["name"])
     if spec.get("kind") not in tuple(KINDS):
-        raise UserError(f"{folder}: tokenizer kind {short(spec.get('kind'))}: expected one of {', '.join(KINDS)}")
+        raise UserError(f"{folder}: tokenizer kind {spec.get('kind')!r}: expected one of {', '.join(KINDS)}")
     if spec.get("file") != FILES[spec["kind"]]:
-        raise UserError(f"{folder}: tokenizer file {short(spec.get('file'))}: expected {FILES[spec['kind']]}")
+        raise UserError(f"{folder}: tokenizer file {spec.get('file')!r}: expected {FILES[spec['kind']]}")
     path = Path(folder, spec["file"])
     tokenizer = KINDS[spec["kind"]](path)
     if sha256(path) != spec.get("sha256"):
