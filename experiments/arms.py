@@ -11,31 +11,17 @@ from train import Config
 
 ROOT = Path(__file__).parents[1]
 CONSTANT = {"mix": "constant", "dynamic_reference": False, "dynamic_ratio": False}
-COMMON = Config(
-    seq_len=128, batch_size=8, micro_batch_size=8, eval_sequences=4, device="cpu", log_interval=64, **CONSTANT
-)
+COMMON = Config(seq_len=128, batch_size=8, micro_batch_size=8, eval_sequences=4, device="cpu", **CONSTANT)
 PRETRAIN = replace(
-    COMMON,
-    batch_size=32,
-    micro_batch_size=16,
-    max_steps=1600,
-    lr=2e-3,
-    lr_warmup=80,
-    eval_interval=400,
-    save_interval=200,
-)  # 32 * 128 = 4,096 tokens a step
+    replace(COMMON, batch_size=32, micro_batch_size=16, max_steps=1600),  # 32 * 128 = 4,096 tokens a step
+    **dict(lr=2e-3, lr_warmup=80, eval_interval=400, save_interval=200),
+)
 PRUNE = replace(
-    COMMON,
-    stage="prune",
-    max_steps=256,
-    lr=1e-3,
-    lr_warmup=26,
-    mask_lr=0.5,
-    sparsity_warmup=51,
-    eval_interval=4,
-    save_interval=128,
-)  # 8 * 128 = 1,024 tokens a step
+    replace(COMMON, stage="prune", max_steps=256, lr=1e-3, lr_warmup=26),  # 8 * 128 = 1,024 tokens a step
+    **dict(mask_lr=0.5, sparsity_warmup=51, eval_interval=4, save_interval=128),
+)
 CONTINUE = replace(COMMON, stage="continue", max_steps=384, lr=2e-3, lr_warmup=12, eval_interval=8, save_interval=128)
+SHAPE = ("n_layers", "hidden_size", "intermediate_size", "n_heads")
 
 
 @dataclass(frozen=True)
@@ -64,13 +50,8 @@ class Arm:
     damping: float = 1.0  # of the Lagrangian
 
 
-def shape(n_layers: int, hidden_size: int, intermediate_size: int, n_heads: int) -> dict:
-    return {
-        "n_layers": n_layers,
-        "hidden_size": hidden_size,
-        "intermediate_size": intermediate_size,
-        "n_heads": n_heads,
-    }
+def shape(*sizes: int) -> dict:
+    return dict(zip(SHAPE, sizes, strict=True))
 
 
 SMOLLM2 = replace(
@@ -95,7 +76,7 @@ SOURCES = {
         SMOLLM2.data,
         SMOLLM2,
         replace(SMOLLM2, stage="continue", max_steps=480, lr_warmup=10, eval_interval=10, **shape(0, 0, 0, 0)),
-        {"4th": {name: getattr(SMOLLM2, name) for name in shape(0, 0, 0, 0)}},
+        {"4th": {name: getattr(SMOLLM2, name) for name in SHAPE}},
         folder=SMOLLM2.init_from,
         windows=16,
         corrupted_windows=8,
@@ -138,63 +119,43 @@ STUDIES = {  # source: arms and the number of their seeds
 }
 
 
-@dataclass(frozen=True)
-class Run:
-    source: str
-    arm: str
-    seed: int
-
-    def __str__(self) -> str:
-        return f"{self.source}/{self.arm}/{self.seed}"
+def runs(study: str, at_most: int = 99) -> list[str]:
+    """The names of a study's runs, as A/paper/3: seed by seed, so that a part of them can be compared already."""
+    arms = [(source, arm, seeds) for source, arms in STUDIES[study].items() for arm, seeds in arms.items()]
+    named = [(seed, f"{source}/{arm}/{seed}") for source, arm, n in arms for seed in range(1, min(n, at_most) + 1)]
+    return [name for _, name in sorted(named, key=lambda item: item[0])]
 
 
-def runs(study: str, at_most: int = 99) -> list[Run]:
-    """All arms of a study, seed by seed, so that a part of them can be compared already."""
-    all_runs = [
-        Run(source, arm, seed)
-        for source, arms in STUDIES[study].items()
-        for arm, seeds in arms.items()
-        for seed in range(1, min(seeds, at_most) + 1)
-    ]
-    return sorted(all_runs, key=lambda run: run.seed)
-
-
-def stages(run: Run, out: str, domains: tuple[str, ...] = (), reference: tuple[float, ...] = ()) -> list[Config]:
-    """The settings of the run's stages, in their order, in folders below `out`.
+def stages(name: str, out: str, domains: tuple[str, ...] = (), reference: tuple[float, ...] = ()) -> list[Config]:
+    """The settings of the stages of a run (A/paper/3) or of a source (A/source), in their order, in folders of `out`.
 
     domains: of the run's view of the data. reference: losses for the arms that need any, nats, one a domain.
     """
-    source, arm = SOURCES[run.source], ARMS[run.arm]
-    folder, views = f"{out}/{run}", f"{out}/{run.source}/views"
-    settings = {**arm.mix, "data": f"{views}/{arm.view}", "domains": domains}
-    if settings.get("ratios") == "uniform":
-        settings["ratios"] = (1 / len(domains),) * len(domains)
-    if settings.get("mix", "constant") != "constant" and arm.start != "random":
-        settings["reference_losses"] = reference
-    target, all_steps = source.targets[arm.target], source.prune.max_steps + source.go_on.max_steps
+    source_name, arm_name, *seed = name.split("/")
+    source, folder, start_folder = SOURCES[source_name], f"{out}/{name}", source_folder(source_name, out)
+    if arm_name == "source":
+        data = f"{out}/{source_name}/views/plain"
+        return [replace(source.pretrain, data=data, out_dir=folder, resume=True)] if source.pretrain else []
+    arm, all_steps = ARMS[arm_name], source.prune.max_steps + source.go_on.max_steps
+    target, mix = source.targets[arm.target], {**arm.mix, "domains": domains}
+    if arm.mix.get("ratios") == "uniform":
+        mix["ratios"] = (1 / len(domains),) * len(domains)
+    if "mix" in arm.mix and arm.start != "random":
+        mix["reference_losses"] = reference
 
     def stage(base: Config, name: str, init_from: str, number: int, **more) -> Config:
+        place = {"data": f"{out}/{source_name}/views/{arm.view}", "out_dir": f"{folder}/{name}", "init_from": init_from}
         interval = max(1, int(base.eval_interval / arm.evaluate))
-        return replace(
-            base,
-            **settings,
-            **more,
-            out_dir=f"{folder}/{name}",
-            init_from=init_from,
-            resume=True,
-            eval_interval=interval,
-            seed=10 * run.seed + number,
-        )
+        seed_of_stage = 10 * int(seed[0]) + number
+        return replace(base, **mix, **place, resume=True, eval_interval=interval, seed=seed_of_stage, **more)
 
-    start_folder = source_folder(run.source, out)
     if arm.start == "random":
         heads = {name: getattr(source.pretrain, name) for name in ("head_dim", "rope_theta", "tied_embeddings")}
         heads["n_kv_heads"] = target["n_heads"] * source.pretrain.n_kv_heads // source.pretrain.n_heads
         return [stage(source.go_on, "pretrain", "", 1, stage="pretrain", max_steps=all_steps, **target, **heads)]
-    if arm.start == "oneshot":
-        return [stage(source.go_on, "continue", f"{folder}/oneshot", 2, max_steps=all_steps)]
-    if arm.start == "oneshot_same":
-        return [stage(source.go_on, "continue", f"{folder}/oneshot", 2)]
+    if arm.start in ("oneshot", "oneshot_same"):
+        steps = all_steps if arm.start == "oneshot" else source.go_on.max_steps
+        return [stage(source.go_on, "continue", f"{folder}/oneshot", 2, max_steps=steps)]
     if arm.start == "only_masks":
         return [stage(source.prune, "prune", start_folder, 1, max_steps=all_steps, **target)]
     return [
@@ -213,8 +174,3 @@ def shortened(cfg: Config, by: int) -> Config:
 
 def source_folder(name: str, out: str) -> str:
     return SOURCES[name].folder or f"{out}/{name}/source/model"
-
-
-def source_config(name: str, out: str) -> Config:
-    folders = {"data": f"{out}/{name}/views/plain", "out_dir": f"{out}/{name}/source"}
-    return replace(SOURCES[name].pretrain, **folders, resume=True)

@@ -22,50 +22,40 @@ CERTAIN = 100.0  # a logit whose soft mask value is 1 (or, negative, 0) to the l
 def scores(model: Llama, tokens: Tensor, batch_size: int = 8) -> dict[str, Tensor]:
     """Importance of every unit of each mask type, in the shapes of Masks.log_alpha; tokens (N, T)."""
     c = model.config
-    units = {
-        "hidden": (1, c.hidden_size),
-        "head": (c.n_layers, c.n_kv_heads),
-        "layer": (1, c.n_layers),
-        "intermediate": (c.n_layers, c.intermediate_size),
+    found = {
+        "hidden": torch.zeros(1, c.hidden_size),
+        "head": torch.zeros(c.n_layers, c.n_kv_heads),
+        "layer": torch.zeros(1, c.n_layers),
+        "intermediate": torch.zeros(c.n_layers, c.intermediate_size),
     }
-    found = {mask: torch.zeros(shape) for mask, shape in units.items()}
 
     def size(x: Tensor) -> Tensor:
         return x.abs().sum(dim=(0, 1)) / tokens.numel()
 
-    def on_norm(_module, _inputs, output) -> None:
-        found["hidden"][0] += size(output[0])
+    def hook_layer(layer: int, block: torch.nn.Module) -> list:
+        def on_norm(_module, _inputs, output) -> None:
+            found["hidden"][0] += size(output[0])
 
-    def on_block(layer: int):
-        def hook(_module, inputs, output) -> None:
+        def on_block(_module, inputs, output) -> None:
             (x, delta, *_), (y, change) = inputs, output
             before = x if delta is None else x + delta
             found["layer"][0, layer] += (1 - F.cosine_similarity(before, y + change, dim=-1)).sum() / tokens.numel()
 
-        return hook
-
-    def on_heads(layer: int):
-        def hook(_module, inputs) -> None:
+        def on_heads(_module, inputs) -> None:
             found["head"][layer] += size(inputs[0]).view(c.n_kv_heads, -1).mean(dim=1)
 
-        return hook
-
-    def on_ffn(layer: int):
-        def hook(_module, inputs) -> None:
+        def on_ffn(_module, inputs) -> None:
             found["intermediate"][layer] += size(inputs[0])
 
-        return hook
+        return [
+            block.input_layernorm.register_forward_hook(on_norm),
+            block.post_attention_layernorm.register_forward_hook(on_norm),
+            block.register_forward_hook(on_block),
+            block.self_attn.o_proj.register_forward_pre_hook(on_heads),
+            block.mlp.down_proj.register_forward_pre_hook(on_ffn),
+        ]
 
-    hooks = []
-    for layer, block in enumerate(model.layers):
-        hooks += [
-            norm.register_forward_hook(on_norm) for norm in (block.input_layernorm, block.post_attention_layernorm)
-        ]
-        hooks += [
-            block.register_forward_hook(on_block(layer)),
-            block.self_attn.o_proj.register_forward_pre_hook(on_heads(layer)),
-            block.mlp.down_proj.register_forward_pre_hook(on_ffn(layer)),
-        ]
+    hooks = [hook for layer, block in enumerate(model.layers) for hook in hook_layer(layer, block)]
     for part in tokens.split(batch_size):
         model(part)
     for hook in hooks:

@@ -1,13 +1,12 @@
-"""make report: RESULTS.md and its figures from experiments/results.jsonl alone; every verdict in it is computed.
+"""make report: RESULTS.md and its figures from results.jsonl alone. Every verdict is computed.
 
-Differences are paired by seed; intervals and verdicts follow PLAN.md. Whatever runs are missing are named.
+Differences are paired by seed; intervals and verdicts follow PLAN.md. Runs that are missing are named.
 """
 
-import copy
 import math
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import matplotlib
@@ -26,14 +25,18 @@ from experiments.views import CORRUPTIONS
 
 RESAMPLES = 10_000
 RHO = 0.1  # radius of the chi-square ball of the worst mix
-PAPER = """The paper's own figures, at its scale and not re-run here: perplexity -5.59 % and downstream +1.52 % on
-average against Sheared LLaMA re-run, a 55.4 % win rate after instruction tuning, multilingual downstream +2.95 %."""
-
 PAPER_UPDATES, PAPER_HOURS = 64, 0.6  # of its pruning stage; hours of `train.py config/prune.py --plan`
+OVER = {"mean of domains": np.mean, "worst domain": np.max}
+REFERENCES = {"True": "published clip", "False": "no clip"}  # clip_reference: its name
+TIMES = ("step_s", "eval_s", "mix_s")  # what a stage takes: training, evaluation, mix with fits
+PRUNING, ALL_STAGES = slice(1), slice(None)
+
 INTRODUCTION = """Made by `make report` from results.jsonl; PLAN.md says what was asked and how a verdict is found.
 Differences are arm minus arm, paired by seed: below zero is better. The plan's bootstrap covers less than its 95 %
 where seeds are few (of normal values about 80 % with 3 seeds, 88 % with 5, 90 % with 8): a verdict that the interval of
 Student's t does not share says so, (not by t)."""
+PAPER = """The paper's own figures, at its scale and not re-run here: perplexity -5.59 % and downstream +1.52 % on
+average against Sheared LLaMA re-run, a 55.4 % win rate after instruction tuning, multilingual downstream +2.95 %."""
 SHIFTS = "Loss after continuing, nats a token. Corrupted text has tokens of its own: compare arms on it, not texts."
 EXPLORATORY = """All but the headline's differences are exploratory: of three seeds an interval is about the range, and
 of dozens of comparisons some are off zero by chance. Compare arms on the same seeds."""
@@ -42,32 +45,50 @@ COSTS = """Of the runs whose commit is that of constant's of the same seed: othe
 of pairs; seconds are means over each arm's own seeds."""
 REFERENCE = """Loss that the law predicts for the end of the stage minus the loss reached there, nats a token, mean over
 the histories of constant and paper, seeds 1 to 3."""
-
-REFERENCES = {True: "published clip", False: "no clip"}
-TIMES = ("step_s", "eval_s", "mix_s")  # of a stage: training, evaluation, mix with fits
-PRUNING, ALL_STAGES = slice(1), slice(None)
+QUESTIONS = {  # arms and what each is compared with, in loss after continuing
+    "Smaller targets": "constant_8th - random, paper_8th - random, constant_16th - random, paper_16th - random, "
+    "paper_8th - constant_8th, paper_16th - constant_16th",
+    "The mix when pretraining from scratch": "random_paper - random",
+    "Domains merged or split": "paper_merged - paper, paper_split - paper, paper_merged - constant, "
+    "paper_split - constant",
+    "The mix updated more and less often": "paper_often - paper, paper_seldom - paper",
+    "Parts of the method": "dro_fixed - constant, dro_dynamic - dro_fixed, paper - dro_dynamic, "
+    "paper_train_loss - paper, paper_noclip - paper",
+    "Other updates": "bandit - sheared, bandit - paper, sheared_law - sheared, sheared_law - constant, "
+    "paper - sheared_law",
+    "Robust, or merely flatter": "paper - uniform, uniform - constant",
+    "Pruning itself": "constant - random, constant - oneshot, constant - oneshot_384, oneshot - oneshot_384, "
+    "constant - masks_only",
+    "The Lagrangian damped": "constant_damped - constant, paper_damped - paper, paper_damped - constant_damped, "
+    "constant_damped - oneshot",
+}
 
 Metric = Callable[[dict], float]  # of a run's record
 
 
-@dataclass(frozen=True)
+def bootstrap(values: list[float], resamples: int = RESAMPLES) -> tuple[float, float]:
+    """95 % interval of the mean: percentile bootstrap, widened by sqrt(n / (n - 1)) (Hesterberg 2015)."""
+    n = len(values)
+    if n < 2:
+        return math.nan, math.nan
+    mean, draws = np.mean(values), np.random.default_rng(0).integers(n, size=(resamples, n))
+    means = mean + (np.asarray(values)[draws].mean(axis=1) - mean) * math.sqrt(n / (n - 1))
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
 class Difference:
-    """Of two arms, paired by seed: mean and 95 % interval."""
+    """Arm minus arm, paired by seed: mean, 95 % interval, verdict, and all of it as text."""
 
-    values: list[float]
-    low: float
-    high: float
-
-    @property
-    def mean(self) -> float:
-        return float(np.mean(self.values))
+    def __init__(self, values: list[float]) -> None:
+        self.values = values
+        self.mean = float(np.mean(values)) if values else math.nan
+        self.low, self.high = bootstrap(values)
 
     @property
     def verdict(self) -> str:
-        if not self.values:
-            return "missing"
         if len(self.values) < 2:
-            return "one seed"
+            return "one seed" if self.values else "missing"
         return "better" if self.high < 0 else "worse" if self.low > 0 else "no difference seen"
 
     @property
@@ -78,189 +99,106 @@ class Difference:
         half = stats.t.ppf(0.975, len(self.values) - 1) * stats.sem(self.values)
         return self.verdict + " (not by t)" * bool(abs(self.mean) <= half)
 
-    def __str__(self) -> str:
+    def text(self, form: Callable = "{:+.4f}".format, unit: str = "") -> str:
         if not self.values:
             return "-"
-        if len(self.values) < 2:
-            return f"{self.mean:+.4f}"
-        return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+        mean, low, high = map(form, (self.mean, self.low, self.high))
+        return f"{mean}{unit}" + f" [{low}, {high}]" * (len(self.values) > 1)
 
     @property
     def in_perplexity(self) -> str:
-        """Of a difference of losses in nats: the ratio of perplexities, as a change."""
-        if not self.values:
-            return "-"
-        mean, low, high = (f"{100 * math.expm1(nats):+.2f}" for nats in (self.mean, self.low, self.high))
-        return f"{mean} %" if len(self.values) < 2 else f"{mean} % [{low}, {high}]"
+        """A difference of losses in nats as a change of the perplexity."""
+        return self.text(lambda nats: f"{100 * math.expm1(nats):+.2f}", " %")
+
+    @property
+    def judged(self) -> list[str]:
+        return [self.text(), self.verdict_and_t]
 
 
-def bootstrap(values: list[float], resamples: int = RESAMPLES) -> tuple[float, float]:
-    """95 % interval of the mean: percentile bootstrap, widened by sqrt(n / (n - 1)) (Hesterberg 2015)."""
-    n, mean = len(values), np.mean(values)
-    if n < 2:
-        return math.nan, math.nan
-    draws = np.random.default_rng(0).integers(n, size=(resamples, n))
-    means = mean + (np.asarray(values)[draws].mean(axis=1) - mean) * math.sqrt(n / (n - 1))
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(low), float(high)
-
-
-class Results:
-    """The records of one source, and what is asked of them."""
-
-    def __init__(self, records: dict[str, dict], source: str) -> None:
-        self.source = records.get(f"{source}/source")
-        self.runs = {(r["arm"], r["seed"]): r for r in records.values() if r["source"] == source and "arm" in r}
-
-    def seeds(self, arm: str) -> list[int]:
-        return sorted(seed for name, seed in self.runs if name == arm)
-
-    def arms(self) -> list[str]:
-        return [arm for arm in ARMS if self.seeds(arm)]
-
-    def on(self, seeds: list[int]) -> "Results":
-        few = copy.copy(self)
-        few.runs = {(arm, seed): r for (arm, seed), r in self.runs.items() if seed in seeds}
-        return few
-
-    def timed(self) -> "Results":
-        """The runs whose commit is that of constant's of the same seed: others were timed on another day."""
-        few = copy.copy(self)
-        commits = {seed: r["commit"] for (arm, seed), r in self.runs.items() if arm == "constant"}
-        few.runs = {(arm, s): r for (arm, s), r in self.runs.items() if r["commit"] == commits.get(s)}
-        return few
-
-    def rows(self) -> list[tuple[str, str, "Results"]]:
-        """Label, arm and results of every arm with all its seeds, and again with those that all arms have."""
-        common = [s for s in sorted({s for _, s in self.runs}) if all(s in self.seeds(arm) for arm in self.arms())]
-        rows = []
-        for arm in self.arms():
-            rows.append((arm, arm, self))
-            if common and self.seeds(arm) != common:
-                rows.append((f"{arm}, seeds {', '.join(map(str, common))}", arm, self.on(common)))
-        return rows
-
-    def mean(self, arm: str, metric: Metric) -> float:
-        values = [metric(self.runs[arm, seed]) for seed in self.seeds(arm)]
-        return float(np.mean(values)) if values else math.nan
-
-    def difference(self, arm: str, base: str, metric: Metric) -> Difference:
-        """arm - base over the seeds that both have."""
-        both = [s for s in self.seeds(arm) if s in self.seeds(base)]
-        values = [metric(self.runs[arm, s]) - metric(self.runs[base, s]) for s in both]
-        return Difference(values, *(bootstrap(values) if values else (math.nan, math.nan)))
-
-
-# ---- metrics
-
-
-def loss_of(when: str = "final", text: str = "heldout", over: Callable = np.mean) -> Metric:
-    return lambda record: float(over(record["loss"][when][text])) if when in record["loss"] else math.nan
-
-
-def bits_of(bytes_per_token: list[float], over: Callable, when: str = "final") -> Metric:
-    scale_M = 1 / math.log(2) / np.array(bytes_per_token)
-    return loss_of(when, over=lambda loss_M: over(np.array(loss_M) * scale_M))
-
-
-def weighted(ratio_M: list[float]) -> Callable:
-    return lambda loss_M: float(np.dot(ratio_M, loss_M))
+def loss_of(when: str = "final", text: str = "heldout", over: Callable = np.mean, scale_M=1.0) -> Metric:
+    """Loss times scale over the domains; NaN for a run that was not evaluated then."""
+    return lambda r: float(over(np.multiply(r["loss"][when][text], scale_M))) if when in r["loss"] else math.nan
 
 
 def worst_mix(p0_M: list[float]) -> Callable:
     """Loss under the worst mix of the ball around p0: max q . loss with chi-square divergence <= RHO."""
-
-    def worst(loss_M: list[float]) -> float:
-        loss_M = np.array(loss_M)
-        return float(chi_square_ratio(loss_M, 0 * loss_M, p0_M, RHO, floor=0.0, clamp_to_min=False) @ loss_M)
-
-    return worst
+    return lambda loss_M: chi_square_ratio(loss_M, 0 * loss_M, p0_M, RHO, floor=0.0, clamp_to_min=False) @ loss_M
 
 
-# ---- text
+@dataclass(frozen=True)
+class Results:
+    """The records of one source: the source's own, and those of its runs by arm and seed."""
+
+    source: dict | None
+    runs: dict[str, dict[int, dict]]
+
+    @property
+    def bits_M(self) -> np.ndarray:
+        """What makes nats a token bits per byte, domain by domain."""
+        return 1 / math.log(2) / np.array(self.source["bytes_per_token"])
+
+    def arms(self) -> list[str]:
+        return [arm for arm in ARMS if self.runs[arm]]
+
+    def where(self, keep: Callable[[dict], bool]) -> "Results":
+        return Results(self.source, {arm: {s: r for s, r in of.items() if keep(r)} for arm, of in self.runs.items()})
+
+    def common(self, arms: list[str]) -> list[int]:
+        """Seeds that all these arms have."""
+        return sorted(set.intersection(*(set(self.runs[arm]) for arm in arms)))
+
+    def on(self, seeds: list[int]) -> "Results":
+        return self.where(lambda r: r["seed"] in seeds)
+
+    def timed(self) -> "Results":
+        """The runs whose commit is that of constant's of the same seed: others were timed on another day."""
+        commits = {seed: r["commit"] for seed, r in self.runs["constant"].items()}
+        return self.where(lambda r: r["commit"] == commits.get(r["seed"]))
+
+    def rows(self) -> list[tuple[str, str, "Results"]]:
+        """Label, arm and results of every arm with all its seeds, and again with those that all arms have."""
+        common, rows = self.common(self.arms()), []
+        for arm in self.arms():
+            rows.append((arm, arm, self))
+            if common and list(self.runs[arm]) != common:
+                rows.append((f"{arm}, seeds {', '.join(map(str, common))}", arm, self.on(common)))
+        return rows
+
+    def mean(self, arm: str, metric: Metric) -> float:
+        return float(np.mean([metric(r) for r in self.runs[arm].values()])) if self.runs[arm] else math.nan
+
+    def means(self, arm: str, *when: str, scale_M=1.0) -> list[float]:
+        """Mean and worst domain's loss."""
+        return [self.mean(arm, loss_of(*when, over=over, scale_M=scale_M)) for over in OVER.values()]
+
+    def difference(self, arm: str, base: str, metric: Metric) -> Difference:
+        pairs = [(self.runs[arm][s], self.runs[base][s]) for s in self.common([arm, base])]
+        return Difference([metric(ours) - metric(theirs) for ours, theirs in pairs])
+
+    def differences(self, arm: str, base: str, *when: str, scale_M=1.0) -> list[Difference]:
+        """Those of the mean's and the worst domain's loss."""
+        return [self.difference(arm, base, loss_of(*when, over=over, scale_M=scale_M)) for over in OVER.values()]
 
 
-def table(head: list[str], rows: list[list]) -> str:
+def results_of(records: dict[str, dict], source: str) -> Results:
+    runs: dict = {arm: {} for arm in ARMS}
+    mine = (r for r in records.values() if r["source"] == source and r.get("arm") in ARMS)
+    for r in sorted(mine, key=lambda r: r["seed"]):
+        runs[r["arm"]][r["seed"]] = r
+    return Results(records.get(f"{source}/source"), runs)
+
+
+# ---- tables
+
+
+def table(head: str, rows: Iterable[Iterable]) -> str:
+    """In Markdown. head: the columns' names, with | between them."""
+
     def text(x) -> str:
-        return "-" if isinstance(x, float) and math.isnan(x) else f"{x:.4f}" if isinstance(x, float) else str(x)
+        return str(x) if not isinstance(x, float) else "-" if math.isnan(x) else f"{x:.4f}"
 
-    lines = [head, ["---"] * len(head), *([text(x) for x in row] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def conclusion(results: Results, name: str) -> str:
-    verdicts = [
-        [results.difference("paper", base, loss_of(over=over)).verdict for base in ("sheared", "constant")]
-        for over in (np.mean, np.max)
-    ]
-    return f"**Source {name}: {claim(*verdicts)}.**"
-
-
-def headline_table(all_results: dict[str, Results]) -> str:
-    """Paper against its two bases, and two controls: the bases against each other; and uniform, a constant mix that
-    the metric, which weighs domains equally, favours as well."""
-    pairs = [
-        ("paper", "sheared", ""),
-        ("paper", "constant", ""),
-        ("sheared", "constant", " (control)"),
-        ("paper", "uniform", " (control)"),
-    ]
-    rows = []
-    for name, results in all_results.items():
-        for arm, base, control in pairs:
-            mean, worst = (results.difference(arm, base, loss_of(over=over)) for over in (np.mean, np.max))
-            if mean.values or not control:
-                rows.append(
-                    [
-                        f"{name}: {arm} - {base}{control}",
-                        len(mean.values),
-                        str(mean),
-                        mean.in_perplexity,
-                        mean.verdict_and_t,
-                        str(worst),
-                        worst.verdict_and_t,
-                    ]
-                )
-    head = [
-        "source: difference after continuing",
-        "seeds",
-        "mean of domains, nats a token [95 %]",
-        "perplexity [95 %]",
-        "verdict",
-        "worst domain, nats a token [95 %]",
-        "verdict",
-    ]
-    return table(head, rows)
-
-
-def measures_table(results: Results, when: str) -> str:
-    """Paper against its two bases in loss, perplexity and bits per byte; the verdict is the loss's."""
-    rows = []
-    for base in ("sheared", "constant"):
-        for what, over in (("mean of domains", np.mean), ("worst domain", np.max)):
-            loss = results.difference("paper", base, loss_of(when, over=over))
-            bits = results.difference("paper", base, bits_of(results.source["bytes_per_token"], over, when))
-            rows.append(
-                [
-                    f"paper - {base}",
-                    what,
-                    str(loss),
-                    loss.in_perplexity,
-                    str(bits),
-                    len(loss.values),
-                    loss.verdict_and_t,
-                ]
-            )
-    head = [
-        "difference",
-        "over",
-        "loss, nats a token [95 %]",
-        "perplexity [95 %]",
-        "bits per byte [95 %]",
-        "seeds",
-        "verdict on loss",
-    ]
-    return table(head, rows)
+    lines = [head, "---" + " | ---" * head.count("|"), *(" | ".join(map(text, row)) for row in rows)]
+    return "\n".join(f"| {line} |" for line in lines)
 
 
 def claim(on_mean: list[str], on_worst: list[str]) -> str:
@@ -274,174 +212,159 @@ def claim(on_mean: list[str], on_worst: list[str]) -> str:
     return "the paper's claim as a whole is neither confirmed nor refuted at this scale"
 
 
-def worst_domains(results: Results, arm: str, scale_M: list[float]) -> str:
-    """Whose loss times its scale is the largest of all after continuing, in one seed or another."""
-    of_seeds = (results.runs[arm, seed]["loss"]["final"]["heldout"] for seed in results.seeds(arm))
-    worst = {int(np.argmax(np.multiply(loss_M, scale_M))) for loss_M in of_seeds}
+def conclusion(results: Results) -> str:
+    against = [results.differences("paper", base) for base in ("sheared", "constant")]
+    return claim(*([d.verdict for d in over] for over in zip(*against, strict=True)))
+
+
+def headline_table(sources: dict[str, Results]) -> str:
+    """Paper against its two bases, and two controls: the bases against each other; and uniform, a constant mix that
+    the metric, which weighs domains equally, favours as well."""
+    pairs = [("paper", "sheared"), ("paper", "constant"), ("sheared", "constant"), ("paper", "uniform")]
+    rows = []
+    for (name, results), (number, (arm, base)) in product(sources.items(), enumerate(pairs)):
+        mean, worst = results.differences(arm, base)
+        label = f"{name}: {arm} - {base}" + " (control)" * (number > 1)
+        if mean.values or number < 2:
+            rows.append([label, len(mean.values), mean.text(), mean.in_perplexity, mean.verdict_and_t, *worst.judged])
+    return table(
+        "source: difference after continuing | seeds | mean of domains, nats a token [95 %] | perplexity [95 %] | "
+        "verdict | worst domain, nats a token [95 %] | verdict",
+        rows,
+    )
+
+
+def measures_table(results: Results, when: str) -> str:
+    """Paper against its two bases in loss, perplexity and bits per byte; the verdict is the loss's."""
+    rows = []
+    for base in ("sheared", "constant"):
+        bits = results.differences("paper", base, when, scale_M=results.bits_M)
+        for over, d, b in zip(OVER, results.differences("paper", base, when), bits, strict=True):
+            what = [f"paper - {base}", over, d.text(), d.in_perplexity, b.text()]
+            rows.append([*what, len(d.values), d.verdict_and_t])
+    return table(
+        "difference | over | loss, nats a token [95 %] | perplexity [95 %] | bits per byte [95 %] | seeds | "
+        "verdict on loss",
+        rows,
+    )
+
+
+def worst_domains(results: Results, arm: str, scale_M=1.0) -> str:
+    """The domains whose loss times its scale is the largest after continuing, in one seed or another."""
+    losses = (r["loss"]["final"]["heldout"] for r in results.runs[arm].values())
+    worst = {int(np.argmax(np.multiply(loss_M, scale_M))) for loss_M in losses}
     return " or ".join(results.source["domains"][m] for m in sorted(worst))
 
 
-def arms_table(results: Results) -> str:
-    density_M = results.source["bytes_per_token"]
-    rows = []
-    for label, arm, r in results.rows():
-        mean, worst = (r.mean(arm, loss_of(over=over)) for over in (np.mean, np.max))
-        bits = [f"{r.mean(arm, bits_of(density_M, over)):.4f}" for over in (np.mean, np.max)]
-        pruned = (r.mean(arm, loss_of("pruned", over=over)) for over in (np.mean, np.max))
-        rows.append(
-            [
-                label,
-                len(r.seeds(arm)),
-                *(pruned if ARMS[arm].start == "masks" else ("-", "-")),
-                mean,
-                f"{worst:.4f} {worst_domains(r, arm, [1.0] * len(density_M))}",
-                f"{math.exp(mean):.2f} / {math.exp(worst):.2f}",
-                f"{' / '.join(bits)} {worst_domains(r, arm, 1 / np.array(density_M))}",
-                largest_share(r, arm),
-                largest_miss(r, arm),
-            ]
-        )
-    head = [
-        "arm",
-        "seeds",
-        "pruned: mean",
-        "worst",
-        "continued: mean",
-        "worst",
-        "perplexity, mean / worst",
-        "bits per byte, mean / worst",
-        "largest share of a domain",
-        "largest miss of a target",
-    ]
-    source = results.source["loss"]["final"]["heldout"]
-    tokens = sorted({int(sum(stage["tokens"] for stage in r["stages"])) for r in results.runs.values()})
-    return (
-        f"Loss in nats a token; the source has mean {np.mean(source):.4f}, worst {np.max(source):.4f}. "
-        f"Training tokens of an arm: {', '.join(f'{n:,}' for n in tokens)}.\n\n{table(head, rows)}"
-    )
-
-
-def largest_miss(results: Results, arm: str) -> str:
-    """Of all masks and seeds at the end of pruning: |expected - target sparsity|."""
-    gaps = [
-        (results.runs[arm, seed]["stages"][0]["sparsity_gap"], seed)
-        for seed in results.seeds(arm)
-        if "sparsity_gap" in results.runs[arm, seed]["stages"][0]
-    ]
+def largest_miss(runs: dict[int, dict]) -> str:
+    """The largest |expected - target sparsity| of all masks and seeds at the end of pruning."""
+    gaps = [(stage["sparsity_gap"], s) for s, r in runs.items() for stage in r["stages"][:1] if "sparsity_gap" in stage]
     return "{:.3f} (seed {})".format(*max(gaps)) if gaps else "-"
 
 
-def largest_share(results: Results, arm: str) -> str:
-    """Of all domains, stages and seeds."""
+def largest_share(runs: dict[int, dict]) -> str:
+    """The largest share of the tokens that a domain had, over all stages and seeds."""
+    stages = [(stage, seed) for seed, r in runs.items() for stage in r["stages"]]
     share, domain, stage, seed = max(
         (share, domain, stage["stage"], seed)
-        for seed in results.seeds(arm)
-        for stage in results.runs[arm, seed]["stages"]
+        for stage, seed in stages
         for domain, share in zip(stage["domains"], stage["largest_share_M"], strict=True)
     )
     return f"{100 * share:.0f} % {domain} (seed {seed}, {stage})"
+
+
+def arms_table(results: Results) -> str:
+    rows = []
+    for label, arm, r in results.rows():
+        (mean, worst), bits = r.means(arm), r.means(arm, scale_M=r.bits_M)
+        columns = [
+            *(r.means(arm, "pruned") if ARMS[arm].start == "masks" else ("-", "-")),
+            mean,
+            f"{worst:.4f} {worst_domains(r, arm)}",
+            f"{math.exp(mean):.2f} / {math.exp(worst):.2f}",
+            f"{bits[0]:.4f} / {bits[1]:.4f} {worst_domains(r, arm, r.bits_M)}",
+        ]
+        rows.append([label, len(r.runs[arm]), *columns, largest_share(r.runs[arm]), largest_miss(r.runs[arm])])
+    source = results.source["loss"]["final"]["heldout"]
+    all_runs = [r for of_arm in results.runs.values() for r in of_arm.values()]
+    tokens = sorted({int(sum(stage["tokens"] for stage in r["stages"])) for r in all_runs})
+    return (
+        f"Loss in nats a token; the source has mean {np.mean(source):.4f}, worst {np.max(source):.4f}. "
+        f"Training tokens of an arm: {', '.join(f'{n:,}' for n in tokens)}.\n\n"
+    ) + table(
+        "arm | seeds | pruned: mean | worst | continued: mean | worst | perplexity, mean / worst | "
+        "bits per byte, mean / worst | largest share of a domain | largest miss of a target",
+        rows,
+    )
 
 
 def differences_table(results: Results) -> str:
     """Every arm minus constant, after pruning and after continuing."""
     rows = []
     for label, arm, r in (row for row in results.rows() if row[1] != "constant"):
-        measured = [
-            r.difference(arm, "constant", loss_of(when, over=over))
-            for when in ("pruned", "final")
-            for over in (np.mean, np.max)
-        ]
-        pruned = map(str, measured[:2]) if ARMS[arm].start == "masks" else ("-", "-")
-        after = (x for d in measured[2:] for x in (str(d), d.verdict_and_t))
-        rows.append([label, len(measured[2].values), *pruned, *after])
-    head = [
-        "arm - constant",
-        "seeds",
-        "pruned: mean [95 %]",
-        "worst",
-        "continued: mean [95 %]",
-        "verdict",
-        "worst",
-        "verdict",
-    ]
+        mean, worst = r.differences(arm, "constant")
+        pruned = [d.text() for d in r.differences(arm, "constant", "pruned")]
+        rows.append([label, len(mean.values), *(pruned if ARMS[arm].start == "masks" else ("-", "-"))])
+        rows[-1] += [*mean.judged, *worst.judged]
+    head = "arm - constant | seeds | pruned: mean [95 %] | worst | continued: mean [95 %] | verdict | worst | verdict"
     return table(head, rows)
 
 
 def shifts(results: Results) -> dict[str, Metric]:
-    domains, p0 = results.source["domains"], results.source["p0"]
-    mixes = {f"{domain} alone": loss_of(over=lambda loss_M, m=m: loss_M[m]) for m, domain in enumerate(domains)}
-    mixes |= {
-        "uniform": loss_of(),
-        "training mix": loss_of(over=weighted(p0)),
-        f"worst mix within {RHO} of it": loss_of(over=worst_mix(p0)),
-    }
-    return mixes | {f"{name} text, mean of domains": loss_of(text=name) for name in CORRUPTIONS}
+    domains, p0_M = results.source["domains"], results.source["p0"]
+    mixes = {f"{domain} alone": lambda loss_M, m=m: loss_M[m] for m, domain in enumerate(domains)}
+    mixes |= {"uniform": np.mean, "training mix": lambda loss_M: np.dot(p0_M, loss_M)}
+    mixes[f"worst mix within {RHO} of it"] = worst_mix(p0_M)
+    metrics = {name: loss_of(over=over) for name, over in mixes.items()}
+    return metrics | {f"{name} text, mean of domains": loss_of(text=name) for name in CORRUPTIONS}
 
 
 def shift_table(results: Results) -> str:
     rows = []
     for name, metric in shifts(results).items():
-        against = [results.difference("paper", base, metric) for base in ("sheared", "constant")]
-        rows.append(
-            [
-                name,
-                *(results.mean(arm, metric) for arm in HEADLINE),
-                *(x for d in against for x in (str(d), d.verdict_and_t)),
-            ]
-        )
-    return table(["evaluated on", *HEADLINE, "paper - sheared", "verdict", "paper - constant", "verdict"], rows)
+        against = [results.difference("paper", base, metric).judged for base in ("sheared", "constant")]
+        rows.append([name, *(results.mean(arm, metric) for arm in HEADLINE), *against[0], *against[1]])
+    head = f"evaluated on | {' | '.join(HEADLINE)} | paper - sheared | verdict | paper - constant | verdict"
+    return table(head, rows)
 
 
 def shifts_of_arms(results: Results) -> str:
     metrics = shifts(results)
     rows = [[label, *(r.mean(arm, m) for m in metrics.values())] for label, arm, r in results.rows()]
-    return table(["arm", *metrics], rows)
+    return table(" | ".join(["arm", *metrics]), rows)
 
 
-def reference_errors(results: Results, stage: str, clip: bool) -> tuple[np.ndarray, np.ndarray]:
+def reference_errors(results: Results, stage: str, clip: str) -> tuple[np.ndarray, np.ndarray]:
     """Shares of the stage seen (n,), and predicted - reached loss in nats (n, histories, domains); nan: no law yet."""
-    laws = [r["law"][stage][str(clip)] for r in results.runs.values() if "law" in r and stage in r["law"]]
-    laws = [law for law in laws if law["predicted"]]
-    if not laws:
-        return np.empty(0), np.empty((0, 0, 0))
-    shares = np.array([share for share, _ in max((law["predicted"] for law in laws), key=len)])
-    errors = []
-    for law in laws:
-        at = dict((round(share, 6), loss_M) for share, loss_M in law["predicted"])
-        rows = [at.get(round(share, 6), [math.nan] * len(law["reached"])) for share in shares]
-        errors.append(np.array(rows) - np.array(law["reached"]))
-    return shares, np.stack(errors, axis=1)
+    all_runs = [r for of_arm in results.runs.values() for r in of_arm.values()]
+    laws = [r["law"][stage][clip] for r in all_runs if stage in r.get("law", ())]
+    shares = np.array([share for share, _ in max((law["predicted"] for law in laws), key=len, default=[])])
+    errors = np.full((len(shares), len(laws), len(results.source["domains"])), np.nan)
+    for history, law in enumerate(laws):
+        for share, loss_M in law["predicted"]:
+            errors[np.abs(shares - share).argmin(), history] = np.subtract(loss_M, law["reached"])
+    return shares, errors
 
 
 def reference_table(results: Results) -> str:
     rows = []
-    for stage in ("prune", "continue"):
-        for clip, name in REFERENCES.items():
-            shares, errors = reference_errors(results, stage, clip)
-            for seen in (0.25, 0.5, 0.75, 1.0) if len(shares) else ():
-                error = errors[np.abs(shares - seen).argmin()]  # (histories, domains)
-                rows.append(
-                    [
-                        f"{stage}, first fit at {100 * shares[0]:.0f} %",
-                        name,
-                        f"{100 * seen:.0f} %",
-                        float(np.nanmean(np.abs(error))),
-                        *(f"{x:+.4f}" for x in np.nanmean(error, axis=0)),
-                    ]
-                )
-    head = ["stage", "reference", "seen", "mean size of the error", *results.source["domains"]]
+    for stage, (clip, name) in product(("prune", "continue"), REFERENCES.items()):
+        shares, errors = reference_errors(results, stage, clip)
+        for seen in (0.25, 0.5, 0.75, 1.0) if len(shares) else ():
+            error = errors[np.abs(shares - seen).argmin()]  # (histories, domains)
+            what = [f"{stage}, first fit at {100 * shares[0]:.0f} %", name, f"{100 * seen:.0f} %"]
+            rows.append([*what, np.nanmean(np.abs(error)), *(f"{x:+.4f}" for x in np.nanmean(error, axis=0))])
+    head = f"stage | reference | seen | mean size of the error | {' | '.join(results.source['domains'])}"
     return table(head, rows) if rows else "No histories yet."
 
 
-def seconds(*keys: str, stages: slice, per: str = "") -> Metric:
-    """What these take in some stages, in total or for each of something."""
+def total(keys: Iterable[str], stages: slice, per: str = "") -> Metric:
+    """What these keys of some stages sum up to, in all or for each of `per`."""
 
-    def total(record: dict) -> float:
-        return sum(stage[key] for key in keys for stage in record["stages"][stages]) / (
-            sum(stage[per] for stage in record["stages"][stages]) if per else 1
-        )
+    def summed(record: dict, key: str) -> float:
+        return sum(stage[key] for stage in record["stages"][stages])
 
-    return total
+    return lambda r: sum(summed(r, key) for key in keys) / (summed(r, per) if per else 1)
 
 
 def memory(stages: slice) -> Metric:
@@ -450,167 +373,97 @@ def memory(stages: slice) -> Metric:
 
 
 def ratio_to_constant(results: Results, arm: str, metric: Metric) -> str:
-    both = [s for s in results.seeds(arm) if s in results.seeds("constant")]
-    ratios = [metric(results.runs[arm, s]) / metric(results.runs["constant", s]) for s in both]
+    ours, theirs = results.runs[arm], results.runs["constant"]
+    ratios = [metric(ours[s]) / metric(theirs[s]) for s in results.common([arm, "constant"])]
     ratios = [r for r in ratios if not math.isnan(r)]
     return f"{np.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})" if ratios else "-"
 
 
 def cost_table(results: Results, stages: slice) -> str:
-    """Of these stages, arm by arm; only arms that start with masks have PRUNING and continued training apart."""
+    """What these stages cost, arm by arm; only arms that start with masks have PRUNING and continued training apart."""
     results, rows = results.timed(), []
+    all_s, token_s, peak = total(TIMES, stages), total(["step_s"], stages, "tokens"), memory(stages)
     for arm in (a for a in results.arms() if stages == ALL_STAGES or ARMS[a].start == "masks"):
-        total, training = seconds(*TIMES, stages=stages), seconds("step_s", stages=stages, per="tokens")
-        took = results.mean(arm, total)
-        peaks = [memory(stages)(results.runs[arm, seed]) for seed in results.seeds(arm)]
-        rows.append(
-            [
-                arm,
-                len(results.seeds(arm)),
-                f"{took:.0f}",
-                ratio_to_constant(results, arm, total),
-                f"{1e6 * results.mean(arm, training):.0f}",
-                ratio_to_constant(results, arm, training),
-                f"{100 * results.mean(arm, seconds('eval_s', stages=stages)) / took:.1f} %",
-                f"{1e3 * results.mean(arm, seconds('mix_s', stages=stages, per='updates')):.1f}",
-                f"{100 * results.mean(arm, seconds('mix_s', stages=stages)) / took:.2f} %",
-                "-" if np.isnan(peaks).all() else f"{np.nanmean(peaks):.0f}",
-                ratio_to_constant(results, arm, memory(stages)),
-            ]
-        )
-    head = [
-        "arm",
-        "seeds",
-        "seconds",
-        "of constant's, median (range)",
-        "us a training token",
-        "of constant's",
-        "evaluation, share",
-        "mix and fits, ms each",
-        "share",
-        "peak memory, MiB",
-        "of constant's",
-    ]
-    return table(head, rows)
+        took, mix_s = results.mean(arm, all_s), results.mean(arm, total(["mix_s"], stages))
+        peaks = [mib for r in results.runs[arm].values() if not math.isnan(mib := peak(r))]
+        columns = [
+            f"{took:.0f}",
+            ratio_to_constant(results, arm, all_s),
+            f"{1e6 * results.mean(arm, token_s):.0f}",
+            ratio_to_constant(results, arm, token_s),
+            f"{100 * results.mean(arm, total(['eval_s'], stages)) / took:.1f} %",
+            f"{1e3 * results.mean(arm, total(['mix_s'], stages, 'updates')):.1f}",
+            f"{100 * mix_s / took:.2f} %",
+            f"{np.mean(peaks):.0f}" if peaks else "-",
+            ratio_to_constant(results, arm, peak),
+        ]
+        rows.append([arm, len(results.runs[arm]), *columns])
+    return table(
+        "arm | seeds | seconds | of constant's, median (range) | us a training token | of constant's | "
+        "evaluation, share | mix and fits, ms each | share | peak memory, MiB | of constant's",
+        rows,
+    )
 
 
 def cost_sentence(results: Results) -> str:
     """Is the mix under 1 % here, and would it be at the paper's size, where an update costs the same?"""
-    if not results.seeds("paper"):
+    if not results.runs["paper"]:
         return ""
-    mix, total = seconds("mix_s", stages=PRUNING), seconds(*TIMES, stages=PRUNING)
-    share = results.mean("paper", mix) / results.mean("paper", total)
-    update_s = results.mean("paper", seconds("mix_s", stages=PRUNING, per="updates"))
-    there = PAPER_UPDATES * update_s / (3600 * PAPER_HOURS)
-    over_or_under = "under" if share < 0.01 else "over"
+    share = results.mean("paper", total(["mix_s"], PRUNING)) / results.mean("paper", total(TIMES, PRUNING))
+    there = PAPER_UPDATES * results.mean("paper", total(["mix_s"], PRUNING, "updates")) / (3600 * PAPER_HOURS)
     return (
-        f"Mix and fits take {100 * share:.2f} % of paper's pruning time here, {over_or_under} 1 %. "
-        f"An update costs the same at any model's size: the published {PAPER_UPDATES} would take "
+        f"Mix and fits take {100 * share:.2f} % of paper's pruning time here, {'under' if share < 0.01 else 'over'} "
+        f"1 %. An update costs the same at any model's size: the published {PAPER_UPDATES} would take "
         f"{100 * there:.2f} % of the {PAPER_HOURS} h that `--plan` gives its pruning stage on 8 H100."
     )
-
-
-QUESTIONS = {  # arms and what each is compared with, in loss after continuing
-    "Smaller targets": [
-        ("constant_8th", "random"),
-        ("paper_8th", "random"),
-        ("constant_16th", "random"),
-        ("paper_16th", "random"),
-        ("paper_8th", "constant_8th"),
-        ("paper_16th", "constant_16th"),
-    ],
-    "The mix when pretraining from scratch": [("random_paper", "random")],
-    "Domains merged or split": [
-        ("paper_merged", "paper"),
-        ("paper_split", "paper"),
-        ("paper_merged", "constant"),
-        ("paper_split", "constant"),
-    ],
-    "The mix updated more and less often": [("paper_often", "paper"), ("paper_seldom", "paper")],
-    "Parts of the method": [
-        ("dro_fixed", "constant"),
-        ("dro_dynamic", "dro_fixed"),
-        ("paper", "dro_dynamic"),
-        ("paper_train_loss", "paper"),
-        ("paper_noclip", "paper"),
-    ],
-    "Other updates": [
-        ("bandit", "sheared"),
-        ("bandit", "paper"),
-        ("sheared_law", "sheared"),
-        ("sheared_law", "constant"),
-        ("paper", "sheared_law"),
-    ],
-    "Robust, or merely flatter": [("paper", "uniform"), ("uniform", "constant")],
-    "Pruning itself": [
-        ("constant", "random"),
-        ("constant", "oneshot"),
-        ("constant", "oneshot_384"),
-        ("oneshot", "oneshot_384"),
-        ("constant", "masks_only"),
-    ],
-    "The Lagrangian damped": [
-        ("constant_damped", "constant"),
-        ("paper_damped", "paper"),
-        ("paper_damped", "constant_damped"),
-        ("constant_damped", "oneshot"),
-    ],
-}
 
 
 def questions(results: Results) -> str:
     parts = []
     for question, pairs in QUESTIONS.items():
         rows = []
-        for arm, base in pairs:
-            mean, worst = (results.difference(arm, base, loss_of(over=over)) for over in (np.mean, np.max))
-            rows.append(
-                [f"{arm} - {base}", len(mean.values), str(mean), mean.verdict_and_t, str(worst), worst.verdict_and_t]
-            )
-        head = ["difference", "seeds", "mean of domains [95 %]", "verdict", "worst domain [95 %]", "verdict"]
-        parts.append(f"### {question}\n\n{table(head, rows)}")
-        if question == "Smaller targets" and results.seeds("random"):
-            level = results.mean("random", loss_of())
-            targets = ("constant", "paper", *(arm for arm, base in pairs if base == "random"))
-            fallen = [arm for arm in targets if results.seeds(arm) and results.mean(arm, loss_of()) >= level]
-            parts.append(f"Collapsed, by the plan's rule: {', '.join(fallen) or 'none'}.")
+        for pair in pairs.split(", "):
+            mean, worst = results.differences(*pair.split(" - "))
+            rows.append([pair, len(mean.values), *mean.judged, *worst.judged])
+        head = "difference | seeds | mean of domains [95 %] | verdict | worst domain [95 %] | verdict"
+        parts += [f"### {question}", table(head, rows)]
+        parts += [collapsed(results)] if question == "Smaller targets" and results.runs["random"] else []
     return "\n\n".join(parts)
+
+
+def collapsed(results: Results) -> str:
+    """The targets whose loss is not below that of a model with a quarter's size and no source."""
+    level = results.mean("random", loss_of())
+    targets = (f"{arm}{size}" for size in ("", "_8th", "_16th") for arm in ("constant", "paper"))
+    fallen = [arm for arm in targets if results.mean(arm, loss_of()) >= level]
+    return f"Collapsed, by the plan's rule: {', '.join(fallen) or 'none'}."
 
 
 # ---- figures
 
 
-def save(figure, path: Path) -> None:
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def plot_arms(results: Results, path: Path) -> None:
+def plot_arms(results: Results):
     """Each mix minus constant, pruned in the same way to the same target: seeds, mean and interval."""
     of_a_mix = [a for a, arm in ARMS.items() if (arm.start, arm.target, arm.damping) == ("masks", "4th", 1.0)]
     rows = [row for row in results.rows() if row[1] in of_a_mix[1:]][::-1]
     figure, axes = plt.subplots(1, 2, figsize=(11, 1.9 + 0.28 * len(rows)), sharey=True, layout="constrained")
-    for axis, (what, over) in zip(axes, (("mean of domains", np.mean), ("worst domain", np.max)), strict=True):
+    for axis, (what, over) in zip(axes, OVER.items(), strict=True):
         for y, (_, arm, r) in enumerate(rows):
             d = r.difference(arm, "constant", loss_of(over=over))
             colour = {"better": "C2", "worse": "C3"}.get(d.verdict, "0.4")
             axis.plot(d.values, [y] * len(d.values), ".", color=colour, alpha=0.4, ms=6)
             axis.errorbar(d.mean, y, xerr=[[d.mean - d.low], [d.high - d.mean]], fmt="o", color=colour, capsize=3, ms=4)
         axis.axvline(0, color="k", lw=0.8)
-        axis.set_title(what, fontsize=10)
+        axis.set_title(what)
         axis.set_xlabel("nats per token, arm minus constant (left: better)")
-        axis.grid(alpha=0.3)
-    labels = [label if "," in label else f"{label} ({len(r.seeds(arm))})" for label, arm, r in rows]
+    labels = [label if "," in label else f"{label} ({len(r.runs[arm])})" for label, arm, r in rows]
     axes[0].set_yticks(range(len(rows)), labels, fontsize=9)
-    figure.suptitle(
-        "Loss after continuing: seeds (dots, their number in brackets), mean, 95 % interval; "
-        "green: better, red: worse, grey: no difference seen",
-        fontsize=10,
-    )
-    save(figure, path)
+    title = "Loss after continuing: seeds (dots, their number in brackets), mean, 95 % interval; "
+    figure.suptitle(title + "green: better, red: worse, grey: no difference seen", fontsize=10)
+    return figure
 
 
-def plot_reference(results: Results, path: Path) -> None:
+def plot_reference(results: Results):
     """Predicted minus reached loss by domain: median and range over the histories."""
     domains = results.source["domains"]
     figure, axes = plt.subplots(2, len(domains), figsize=(12, 5), sharex=True, sharey="row", layout="constrained")
@@ -623,70 +476,54 @@ def plot_reference(results: Results, path: Path) -> None:
                 axis.fill_between(100 * shares, low, high, color=line.get_color(), alpha=0.2, lw=0)
         for axis in row:
             axis.axhline(0, color="k", lw=0.8)
-            axis.grid(alpha=0.3)
         row[0].set_ylabel(f"{stage}: nats per token")
-    for axis, domain in zip(axes[0], domains, strict=True):
-        axis.set_title(domain, fontsize=10)
-    for axis in axes[1]:
-        axis.set_xlabel("% of the stage seen")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9)
+    for top, bottom, domain in zip(*axes, domains, strict=True):
+        top.set_title(domain)
+        bottom.set_xlabel("% of the stage seen")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
     figure.suptitle("Loss predicted for the end of the stage, minus the loss reached there", fontsize=11)
-    save(figure, path)
+    return figure
 
 
-def plot_targets(results: Results, path: Path) -> None:
-    """On the seeds that all of these arms have."""
-    of_sizes = [f"{name}{size}" for name in ("constant", "paper") for size in ("", "_8th", "_16th")]
-    arms = [a for a in results.arms() if a in of_sizes]
-    results = results.on([s for s in results.seeds("constant") if all(s in results.seeds(a) for a in arms)])
+def plot_targets(results: Results):
+    """Loss against the target's size, on the seeds that all of these arms have."""
+    sizes = {"": 1 / 4, "_8th": 1 / 8, "_16th": 1 / 16}
+    arms = {name: [f"{name}{s}" for s in sizes if results.runs[f"{name}{s}"]] for name in ("constant", "paper")}
+    results = results.on(results.common(["constant", *arms["constant"], *arms["paper"]]))
     figure, axis = plt.subplots(figsize=(7, 5), layout="constrained")
-    for name, style in (("constant", "o-"), ("paper", "s--")):
-        sizes = [
-            (arm, share)
-            for arm, share in ((name, 1 / 4), (f"{name}_8th", 1 / 8), (f"{name}_16th", 1 / 16))
-            if results.seeds(arm)
-        ]
-        for over, colour in ((np.mean, "C0"), (np.max, "C1")):
-            what = "mean of domains" if over is np.mean else "worst domain"
-            losses = [results.mean(arm, loss_of(over=over)) for arm, _ in sizes]
-            axis.plot([share for _, share in sizes], losses, style, color=colour, label=f"{name}, {what}")
-    for over, colour in ((np.mean, "C0"), (np.max, "C1")):
-        if results.seeds("random"):
-            what = "mean" if over is np.mean else "worst"
-            level = results.mean("random", loss_of(over=over))
-            axis.axhline(level, color=colour, ls=":", label=f"quarter, from random weights, {what}")
+    for (name, style), (colour, over) in product((("constant", "o-"), ("paper", "s--")), enumerate(OVER)):
+        shares = [sizes[arm.removeprefix(name)] for arm in arms[name]]
+        losses = [results.means(arm)[colour] for arm in arms[name]]
+        axis.plot(shares, losses, style, color=f"C{colour}", label=f"{name}, {over}")
+    for colour, what in enumerate(("mean", "worst") if results.runs["random"] else ()):
+        label = f"quarter, from random weights, {what}"
+        axis.axhline(results.means("random")[colour], color=f"C{colour}", ls=":", label=label)
     axis.set_xscale("log", base=2)
     axis.set_xticks([1 / 16, 1 / 8, 1 / 4], ["1/16", "1/8", "1/4"])
     axis.set_xlabel("target's share of the source's parameters that are not embeddings")
     axis.set_ylabel("loss after continuing (nats per token)")
-    axis.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize=9)
-    save(figure, path)
+    return figure
 
 
-def plot_mix(results: Results, path: Path) -> None:
-    domains = results.source["domains"]
+def plot_mix(results: Results):
     figure, axes = plt.subplots(2, 3, figsize=(10, 5), sharex=True, sharey=True, layout="constrained")
-    for axis, (m, domain) in zip(axes.flat, enumerate(domains), strict=False):
-        for arm in (a for a in (*HEADLINE, "dro_fixed", "bandit") if results.seeds(a)):
-            courses = [results.runs[arm, seed]["stages"] for seed in results.seeds(arm)]
-            x, before = [], 0
-            for stage in courses[0]:
-                x += [before + step for step, _ in stage["ratio"]]
-                before += stage["steps"]
+    for axis, (m, domain) in zip(axes.flat, enumerate(results.source["domains"]), strict=False):
+        for arm in (a for a in (*HEADLINE, "dro_fixed", "bandit") if results.runs[a]):
+            courses = [r["stages"] for r in results.runs[arm].values()]
+            before = np.cumsum([0, *(stage["steps"] for stage in courses[0])])
+            x = [start + step for start, stage in zip(before, courses[0], strict=False) for step, _ in stage["ratio"]]
             y = np.mean([[ratio[m] for stage in stages for _, ratio in stage["ratio"]] for stages in courses], axis=0)
             axis.plot(x, 100 * y, label=arm)
-        axis.axvline(courses[0][0]["steps"], color="0.6", lw=0.8, ls=":")
-        axis.set_title(domain, fontsize=10)
-        axis.grid(alpha=0.3)
+        axis.axvline(before[1], color="0.6", lw=0.8, ls=":")
+        axis.set_title(domain)
     for axis in axes[1]:
         axis.set_xlabel("step (dotted: pruning ends)")
     figure.supylabel("share of the training tokens (%)", fontsize=10)
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
     figure.suptitle("The mix at 16 moments of each stage, mean over seeds", fontsize=11)
-    save(figure, path)
+    return figure
 
 
 # ---- the page
@@ -694,61 +531,63 @@ def plot_mix(results: Results, path: Path) -> None:
 
 def missing(records: dict[str, dict]) -> str:
     lines = []
-    for study in STUDIES.values():
-        for source, arms in study.items():
-            results = Results(records, source)
-            gone = [f"{arm} {n - len(results.seeds(arm))}" for arm, n in arms.items() if len(results.seeds(arm)) < n]
-            lines += [f"- source {source}: seeds missing of {', '.join(gone)}"] if gone else []
+    for source, arms in (item for study in STUDIES.values() for item in study.items()):
+        runs = results_of(records, source).runs
+        gone = [f"{arm} {n - len(runs[arm])}" for arm, n in arms.items() if len(runs[arm]) < n]
+        lines += [f"- source {source}: seeds missing of {', '.join(gone)}"] if gone else []
     return "\n".join(lines) or "Nothing."
 
 
 def provenance(records: dict[str, dict]) -> str:
-    hashes = {f"{r['source']}: {r['hashes']['source'][:12]}" for r in records.values()}
-    hours = sum(seconds(*TIMES, stages=ALL_STAGES)(r) for r in records.values()) / 3600
-    threads = {str(stage["threads"]) for r in records.values() for stage in r["stages"]}
-    versions = {" ".join(f"{name} {v}" for name, v in r["versions"].items()) for r in records.values()}
-    sources = sum("arm" not in r for r in records.values())
+    def listed(texts: Iterable[str]) -> str:
+        return ", ".join(sorted(set(texts)))
+
+    runs = records.values()
+    sources, hours = sum("arm" not in r for r in runs), sum(total(TIMES, ALL_STAGES)(r) for r in runs) / 3600
     return (
-        f"{len(records) - sources} runs and {sources} sources, {hours:.1f} hours of training with its evaluations, "
-        f"at {', '.join(sorted(threads))} thread(s) a run; "
-        f"commits {', '.join(sorted({r['commit'] for r in records.values()}))}; {', '.join(sorted(versions))}; "
-        f"source weights {', '.join(sorted(hashes))}."
+        f"{len(runs) - sources} runs and {sources} sources, {hours:.1f} hours of training with its evaluations, "
+        f"at {listed(str(stage['threads']) for r in runs for stage in r['stages'])} thread(s) a run; "
+        f"commits {listed(r['commit'] for r in runs)}; "
+        f"{listed(' '.join(f'{name} {v}' for name, v in r['versions'].items()) for r in runs)}; "
+        f"source weights {listed(r['source'] + ': ' + r['hashes']['source'][:12] for r in runs)}."
     )
 
 
-def page(records: dict[str, dict], figures: Path) -> str:
-    """RESULTS.md; draws the figures on the way."""
-    figures.mkdir(parents=True, exist_ok=True)
+def section(results: Results, source: str) -> list[str]:
+    """What RESULTS.md says about one source; source A's has figures and the open questions, too."""
+    title, is_A = f"## Source {source}: ", source == "A"
+    parts = [f"{title}the headline in every measure", "After continuing:", measures_table(results, "final")]
+    parts += ["After pruning, before continuing:", measures_table(results, "pruned")]
+    parts += [f"{title}all arms", arms_table(results), EXPLORATORY, differences_table(results)]
+    parts += ["![Every arm against constant](figures/arms.png)", "![The mix](figures/mix.png)"] if is_A else []
+    parts += [f"{title}shifts", SHIFTS, shift_table(results), shifts_of_arms(results)]
+    parts += [f"{title}reference losses", REFERENCE, reference_table(results)]
+    parts += ["![Error of the reference losses](figures/reference.png)"] if is_A else []
+    parts += [f"{title}costs", COSTS, "Pruning, the first stage:", cost_table(results, PRUNING)]
+    parts += [cost_sentence(results), "All stages:", cost_table(results, ALL_STAGES)]
+    parts += ["## Open questions", QUESTIONED, questions(results), "![Sizes](figures/targets.png)"] if is_A else []
+    return parts
+
+
+def page(records: dict[str, dict]) -> str:
+    """RESULTS.md."""
+    sources = {source: results_of(records, source) for source in ("A", "B", "smollm2")}
+    sources = {source: results for source, results in sources.items() if results.source and results.arms()}
     parts = ["# Results", INTRODUCTION, "## Headline"]
-    sources = [s for s in ("A", "B", "smollm2") if Results(records, s).source and Results(records, s).runs]
-    parts += [conclusion(Results(records, s), s) for s in sources]
-    parts += [headline_table({s: Results(records, s) for s in sources}), PAPER]
-    for s in sources:
-        results = Results(records, s)
-        parts += [f"## Source {s}: the headline in every measure"]
-        parts += ["After continuing:", measures_table(results, "final")]
-        parts += ["After pruning, before continuing:", measures_table(results, "pruned")]
-        parts += [f"## Source {s}: all arms", arms_table(results), EXPLORATORY, differences_table(results)]
-        if s == "A" and results.seeds("constant"):
-            for draw in (plot_arms, plot_mix, plot_targets, plot_reference):
-                draw(results, figures / f"{draw.__name__.removeprefix('plot_')}.png")
-            parts += [f"![Every arm against constant]({figures.name}/arms.png)", f"![The mix]({figures.name}/mix.png)"]
-        parts += [f"## Source {s}: shifts", SHIFTS, shift_table(results), shifts_of_arms(results)]
-        parts += [f"## Source {s}: reference losses", REFERENCE, reference_table(results)]
-        parts += [f"![Error of the reference losses]({figures.name}/reference.png)"] if s == "A" else []
-        parts += [
-            f"## Source {s}: costs",
-            COSTS,
-            "Pruning, the first stage:",
-            cost_table(results, PRUNING),
-            cost_sentence(results),
-            "All stages:",
-            cost_table(results, ALL_STAGES),
-        ]
-        if s == "A":
-            parts += ["## Open questions", QUESTIONED, questions(results), f"![Sizes]({figures.name}/targets.png)"]
+    parts += [f"**Source {source}: {conclusion(results)}.**" for source, results in sources.items()]
+    parts += [headline_table(sources), PAPER]
+    parts += [part for source, results in sources.items() for part in section(results, source)]
     parts += ["## Missing", missing(records), "## Made with", provenance(records)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def draw(results: Results, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for plot in (plot_arms, plot_mix, plot_targets, plot_reference):
+        with plt.rc_context({"axes.grid": True, "grid.alpha": 0.3, "axes.titlesize": 10}):
+            figure = plot(results)
+        figure.savefig(folder / f"{plot.__name__.removeprefix('plot_')}.png", dpi=120)
+        plt.close(figure)
 
 
 @dataclass(frozen=True)
@@ -757,16 +596,14 @@ class Options:
 
 
 def main(opt: Options) -> None:
-    records = read_results(opt.results)
+    records, out = read_results(opt.results), Path(opt.results).parent
     if not records:
         raise UserError(f"{opt.results}: no results yet: make evidence makes them")
-    out = Path(opt.results).parent
-    (out / "RESULTS.md").write_text(page(records, out / "figures"))
+    (out / "RESULTS.md").write_text(page(records))
+    if (source_A := results_of(records, "A")).runs["constant"]:
+        draw(source_A, out / "figures")
     print(out / "RESULTS.md")
 
 
 if __name__ == "__main__":
-    try:
-        main(configurator.load(Options, sys.argv[1:]))
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    configurator.command(main, Options)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from configurator import UserError
-from data.shards import open_shard, read_meta, sha256, write_meta, write_shard
+from data.shards import SPLITS, open_shard, read_meta, sha256, write_meta, write_shard
 from data.tokenizer import load_tokenizer
 
 STEERING = 4  # one in so many validation tokens steers the mix
@@ -25,47 +25,46 @@ Text = tuple[np.ndarray, float]  # tokens (n,), and UTF-8 bytes a token
 
 
 def build(data: str, out: Path, seq_len: int, windows: int, corrupted_windows: int) -> None:
-    """Write every view of the data set into folders below out, once. Raises UserError; also for views of another."""
+    """Write every view of the data set into folders below out, once. Raises UserError where out holds others."""
     made_of, meta, rng = out / "made_of.json", read_meta(data), np.random.default_rng(0)
     settings = {
         "data": sha256(Path(data, "meta.json")),
         "seq_len": seq_len,
         "windows": [windows, corrupted_windows],
-        "constants": [STEERING, MERGED, NOISE, RUN],
+        "constants": json.loads(json.dumps([STEERING, MERGED, NOISE, RUN])),
     }
     if made_of.exists():
-        if json.loads(made_of.read_text()) != json.loads(json.dumps(settings)):
+        if json.loads(made_of.read_text()) != settings:
             raise UserError(f"{out} was made of other text or with other settings: give another --out")
         return
-    tokenizer, text = load_tokenizer(meta, data), {}
+    plain, heldout, few = {}, {}, {}
     for domain, splits in meta["domains"].items():
-        for split in ("train", "val"):
-            tokens = np.concatenate([open_shard(Path(data, s["file"])) for s in splits[split]["shards"]])
-            text[domain, split] = tokens, splits[split]["bytes"] / max(splits[split]["tokens"], 1)
-    plain, heldout = {}, {}
-    for domain in meta["domains"]:
-        val, density = text[domain, "val"]
+        text = {}
+        for split in SPLITS:
+            part = splits[split]
+            tokens = np.concatenate([open_shard(Path(data, s["file"])) for s in part["shards"]])
+            text[split] = tokens, part["bytes"] / max(part["tokens"], 1)
+        val, density = text["val"]
         cut = len(val) // STEERING
-        plain[domain] = {"train": text[domain, "train"], "val": (val[:cut], density)}
-        heldout[domain] = spread(val[cut:], windows, seq_len + 1), density
-    views = {"plain": plain, "merged": merged(plain), "split": halves(plain)}
-    few = {d: (w[:: max(1, len(w) // corrupted_windows)][:corrupted_windows], b) for d, (w, b) in heldout.items()}
-    views["heldout"] = {d: {"val": (w.ravel(), b)} for d, (w, b) in heldout.items()}
+        plain[domain] = {"train": text["train"], "val": (val[:cut], density)}
+        w = spread(val[cut:], windows, seq_len + 1)
+        heldout[domain] = {"val": (w.ravel(), density)}
+        few[domain] = w[:: max(1, len(w) // corrupted_windows)][:corrupted_windows], density
+    views = {"plain": plain, "merged": merged(plain), "split": halves(plain), "heldout": heldout, "mixed": mixed(few)}
+    tokenizer = load_tokenizer(meta, data)
     for name, corrupt in (("noise", noisy), ("shuffled", shuffled)):
         views[name] = {d: {"val": rewritten(w, corrupt, tokenizer, rng)} for d, (w, _) in few.items()}
-    views["mixed"] = mixed(few)
     for name, domains in views.items():
         write_view(out / name, meta, domains)
-    beside = made_of.with_suffix(".tmp")
-    beside.write_text(json.dumps(settings))
-    beside.replace(made_of)
+    tmp = made_of.with_suffix(".tmp")
+    tmp.write_text(json.dumps(settings))
+    tmp.replace(made_of)
 
 
 def write_view(folder: Path, meta: dict, domains: dict[str, dict[str, Text]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    described = {}
+    described = {domain: {split: {"tokens": 0, "bytes": 0, "shards": []} for split in SPLITS} for domain in domains}
     for domain, splits in domains.items():
-        described[domain] = {split: {"tokens": 0, "bytes": 0, "shards": []} for split in ("train", "val")}
         for split, (tokens, density) in splits.items():
             path = folder / f"{domain}_{split}_000000.bin"
             write_shard(path, tokens, meta["vocab_size"])
@@ -87,10 +86,7 @@ def merged(plain: dict) -> dict:
 
     if not all(domain in plain for pair in MERGED.values() for domain in pair):
         return {}
-    return {
-        name: {split: together([plain[d][split] for d in pair]) for split in ("train", "val")}
-        for name, pair in MERGED.items()
-    }
+    return {name: {s: together([plain[d][s] for d in pair]) for s in SPLITS} for name, pair in MERGED.items()}
 
 
 def halves(plain: dict) -> dict:
