@@ -4,52 +4,111 @@ DDP keeps weights, gradients and both moments of AdamW on every rank: 16 bytes a
 FSDP (torch's fully_shard) splits all of that over the ranks and gathers one block at a time, for its forward and again
 for its backward pass. HSDP splits within a node and copies between nodes, whose network is the slower one.
 
-A mask sample may leave a block dead on one rank and alive on another. DDP looks for what took no part. FSDP's ranks
-must meet at the same gathers and sums, so there a dead block still hands zeros to its gradients (model._TakePart).
+A mask sample may drop a block on one rank and keep it on another. DDP looks for what took no part. FSDP's ranks must
+meet at the same gathers and sums, so there a dropped block still hands zeros to its gradients (model._TakePart).
 """
 
-import hashlib
 import json
 import os
+import signal
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from configurator import UserError
 from model import Llama
 
-
-def mesh_of(kind: str, device: str) -> DeviceMesh:
-    """One axis of all ranks for fsdp; (nodes, ranks of a node) for hsdp."""
-    world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if kind == "fsdp":
-        return init_device_mesh(device, (world,))
-    return init_device_mesh(device, (world // local, local), mesh_dim_names=("replicate", "shard"))
+TIMEOUT = timedelta(seconds=600)  # that a rank waits for the others; then torch ends it with an error
 
 
-def shard(model: Llama, kind: str, device: str, dtype: torch.dtype) -> None:
+@dataclass(frozen=True)
+class Ranks:
+    rank: int
+    world_size: int
+    device: str  # of this rank: cpu, cuda:3
+    kind: str  # ddp | fsdp | hsdp
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def sharded(self) -> bool:
+        return self.world_size > 1 and self.kind != "ddp"
+
+
+def setup(kind: str, device: str) -> Ranks:
+    """Take this process's place among the ranks that torchrun started; alone, it is rank 0 of 1."""
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=TIMEOUT)
+    return Ranks(*position(), device, kind)
+
+
+def position() -> tuple[int, int]:
+    """Rank and number of ranks; (0, 1) alone."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+# ---- the model
+
+
+def shard(model: Llama, ranks: Ranks, dtype: torch.dtype) -> None:
     """Split a model of the meta device over the ranks, block by block; its weights are then to be filled.
 
     dtype: what blocks are gathered and computed in. Sums over ranks, embeddings, head and every share are float32.
     """
-    mesh = mesh_of(kind, device.partition(":")[0])
+    mesh = _mesh(ranks)
     lower = dtype if dtype != torch.float32 else None
     policy = MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.layers:
         block.always_takes_part = True
-        fully_shard(block.to_empty(device=device), mesh=mesh, mp_policy=policy)
+        fully_shard(block.to_empty(device=ranks.device), mesh=mesh, mp_policy=policy)
     for module in (model.embed_tokens, model.norm, model.lm_head):
-        module.to_empty(device=device)
+        module.to_empty(device=ranks.device)
     model.tie()
     fully_shard(model, mesh=mesh)
+
+
+def _mesh(ranks: Ranks) -> DeviceMesh:
+    """One axis of all ranks for fsdp; (nodes, ranks of a node) for hsdp."""
+    device = ranks.device.partition(":")[0]
+    if ranks.kind == "fsdp":
+        return init_device_mesh(device, (ranks.world_size,))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return init_device_mesh(device, (ranks.world_size // local, local), mesh_dim_names=("replicate", "shard"))
+
+
+def wrap(network: nn.Module, ranks: Ranks, find_unused: bool) -> nn.Module:
+    """DDP around the network, or the network itself where there is one rank or it is sharded.
+
+    find_unused: a step may leave out parameters that another rank uses.
+    """
+    if ranks.world_size == 1 or ranks.sharded:
+        return network
+    return DistributedDataParallel(network, find_unused_parameters=find_unused, gradient_as_bucket_view=True)
+
+
+def accumulating(network: nn.Module, ranks: Ranks, is_last: bool) -> AbstractContextManager:
+    """For a forward and backward pass: the ranks add up their gradients after the last one of a step only."""
+    if ranks.sharded:
+        network.set_requires_gradient_sync(is_last)
+    return nullcontext() if is_last or ranks.sharded or ranks.world_size == 1 else network.no_sync()
 
 
 @torch.no_grad()
@@ -65,6 +124,18 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def gather(model: Llama) -> Llama:
+    """The whole model, on the CPU of rank 0; other ranks help and get one whose weights mean nothing."""
+    with torch.device("meta"):
+        gathered = Llama(model.config)
+    gathered.to_empty(device="cpu").tie()
+    for p, share in zip(gathered.parameters(), model.parameters(), strict=True):
+        full = whole(share.detach())
+        if position()[0] == 0:
+            p.data.copy_(full)
+    return gathered
+
+
 def average_over_ranks(grads: list[Tensor], device: str) -> None:
     """In place; the masks' gradients live on the CPU and travel as one tensor of the device, which nccl asks for."""
     flat = torch.cat([g.flatten() for g in grads]).to(device)
@@ -74,9 +145,7 @@ def average_over_ranks(grads: list[Tensor], device: str) -> None:
         g.copy_(part.view_as(g))
 
 
-def position() -> tuple[int, int]:
-    """Rank and number of ranks; (0, 1) alone."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+# ---- what the ranks say to each other, and to the user
 
 
 def exchange(value: object, group: dist.ProcessGroup | None = None) -> list:
@@ -93,11 +162,16 @@ def exchange(value: object, group: dist.ProcessGroup | None = None) -> list:
     return [json.loads(t[: int(n)].numpy().tobytes()) for t, n in zip(texts, sizes, strict=True)]
 
 
-def hash_of_code() -> str:
-    root, digest = Path(__file__).parent, hashlib.sha256()
-    for path in sorted([*root.glob("*.py"), *root.glob("data/*.py"), *root.glob("kernels/*.py")]):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
+def on_main(action: Callable[[], object]) -> None:
+    """Call it on rank 0; a UserError there is raised on every rank."""
+    problem = ""
+    if position()[0] == 0:
+        try:
+            action()
+        except UserError as error:
+            problem = str(error)
+    if problem := exchange(problem)[0]:
+        raise UserError(problem)
 
 
 def versions() -> dict[str, str]:
@@ -105,36 +179,34 @@ def versions() -> dict[str, str]:
 
 
 def refuse_unequal(settings: dict) -> None:
-    """Raises UserError, on every rank, where one has other settings, code or libraries than the first."""
-    of_ranks = exchange({"code of this project": hash_of_code(), **versions(), **settings})
+    """Raises UserError, on every rank, where one has other settings or libraries than rank 0."""
+    of_ranks = exchange(versions() | settings)
     for rank, here in enumerate(of_ranks):
         for name, value in of_ranks[0].items():
-            if here.get(name) != value:
+            if here[name] != value:
                 raise UserError(
-                    f"rank {rank} runs with {name} = {here.get(name)!r}, rank 0 with {value!r}: "
-                    "give every rank the same"
+                    f"rank {rank} runs with {name} = {here[name]!r}, rank 0 with {value!r}: give every rank the same"
                 )
 
 
-def is_first_to_say(message: str) -> bool:
+def first_to_say(message: str) -> bool:
     """Whether no other rank has asked the same before: asked of torchrun's store, which outlives every rank."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return True
-    try:
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
-        return store.add(message, 1) == 1
-    except (RuntimeError, ValueError, KeyError):
-        return True
+    signal.signal(
+        signal.SIGTERM, signal.SIG_IGN
+    )  # torchrun sends it when another rank has ended: this one speaks first
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return store.add(message, 1) == 1
 
 
-def gather(model: Llama) -> Llama:
-    """The whole model, on the CPU of rank 0; other ranks help and get one whose weights mean nothing."""
-    with torch.device("meta"):
-        gathered = Llama(model.config)
-    gathered.to_empty(device="cpu").tie()
-    for p, share in zip(gathered.parameters(), model.parameters(), strict=True):
-        full = whole(share.detach())
-        if dist.get_rank() == 0:
-            p.data.copy_(full)
-    return gathered
+def close(network: nn.Module) -> None:
+    """TODO"""
+    if dist.is_initialized():
+        dist.barrier()
+        if isinstance(network, DistributedDataParallel):
+            network.reducer = network.logger = None
+        dist.destroy_process_group()
+
+
+is_first_to_say = first_to_say  # the old name, until train.py has moved
