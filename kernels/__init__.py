@@ -1,1 +1,1 @@
-"""Fused Triton kernels, one op a file; dispatch.py decides which of them run."""
+"""Fused Triton kernels, one op a file; ops.py decides whether they run, reference.py has the same in PyTorch."""

@@ -13,8 +13,8 @@ where chunks of tokens would read and write the whole (V, D) gradient in every o
 Backward, with g_n the gradient of token n's loss and p the softmax:  dlogits_nv = g_n (p_nv - [v = target(n)]),
 dh = dlogits @ w (summed over the chunks in float32),  dw = dlogits^T @ h.  Exact: no small gradient is left out.
 
-The products are the library's, in the dtype of h; the softmax is float32. Two kernels fuse it, on a GPU; on a CPU the
-same loop runs in plain PyTorch.
+The products are the library's, in the dtype of h; the softmax is float32. Two kernels fuse it. The loop over the chunks
+is reference.chunked_loss: on a CPU it runs with the softmax in plain PyTorch.
 
 Shapes: N tokens, D channels, V vocabulary; v counts it; a chunk starts at `first` and holds C of it.
 """
@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.reference import chunked_loss, loss_per_token
+from kernels.reference import chunked_loss
 from kernels.shared import launch
 
 BLOCK, WARPS = 2048, 8  # logits a step of a program, which walks one token; not tuned on a GPU, from `make kernels`
@@ -70,9 +70,5 @@ def _gradient(logits: Tensor, targets: Tensor, first: int, lse: Tensor, grad: Te
     return dlogits
 
 
-_linear_cross_entropy = chunked_loss("linear_cross_entropy", _fold, _gradient)
-
-
-def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """h (..., D), weight (V, D), targets (...) int64 below V -> cross-entropy of each token in nats (...), float32."""
-    return loss_per_token(_linear_cross_entropy, h, weight, targets)
+# h (..., D), weight (V, D), targets (...) int64 below V -> cross-entropy of each token in nats (...), float32
+linear_cross_entropy = chunked_loss("linear_cross_entropy", _fold, _gradient)

@@ -1,12 +1,11 @@
 """Compile every kernel at real shapes for NVIDIA chips that are not here, and read what the machine code needs.
 
-    make kernels        (python -m kernels.machine_code [markdown])
+    make kernels        (python -m kernels.machine_code)
 
 The kernels' own host code runs, on tensors of the real widths, with a driver that compiles for a named chip and
 launches nothing. For each kernel: registers a thread; bytes of stack and the instructions that spill registers to it;
 shared memory of a block; how many blocks a multiprocessor holds at once, and what sets that number; the tensor-core
-instructions in the code; and the time its bytes and operations take at the chip's peak: none can be faster, and one
-that is bound by memory should come within 20 % of it.
+instructions in the code.
 
 Exits with 1 where a kernel spills, leaves the tensor cores in a matrix product, or outgrows the shared memory.
 """
@@ -24,35 +23,26 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from data.writer import end_with_parent
-from kernels import shared
 from kernels.cases import cases
 from model import LlamaConfig
 from prune import target_config
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-PRODUCTS = {"masked_linear.forward", "masked_linear.dx"}  # they must use the tensor cores
+PRODUCTS = {"masked_linear.product"}  # they must use the tensor cores
 TENSOR_CORE = r"\b(HGMMA|UTC\w*MMA|HMMA)\b"  # wgmma of sm_90, tcgen05 of sm_100, mma of sm_80
 LOCAL_MEMORY = r"\b(STL|LDL)\b"  # stores to and loads from the stack: spills
+# Of every multiprocessor here; a block can have 1 KiB of shared memory less than there is, and costs 1 KiB more.
+THREADS, REGISTERS, BLOCKS = 2048, 65_536, 32
 
 
 @dataclass(frozen=True)
 class Chip:
     name: str
-    flops: float  # bf16, dense, a second
-    bandwidth: float  # of memory, bytes a second
-    shared: int  # bytes a multiprocessor; a block can have 1 KiB less, and costs 1 KiB more than it asks for
-    threads: int = 2048  # a multiprocessor
-    registers: int = 65_536
-    blocks: int = 32
+    shared: int  # bytes a multiprocessor
 
 
-# From NVIDIA's data sheets (A100 SXM 80 GB, H100 SXM, HGX B200) and the tuning guides of Ampere, Hopper and Blackwell.
-CHIPS = {
-    80: Chip("A100", 312e12, 2.04e12, 164 * 1024),
-    90: Chip("H100", 989e12, 3.35e12, 228 * 1024),
-    100: Chip("B200", 2250e12, 8.0e12, 228 * 1024),
-}
+# From the tuning guides of Ampere, Hopper and Blackwell.
+CHIPS = {80: Chip("A100", 164 * 1024), 90: Chip("H100", 228 * 1024), 100: Chip("B200", 228 * 1024)}
 LLAMA_7B = LlamaConfig(32_000, 4096, 11_008, 32, n_heads=32, n_kv_heads=32, head_dim=128)
 LLAMA_1B = target_config(LLAMA_7B, hidden_size=2048, intermediate_size=5504, n_layers=24, n_heads=16)
 QWEN_7B = LlamaConfig(152_064, 3584, 18_944, 28, n_heads=28, n_kv_heads=4, head_dim=128, family="qwen2")
@@ -62,8 +52,7 @@ RUNS = {  # name: source, target
     "1.3B": (LLAMA_1B, None),
     "Qwen2-7B to 1.8B": (QWEN_7B, QWEN_1B),
 }
-BATCH, LENGTH = 4, 4096  # sequences and tokens of a micro-batch; the machine code does not depend on them
-TRACED_TOKENS = 16  # of the run that compiles: few, since PyTorch's part of it computes
+TRACED_TOKENS = 16  # the machine code does not depend on them; few, since PyTorch's part of the run computes
 
 
 class DryDriver:
@@ -71,7 +60,6 @@ class DryDriver:
 
     def __init__(self, arch: int) -> None:
         self.arch, self.utils, self.launched = arch, self, []
-        shared.ON_CPU = True
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.arch, 32)
@@ -86,7 +74,7 @@ class DryDriver:
         return {"max_shared_mem": sys.maxsize}  # too much is for `faults` to say
 
     def load_binary(self, name: str, cubin: bytes, shared: int, device: int) -> tuple:
-        return None, cubin, 0, 0, CHIPS[self.arch].threads // 2
+        return None, cubin, 0, 0, THREADS // 2
 
     def launcher_cls(self, source, metadata):
         name = f"{source.fn.module.split('.')[-1]}.{source.fn.__name__.strip('_').removesuffix('_kernel')}"
@@ -124,20 +112,20 @@ class Code:
         """How many fit on a multiprocessor at once, and what runs out first."""
         a_warp = -(-self.registers * 32 // 256) * 256  # registers are handed out in lots of 256 a warp
         fits = {
-            "registers": chip.registers // (a_warp * self.warps),
+            "registers": REGISTERS // (a_warp * self.warps),
             "shared": chip.shared // (self.shared + 1024),
-            "threads": chip.threads // (32 * self.warps),
-            "blocks": chip.blocks,
+            "threads": THREADS // (32 * self.warps),
+            "blocks": BLOCKS,
         }
         limit = min(fits, key=fits.get)
         return fits[limit], limit
 
 
-def compiled(arch: int) -> dict[tuple[str, str, str], Code]:
-    """(run, layer, kernel): code, of every kernel that the runs launch."""
+def compiled(arch: int, runs: dict = RUNS) -> list[tuple[str, str, str, Code]]:
+    """Kernel, run, layer and code of every kernel that the runs launch; of one with two codes both."""
     driver.set_active(DryDriver(arch))
     codes, known = {}, {}
-    for run, (source, target) in RUNS.items():
+    for run, (source, target) in runs.items():
         for case in cases(source, target, 1, TRACED_TOKENS, torch.bfloat16, "cpu", filled=False):
             driver.active.launched.clear()
             with torch.autocast("cpu", torch.bfloat16):
@@ -147,8 +135,8 @@ def compiled(arch: int) -> dict[tuple[str, str, str], Code]:
             for kernel, *code in driver.active.launched:
                 if code[0] not in known:
                     known[code[0]] = Code.of(*code)
-                codes[run, case.where, kernel] = known[code[0]]
-    return codes
+                codes[kernel, run, case.where, code[0]] = known[code[0]]
+    return [(*key[:3], code) for key, code in codes.items()]
 
 
 def faults(kernel: str, code: Code, chip: Chip) -> list[str]:
@@ -162,36 +150,18 @@ def faults(kernel: str, code: Code, chip: Chip) -> list[str]:
     return found
 
 
-def limit_s(bytes_: float, flops: float, chip: Chip) -> float:
-    return max(bytes_ / chip.bandwidth, flops / chip.flops)
-
-
 def main() -> int:
     problems = []
-    with ProcessPoolExecutor(2, initializer=end_with_parent) as pool:
+    with ProcessPoolExecutor(2) as pool:
         by_arch = dict(zip(CHIPS, pool.map(compiled, CHIPS), strict=True))
-    work = {
-        (run, case.where, kernel): cost
-        for run, models in RUNS.items()
-        for case in cases(*models, BATCH, LENGTH, torch.bfloat16, "cpu", filled=False)
-        for kernel, cost in case.work.items()
-    }
-    print(
-        f"bf16, {BATCH} x {LENGTH} tokens; limit: bytes and operations at the chip's peak; triton {triton.__version__}"
-    )
     for arch, chip in CHIPS.items():
-        print(f"\nsm_{arch} ({chip.name}: {chip.flops / 1e12:.0f} TFLOP/s, {chip.bandwidth / 1e12:.2f} TB/s)")
-        print(
-            f"{'kernel':29} {'run':18} {'layer':9} registers stack  shared    blocks/SM   tensor cores spills    limit"
-        )
-        for (run, layer, kernel), code in by_arch[arch].items():
-            blocks, by = code.blocks(chip)
+        print(f"\nsm_{arch} ({chip.name}), bf16, triton {triton.__version__}")
+        print(f"{'kernel':29} {'run':18} {'layer':10} registers stack  shared    blocks/SM   tensor cores spills")
+        for kernel, run, layer, code in by_arch[arch]:
+            blocks = "{} {}".format(*code.blocks(chip))
             cores = " ".join(f"{n} {name}" for name, n in code.tensor_core.items()) or "-"
-            limit_us = 1e6 * limit_s(*work[run, layer, kernel], chip)
-            print(
-                f"{kernel:29} {run:18} {layer:9} {code.registers:9} {code.stack:5} {code.shared:7} "
-                f"{f'{blocks} {by}':>12} {cores:>14} {code.spills:6} {limit_us:5.0f} us"
-            )
+            numbers = f"{code.registers:9} {code.stack:5} {code.shared:7} {blocks:>12} {cores:>14} {code.spills:6}"
+            print(f"{kernel:29} {run:18} {layer:10} {numbers}")
             problems += [f"sm_{arch} {kernel} ({run}, {layer}): {fault}" for fault in faults(kernel, code, chip)]
     print("", *problems or ["no kernel spills, leaves the tensor cores or outgrows its chip"], sep="\n")
     return 1 if problems else 0

@@ -10,7 +10,7 @@ dgate = dh * up * z * s * (1 + gate * (1 - s)),   dup = dh * z * gate * s,   dz_
 
 Computed in float32, rounded once to the dtype of gate.
 
-Shapes: N tokens, I living channels.
+Shapes: N tokens, I kept channels.
 """
 
 import torch
@@ -18,11 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.shared import launch, require, require_kernel_input, tokens_of
+from kernels.shared import Maybe, check, empty_like, launch, save_inputs
 
 # Not tuned on a GPU; from the table of `make kernels`.
 TOKENS, CHANNELS, WARPS = 4, 256, 4  # of a tile
-TOKENS_A_PROGRAM = 64  # backward: summed into one line of dz
+A_PROGRAM = 64  # backward: tokens that are summed into one line of dz
 
 
 @triton.jit
@@ -39,26 +39,15 @@ def _forward_kernel(gate, up, z, h, N, I, TOKENS: tl.constexpr, CHANNELS: tl.con
 
 @triton.jit
 def _backward_kernel(
-    dh,
-    gate,
-    up,
-    z,
-    dgate,
-    dup,
-    dz_sums,
-    N,
-    I,
-    TOKENS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    TOKENS_A_PROGRAM: tl.constexpr,
+    dh, gate, up, z, dgate, dup, dz_sums, N, I, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, A_PROGRAM: tl.constexpr
 ):
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     scale = tl.full((CHANNELS,), 1.0, tl.float32)
     if z is not None:
         scale = tl.load(z + c, mask=c < I, other=0.0).to(tl.float32)
     dz = tl.zeros((CHANNELS,), tl.float32)
-    for start in range(0, TOKENS_A_PROGRAM, TOKENS):
-        t = (tl.program_id(0) * TOKENS_A_PROGRAM + start + tl.arange(0, TOKENS)).to(tl.int64)
+    for start in range(0, A_PROGRAM, TOKENS):
+        t = (tl.program_id(0) * A_PROGRAM + start + tl.arange(0, TOKENS)).to(tl.int64)
         inside, at = (t < N)[:, None] & (c < I)[None, :], t[:, None] * I + c[None, :]
         g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
         u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
@@ -73,58 +62,22 @@ def _backward_kernel(
 
 
 @torch.library.custom_op("drpruning::masked_swiglu", mutates_args=())
-def _masked_swiglu(gate: Tensor, up: Tensor, z: Tensor | None) -> Tensor:
-    op = "masked_swiglu"
-    require_kernel_input(op, gate=gate, up=up, z=z)
-    same = gate.dim() == 2 and gate.shape == up.shape and gate.dtype == up.dtype
-    require(same, op, "gate and up must have one shape and dtype", gate=gate, up=up)
-    N, I = gate.shape
-    require(z is None or z.shape == (I,), op, f"z must have {I} values", z=z, gate=gate)
-    h = torch.empty_like(gate)
-    grid = (triton.cdiv(N, TOKENS), triton.cdiv(I, CHANNELS))
+def _masked_swiglu(gate: Tensor, up: Tensor, z: Maybe) -> Tensor:
+    (N, I), h = gate.shape, torch.empty_like(gate)
+    check("masked_swiglu", gate.shape == up.shape and (z is None or z.shape == (I,)), gate, up, z)
+    grid = triton.cdiv(N, TOKENS), triton.cdiv(I, CHANNELS)
     launch(_forward_kernel, grid, gate, up, z, h, N, I, TOKENS, CHANNELS, num_warps=WARPS)
     return h
 
 
-@_masked_swiglu.register_fake
-def _(gate, up, z):
-    return torch.empty_like(gate)
-
-
 @torch.library.custom_op("drpruning::masked_swiglu_backward", mutates_args=())
-def _masked_swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    N, I = gate.shape
-    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-    programs = triton.cdiv(N, TOKENS_A_PROGRAM)
-    dz_sums = None if z is None else gate.new_empty((programs, I), dtype=torch.float32)
-    launch(
-        _backward_kernel,
-        (programs, triton.cdiv(I, CHANNELS)),
-        dh,
-        gate,
-        up,
-        z,
-        dgate,
-        dup,
-        dz_sums,
-        N,
-        I,
-        TOKENS,
-        CHANNELS,
-        TOKENS_A_PROGRAM,
-        num_warps=WARPS,
-    )
-    return dgate, dup, gate.new_empty(0) if z is None else dz_sums.sum(0).to(z.dtype)
-
-
-@_masked_swiglu_backward.register_fake
-def _(dh, gate, up, z):
-    dz = gate.new_empty(0) if z is None else torch.empty_like(z)
-    return torch.empty_like(gate), torch.empty_like(up), dz
-
-
-def _setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+def _masked_swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor, z: Maybe) -> tuple[Tensor, Tensor, Tensor]:
+    """dgate, dup and dz (empty without z)."""
+    (N, I), dgate, dup = gate.shape, torch.empty_like(gate), torch.empty_like(up)
+    grid = triton.cdiv(N, A_PROGRAM), triton.cdiv(I, CHANNELS)
+    sums, tile = None if z is None else gate.new_empty((grid[0], I), dtype=torch.float32), (TOKENS, CHANNELS, A_PROGRAM)
+    launch(_backward_kernel, grid, dh, gate, up, z, dgate, dup, sums, N, I, *tile, num_warps=WARPS)
+    return dgate, dup, gate.new_empty(0) if z is None else sums.sum(0).to(z.dtype)
 
 
 def _backward(ctx, dh):
@@ -133,11 +86,11 @@ def _backward(ctx, dh):
     return dgate, dup, None if z is None else dz
 
 
-_masked_swiglu.register_autograd(_backward, setup_context=_setup)
+_masked_swiglu.register_fake(lambda gate, up, z: torch.empty_like(gate))
+_masked_swiglu_backward.register_fake(lambda dh, *inputs: tuple(empty_like(t, dh) for t in inputs))
+_masked_swiglu.register_autograd(_backward, setup_context=save_inputs)
 
 
-def masked_swiglu(gate: Tensor, up: Tensor, z: Tensor | None = None) -> Tensor:
-    """gate, up (..., I) of one dtype, z (I,) or None for all 1 -> (..., I). Raises ValueError."""
-    require(gate.shape == up.shape, "masked_swiglu", "gate and up must have one shape", gate=gate, up=up)
-    h = _masked_swiglu(tokens_of("masked_swiglu", gate), up.flatten(0, -2), z)
-    return h.view(gate.shape)
+def masked_swiglu(gate: Tensor, up: Tensor, z: Maybe = None) -> Tensor:
+    """gate, up (..., I) of one dtype, z (I,) or None for all 1 -> (..., I)."""
+    return _masked_swiglu(gate.flatten(0, -2), up.flatten(0, -2), z).view(gate.shape)

@@ -138,19 +138,16 @@ def _gradient(logits: Tensor, targets: Tensor, first: int, lse: Tensor, grad: Te
 
 
 def chunked_loss(name: str, fold: Callable, gradient: Callable) -> Callable:
-    """A custom op: h (N, D), weight (V, D), targets (N,) -> loss (N,) and logsumexp (N,), float32, with gradients."""
+    """linear_cross_entropy as a custom op, by these two ways to go through a chunk's logits."""
 
     @torch.library.custom_op(f"drpruning::{name}", mutates_args=())
     def forward(h: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """h (N, D), weight (V, D), targets (N,) -> loss (N,) and logsumexp (N,), float32."""
         lse = h.new_full(h.shape[:1], -torch.inf, dtype=torch.float32)
         picked = torch.zeros_like(lse)
         for first, part in _chunks(weight):
             fold(h @ part.t(), targets, first, lse, picked)
         return lse - picked, lse
-
-    @forward.register_fake
-    def _(h, weight, targets):
-        return h.new_empty(h.shape[0], dtype=torch.float32), h.new_empty(h.shape[0], dtype=torch.float32)
 
     @torch.library.custom_op(f"drpruning::{name}_backward", mutates_args=())
     def backward(grad: Tensor, h: Tensor, weight: Tensor, targets: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,29 +158,22 @@ def chunked_loss(name: str, fold: Callable, gradient: Callable) -> Callable:
             torch.mm(dlogits.t(), h, out=dweight[first : first + len(part)])
         return dh.to(h.dtype, copy=True) if dh.dtype != h.dtype else dh, dweight
 
-    @backward.register_fake
-    def _(grad, h, weight, targets, lse):
-        return torch.empty_like(h), torch.empty_like(weight)
-
-    def setup(ctx, inputs, output):
-        ctx.save_for_backward(*inputs, output[1])
-
+    forward.register_fake(lambda h, weight, targets: tuple(h.new_empty(len(h), dtype=torch.float32) for _ in range(2)))
+    backward.register_fake(lambda grad, h, weight, targets, lse: (torch.empty_like(h), torch.empty_like(weight)))
     forward.register_autograd(
-        lambda ctx, grad, _: (*backward(grad.contiguous(), *ctx.saved_tensors), None), setup_context=setup
+        lambda ctx, grad, _: (*backward(grad.contiguous(), *ctx.saved_tensors), None),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, output[1]),
     )
-    return forward
+
+    def loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        if targets.shape != h.shape[:-1]:
+            raise ValueError(f"linear_cross_entropy: targets {tuple(targets.shape)} for h {tuple(h.shape)}")
+        dtype = compute_dtype(h)
+        return forward(h.flatten(0, -2).to(dtype), weight.to(dtype), targets.flatten())[0].view(targets.shape)
+
+    loss.__name__ = name
+    return loss
 
 
-def loss_per_token(op: Callable, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """An op of chunked_loss on h (..., D) and targets (...), in the compute dtype."""
-    dtype = compute_dtype(h)
-    loss, _ = op(h.flatten(0, -2).to(dtype), weight.to(dtype), targets.flatten())
-    return loss.view(targets.shape)
-
-
-_linear_cross_entropy = chunked_loss("linear_cross_entropy_reference", _fold, _gradient)
-
-
-def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """h (..., D), weight (V, D), targets (...) int64 below V -> cross-entropy of each token in nats (...), float32."""
-    return loss_per_token(_linear_cross_entropy, h, weight, targets)
+# h (..., D), weight (V, D), targets (...) int64 below V -> cross-entropy of each token in nats (...), float32
+linear_cross_entropy = chunked_loss("linear_cross_entropy_reference", _fold, _gradient)

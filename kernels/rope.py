@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.shared import launch, require, require_kernel_input
+from kernels.shared import check, launch
 
 WARPS = 4  # one program a token, all heads; not tuned on a GPU, from the table of `make kernels`
 
@@ -33,19 +33,7 @@ def _rotate_heads(x, y, cos, sin, first, heads, c, HALF, HEADS: tl.constexpr):
 
 @triton.jit
 def _rotate_kernel(
-    q,
-    k,
-    cos,
-    sin,
-    q_out,
-    k_out,
-    T,
-    h,
-    g,
-    HALF,
-    Q_HEADS: tl.constexpr,
-    K_HEADS: tl.constexpr,
-    PAIRS: tl.constexpr,
+    q, k, cos, sin, q_out, k_out, T, h, g, HALF, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, PAIRS: tl.constexpr
 ):
     token = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, PAIRS)
@@ -58,44 +46,12 @@ def _rotate_kernel(
 
 @torch.library.custom_op("drpruning::rope", mutates_args=())
 def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    op = "rope"
-    require_kernel_input(op, q=q, k=k, cos=cos, sin=sin)
-    fits = q.dim() == 4 and k.dim() == 4 and (*q.shape[:2], q.shape[3]) == (*k.shape[:2], k.shape[3])
-    require(fits, op, "q and k must be (B, T, heads, K), alike but for the heads", q=q, k=k)
-    require(q.shape[3] % 2 == 0, op, "K must be even: channels turn in pairs", q=q, k=k)
     (B, T, h, K), g = q.shape, k.shape[2]
-    tables = cos.dtype == sin.dtype == torch.float32 and cos.shape == sin.shape == (T, K // 2)
-    require(tables, op, f"cos and sin must be ({T}, {K // 2}) float32", cos=cos, sin=sin, q=q)
+    check("rope", k.shape == (B, T, g, K) and cos.shape == sin.shape == (T, K // 2) and K % 2 == 0, q, k, cos, sin)
     q_out, k_out = torch.empty_like(q), torch.empty_like(k)
-    power = triton.next_power_of_2
-    launch(
-        _rotate_kernel,
-        (B * T,),
-        q,
-        k,
-        cos,
-        sin,
-        q_out,
-        k_out,
-        T,
-        h,
-        g,
-        K // 2,
-        power(h),
-        power(g),
-        power(K // 2),
-        num_warps=WARPS,
-    )
+    tile = [triton.next_power_of_2(n) for n in (h, g, K // 2)]
+    launch(_rotate_kernel, (B * T,), q, k, cos, sin, q_out, k_out, T, h, g, K // 2, *tile, num_warps=WARPS)
     return q_out, k_out
-
-
-@_rope.register_fake
-def _(q, k, cos, sin):
-    return torch.empty_like(q), torch.empty_like(k)
-
-
-def _setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[2:])
 
 
 def _backward(ctx, dq, dk):
@@ -103,9 +59,10 @@ def _backward(ctx, dq, dk):
     return *_rope(dq.contiguous(), dk.contiguous(), cos, -sin), None, None
 
 
-_rope.register_autograd(_backward, setup_context=_setup)
+_rope.register_fake(lambda q, k, cos, sin: (torch.empty_like(q), torch.empty_like(k)))
+_rope.register_autograd(_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[2:]))
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """q (B, T, h, K), k (B, T, g, K), cos and sin (T, K/2) float32 -> both, rotated. Raises ValueError."""
+    """q (B, T, h, K), k (B, T, g, K), cos and sin (T, K/2) float32 -> both, rotated."""
     return _rope(q, k, cos, sin)
