@@ -10,7 +10,7 @@ between train and validation. A record without usable text is reported with file
 
 The bytes written depend on the records and their order alone, not on the number of processes. A run that was stopped
 goes on with the same command and writes the same bytes: every 30 s the tokens so far are brought to the disk, and then
-the file `unfinished` says how many tokens and records they are. meta.json comes last, so a folder with one is complete.
+the file `unfinished` says how many tokens and records they are. meta.json comes last: a folder with one is complete.
 Each process holds a few chunks of text in memory. The filter of repeats holds about 100 bytes a document.
 """
 
@@ -25,16 +25,15 @@ import os
 import signal
 import sys
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow
@@ -44,32 +43,18 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import configurator
 from configurator import UserError
-from data.shards import (
-    DOMAIN,
-    HEADER_BYTES,
-    SPLITS,
-    check_shard,
-    header,
-    read_json,
-    read_meta,
-    sha256,
-    shard_files,
-    token_dtype,
-    write_meta,
-)
-from data.tokenizer import Tiktoken, install_tokenizer, kind_of, load_tokenizer, open_tokenizer, train_tokenizer
+from data.shards import DOMAIN, HEADER_BYTES, SPLITS, header, read_json, sha256, shard_files, token_dtype, write_meta
+from data.tokenizer import install_tokenizer, load_tokenizer, train_tokenizer
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.bz2", ".jsonl.zst", ".json.gz", ".json.zst", ".parquet")  # read in a folder
 MAX_RECORD_BYTES = 1 << 26  # a longer line is no document but damage
 CHUNK_CHARS = 1 << 19  # about half a second of work for one process
-RECORD_CHARS = 16  # what even an empty record counts: a file of line ends fills chunks, too
 PARQUET_ROWS = 16  # read at once: a few bytes of Parquet can stand for many copies of a long text
 CHECKPOINT_S = 30.0  # what a stop costs at most
 REPORTED = 20  # bad records printed per source; all are counted
-TOKENIZER_CHARS = 24_000_000  # a trained tokenizer sees so many: an equal share of each domain, from its start
+TOKENIZER_CHARS = 24_000_000  # a tokenizer is trained on so many: an equal share of each domain, from its start
 UNFINISHED = "unfinished"  # settings and progress, as long as a folder is not complete
-DIGESTS = "unfinished.digests"  # 8 bytes of the sha256 of each document so far
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
+DIGESTS = "unfinished.digests"  # 64 bits of the sha256 of each document so far
 
 
 @dataclass(frozen=True)
@@ -78,66 +63,35 @@ class Config:
     tokenizer: str = ""  # a sentencepiece .model, a file of tiktoken ranks, a tokenizer.json, tiktoken:NAME, or train
     bos: str = ""  # token that starts a document, by name (tokenizer.json only)
     eos: str = ""  # end-of-text token, by name (tokenizer.json only)
-    preset: str = ""  # slimpajama (7 sources of English, any folders) or culturax (8 languages, a folder for each)
+    preset: str = ""  # slimpajama (7 domains, mixed in any files) or culturax (8 languages, a folder for each)
     stream: str = ""  # data set of this name on the Hugging Face hub, in place of files (needs `datasets`)
-    revision: str = ""  # of the data set on the hub; empty: what is there at the time
-    domains: tuple[str, ...] = ()  # of the preset, in this order; empty: all
+    revision: str = ""  # revision of that data set; empty: what is there at the time
+    domains: tuple[str, ...] = ()  # domains of the preset, in this order; empty: all
     vocab_size: int = 32_000  # pieces of a trained tokenizer
-    val_fraction: float = 0.01  # share of the documents that becomes validation data
-    shard_tokens: int = 1 << 26  # tokens of a full shard (128 MiB in uint16)
+    val_fraction: float = 0.01  # share of the documents that becomes validation data, between 0 and 1
+    shard_tokens: int = 1 << 26  # tokens of a full shard (128 MiB in uint16), at most 2**31 - 1
     max_tokens: int = 0  # training tokens after which a domain takes no more documents; 0: no limit
     dedup: bool = True  # leave out repeated documents, across all domains (a preset's makers have done it)
-    processes: int = os.cpu_count() or 1  # that encode; their number changes no byte
+    processes: int = os.cpu_count() or 1  # processes that encode; their number changes no byte
     force: bool = False  # replace the data set that is in the folder
 
 
 class Preset(NamedTuple):
     hub: str
     ratios: dict[str, float]  # initial share of each domain in a batch
-    names: dict[str, str] | None  # domain by a record's meta.redpajama_set_name; None: a folder for each domain
-    dedup: bool = False
+    names: dict[str, str] | None = None  # a record's meta.redpajama_set_name: domain. None: a folder for each domain
 
 
-# CulturaX (Nguyen et al. 2024), billions of tokens: rare languages get more than their share of the text
-CULTURAX_B = {
-    "en": 2846.97,
-    "ru": 737.20,
-    "zh": 227.06,
-    "ja": 107.87,
-    "ar": 69.35,
-    "tr": 64.29,
-    "ko": 24.77,
-    "th": 15.72,
-}
-CULTURAX_POWER = 0.3
-
+NAMES = ("CommonCrawl", "Github", "Book", "StackExchange", "Wikipedia", "ArXiv", "C4")
+RATIOS = {"cc": 0.67, "github": 0.045, "book": 0.045, "stackexchange": 0.02, "wiki": 0.045, "arxiv": 0.025, "c4": 0.15}
+TOKENS_B = {"en": 2846.97, "ru": 737.2, "zh": 227.06, "ja": 107.87, "ar": 69.35, "tr": 64.29, "ko": 24.77, "th": 15.72}
 PRESETS = {
-    "slimpajama": Preset(  # Soboleva et al. 2023; ratios of Sheared LLaMA (Xia et al. 2024)
-        "cerebras/SlimPajama-627B",
-        {
-            "cc": 0.67,
-            "github": 0.045,
-            "book": 0.045,
-            "stackexchange": 0.02,
-            "wiki": 0.045,
-            "arxiv": 0.025,
-            "c4": 0.15,
-        },
-        {
-            "RedPajamaCommonCrawl": "cc",
-            "RedPajamaGithub": "github",
-            "RedPajamaBook": "book",
-            "RedPajamaStackExchange": "stackexchange",
-            "RedPajamaWikipedia": "wiki",
-            "RedPajamaArXiv": "arxiv",
-            "RedPajamaC4": "c4",
-        },
+    # Soboleva et al. 2023; ratios of Sheared LLaMA (Xia et al. 2024), after LLaMA
+    "slimpajama": Preset(
+        "cerebras/SlimPajama-627B", RATIOS, {f"RedPajama{n}": domain for n, domain in zip(NAMES, RATIOS, strict=True)}
     ),
-    "culturax": Preset(
-        "uonlp/CulturaX",
-        {language: tokens_b**CULTURAX_POWER for language, tokens_b in CULTURAX_B.items()},
-        None,
-    ),
+    # Nguyen et al. 2024; the power gives rare languages more than their share of the text
+    "culturax": Preset("uonlp/CulturaX", {language: n**0.3 for language, n in TOKENS_B.items()}),
 }
 
 
@@ -145,148 +99,94 @@ PRESETS = {
 
 
 class Source(NamedTuple):
-    """Records in an order that never changes."""
-
     name: str
-    records: Callable[[], Iterator]  # a JSON line as bytes, a Parquet row as a dict, or the text itself
-    domain: str | None = None  # of all its records; None: each says its own
+    records: Callable[[], Iterator]  # lines as bytes, rows as dicts, or texts; their order never changes
+    domain: str | None  # of all its records; None: each says its own
 
 
 def sources_of(cfg: Config, words: tuple[str, ...]) -> tuple[tuple[str, ...], list[Source], dict]:
-    """The domains, their sources, and what identifies those for going on after a stop. Raises UserError."""
-    if not cfg.preset:
-        pairs = [word.partition("=")[::2] for word in words]
-        if not pairs or not all(path and DOMAIN.fullmatch(domain) for domain, path in pairs):
-            raise UserError(
-                f"{' '.join(words) or 'no input'}: expected domain=path ... (names of letters, digits, '_', '.', '-') "
-                f"or --preset={'|'.join(PRESETS)}"
-            )
-        domains = tuple(dict.fromkeys(domain for domain, _ in pairs))
-        return domains, *file_sources(sorted(pairs, key=lambda pair: domains.index(pair[0])))
-    preset = PRESETS.get(cfg.preset)
-    if not preset or (unknown := set(cfg.domains) - set(preset.ratios)):
-        what = f"--preset={cfg.preset}" if not preset else f"--domains: {', '.join(unknown)}"
-        raise UserError(f"{what}: expected one of {', '.join(preset.ratios if preset else PRESETS)}")
-    if bool(words) == bool(cfg.stream):
-        raise UserError(f"--preset={cfg.preset}: give the folder of a local copy or --stream={preset.hub}")
-    domains = cfg.domains or tuple(preset.ratios)
-    if cfg.stream:
-        parts = [None] if preset.names else domains
-        sources = [source for part in parts for source in hub_sources(cfg.stream, cfg.revision or None, part)]
-        return domains, sources, {"hub": cfg.stream, "revision": cfg.revision, "files": len(sources)}
-    if preset.names:
-        return domains, *file_sources([(None, word) for word in words])
-    return domains, *file_sources([(domain, os.path.join(word, domain)) for domain in domains for word in words])
-
-
-def file_sources(pairs: list[tuple[str | None, str]]) -> tuple[list[Source], dict]:
-    """The files behind (domain, path) pairs; and a fingerprint, in which a file is its folder's name, name and size."""
-    found = [(domain, path) for domain, name in pairs for path in files_of(name)]
-    sizes = [path.stat().st_size for _, path in found]
-    listed = "".join(
-        f"{domain} {path.parent.name}/{path.name} {size}\n" for (domain, path), size in zip(found, sizes, strict=True)
-    )
-    columns = [["text"] if domain else ["text", "meta"] for domain, _ in found]
-    sources = [Source(str(p), partial(records_of, p, c), d) for (d, p), c in zip(found, columns, strict=True)]
-    return sources, {"files": len(found), "bytes": sum(sizes), "sha256": digest_of(listed).hex()}
-
-
-def files_of(name: str) -> list[Path]:
-    """The file, the files that match the pattern, or those in the folder and below it, in sorted order."""
-    if os.path.isdir(name):
-        inside = sorted(Path(name).rglob("*"))
-        files = [p for p in inside if p.name.endswith(SUFFIXES) and "/." not in f"/{p.relative_to(name)}"]
+    """The domains, their sources, and what identifies those. Raises UserError."""
+    if preset := PRESETS.get(cfg.preset):
+        domains = cfg.domains or tuple(preset.ratios)
+        parts = (None,) if preset.names else domains
+        pairs = [(part, os.path.join(word, part or "")) for part in parts for word in words]
+        good = set(domains) <= set(preset.ratios) and bool(words) != bool(cfg.stream)
     else:
-        files = [Path(path) for path in ([name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True)))]
-    if not files or not all(path.is_file() for path in files):
-        raise UserError(f"{name}: no such file: give a file, a pattern or a folder of *{', *'.join(SUFFIXES)}")
+        pairs = [word.partition("=")[::2] for word in words]
+        domains = tuple(dict.fromkeys(domain for domain, _ in pairs))
+        pairs.sort(key=lambda pair: domains.index(pair[0]))
+        good = pairs and not (cfg.preset or cfg.stream) and all(p and DOMAIN.fullmatch(d) for d, p in pairs)
+    if not good:
+        presets = "; ".join(f"{name} ({', '.join(p.ratios)}; stream {p.hub})" for name, p in PRESETS.items())
+        raise UserError(f"expected domain=path ..., or a preset with its folder or --stream; presets are {presets}")
+    if cfg.stream:
+        sources = [source for part in parts for source in streamed(cfg, part)]
+        return domains, sources, {"hub": cfg.stream, "revision": cfg.revision, "files": len(sources)}
+    found = [(domain, file) for domain, path in pairs for file in files_of(path)]
+    listed = "".join(f"{domain} {file.parent.name}/{file.name} {file.stat().st_size}\n" for domain, file in found)
+    sources = [Source(str(f), partial(read, f, ["text"] if d else ["text", "meta"]), d) for d, f in found]
+    return domains, sources, {"files": len(found), "sha256": digest_of(listed).hex()}
+
+
+def files_of(path: str) -> list[Path]:
+    """The file, the files that match the pattern, or those in the folder and below it, in sorted order."""
+    if os.path.isdir(path):
+        files = sorted(file for file in Path(path).rglob("*") if file.name.endswith(SUFFIXES))
+    else:
+        files = [Path(name) for name in ([path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True)))]
+    if not files or not all(file.is_file() for file in files):
+        raise UserError(f"{path}: no such file: give a file, a pattern or a folder of *{', *'.join(SUFFIXES)}")
     return files
 
 
-def records_of(path: Path, columns: list[str]) -> Iterator[bytes | dict]:
-    """The lines or rows of a file. Raises UserError when it is damaged or cut off."""
+def read(path: Path, columns: list[str]) -> Iterator[bytes | dict]:
+    """Rows, or lines without their ends. A line over MAX_RECORD_BYTES is cut after one byte more. Raises UserError."""
     try:
         if path.suffix == ".parquet":
             with pyarrow.parquet.ParquetFile(path) as file:
-                if missing := [name for name in columns if name not in file.schema_arrow.names]:
-                    raise UserError(f"{path}: has no column {missing[0]!r}, but {', '.join(file.schema_arrow.names)}")
                 for batch in file.iter_batches(PARQUET_ROWS, columns=columns):
-                    yield from rows_of(batch)
-        else:
-            with io.BufferedReader(pyarrow.input_stream(str(path)), 1 << 16) as file:
-                yield from lines_of(file)
-    except (OSError, pyarrow.ArrowException) as error:
+                    yield from batch.to_pylist()
+            return
+        with io.BufferedReader(pyarrow.input_stream(str(path)), 1 << 16) as file:
+            while line := file.readline(MAX_RECORD_BYTES + 1):
+                yield line.removesuffix(b"\n")
+                while len(line) > MAX_RECORD_BYTES and not line.endswith(b"\n"):
+                    line = file.readline(MAX_RECORD_BYTES + 1)
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: cannot be read to its end ({error}): get the file again") from None
 
 
-def lines_of(file: io.BufferedReader) -> Iterator[bytes]:
-    """Lines without their ends; a line over MAX_RECORD_BYTES is cut after one byte more."""
-    while line := file.readline(MAX_RECORD_BYTES + 1):
-        yield line.removesuffix(b"\n")
-        while len(line) > MAX_RECORD_BYTES and not line.endswith(b"\n"):  # pass over the rest of it
-            line = file.readline(MAX_RECORD_BYTES + 1)
-
-
-def rows_of(batch: pyarrow.RecordBatch) -> Iterator[dict | bytes]:
-    for i in range(batch.num_rows):
-        try:
-            yield {name: batch[name][i].as_py() for name in batch.schema.names}
-        except UnicodeDecodeError as error:
-            yield error.object  # invalid as a line, too
-
-
-def hub_sources(name: str, revision: str | None, part: str | None) -> list[Source]:
+def streamed(cfg: Config, part: str | None) -> list[Source]:
     """The train split of a data set on the hub (or of a local copy of one), a source for each of its files."""
-    try:
-        import datasets  # noqa: PLC0415 - needed for streaming alone
-    except ImportError:
-        raise UserError("--stream needs a package more: pip install datasets==4.4.1") from None
-    where = f"{name}, {part}" if part else name
-    try:
-        stream = datasets.load_dataset(name, part, split="train", streaming=True, revision=revision)
-        n = stream.num_shards
-    except (OSError, ValueError, RuntimeError) as error:  # what the library and those below it raise
-        raise UserError(f"{where}: cannot be streamed ({error!r}): check name, network and access") from None
-    return [Source(f"{where}, file {i + 1} of {n}", partial(streamed, stream, n, i, where), part) for i in range(n)]
+    import datasets  # noqa: PLC0415 - an optional package: pip install datasets==4.4.1
+
+    stream = datasets.load_dataset(cfg.stream, part, split="train", streaming=True, revision=cfg.revision or None)
+    n, name = stream.num_shards, f"{cfg.stream} {part or ''}"
+    return [Source(f"{name} file {i + 1} of {n}", partial(stream.shard, n, i), part) for i in range(n)]
 
 
-def streamed(stream, n: int, i: int, where: str) -> Iterator[dict]:
-    try:
-        yield from stream.shard(num_shards=n, index=i)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{where}: the stream broke in file {i + 1} ({error!r}): run again, it goes on here") from None
+# ---- records to tokens, in several processes
 
 
-# ---- records to documents and tokens
-
-
-def parse(record: bytes | dict | str, preset: str) -> tuple[str | None, str]:
-    """(domain, text) of a record; the domain is None where its source knows it. ValueError says why there is none."""
+def domain_and_text(record: bytes | dict | str, source_domain: str | None, preset: str) -> tuple[str, str]:
+    """What is in a record. ValueError or RecursionError says why nothing is."""
     if isinstance(record, str):
-        return None, record
-    value = json_of(record) if isinstance(record, bytes) else record
-    text = value.get("text") if isinstance(value, dict) else None
-    if not isinstance(text, str):
-        raise ValueError('expected an object with a string "text"')
-    if not text.strip():
-        raise ValueError("empty text")
-    text.encode()  # a UnicodeEncodeError, for half of a surrogate pair, is a ValueError
-    if not preset or not (names := PRESETS[preset].names):
-        return None, text
-    meta = value.get("meta")
-    name = meta.get("redpajama_set_name") if isinstance(meta, dict) else None
-    if name not in tuple(names):
-        raise ValueError(f"meta.redpajama_set_name {str(name)[:40]!r}: expected one of {', '.join(names)}")
+        return source_domain, record
+    if isinstance(record, bytes):
+        if len(record) > MAX_RECORD_BYTES:
+            raise ValueError(f"a line of over {MAX_RECORD_BYTES:,} bytes")
+        record = json.loads(record.decode())
+    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError('expected an object with a "text" that is not empty')
+    text.encode()  # half of a surrogate pair is a ValueError
+    if source_domain:
+        return source_domain, text
+    meta, names = record.get("meta"), PRESETS[preset].names
+    name = str(meta.get("redpajama_set_name") if isinstance(meta, dict) else None)
+    if name not in names:
+        raise ValueError(f"meta.redpajama_set_name is {name[:40]!r}, expected one of {', '.join(names)}")
     return names[name], text
-
-
-def json_of(line: bytes) -> object:
-    if len(line) > MAX_RECORD_BYTES:
-        raise ValueError(f"a line of over {MAX_RECORD_BYTES:,} bytes")
-    try:
-        return json.loads(line.decode())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"invalid JSON: {error}") from None
 
 
 def digest_of(text: str) -> bytes:
@@ -298,163 +198,197 @@ def split_of(digest: bytes, val_fraction: float) -> str:
     return "val" if int.from_bytes(digest[:4], "big") / 2**32 < val_fraction else "train"
 
 
-def training_share(texts: Iterable[str], n_chars: int, val_fraction: float) -> Iterator[str]:
-    """The first `n_chars` characters of the train split: what a tokenizer is trained on."""
-    for text in texts:
-        if n_chars <= 0:
-            return
-        if split_of(digest_of(text), val_fraction) == "train":
-            yield text[:n_chars]
-            n_chars -= len(text)
-
-
 class Chunk(NamedTuple):
     source: int
     first: int  # records of the source before this chunk
     records: list
-    domain: str | None
-
-
-class Document(NamedTuple):
-    """What becomes of a record: tokens, or the problem that it has."""
-
-    number: int  # in its source, from 1
-    domain: str | None
-    problem: str = ""
-    split: str = ""
-    digest: int = 0
-    n_bytes: int = 0
-    tokens_N: np.ndarray | None = None
-
-
-_worker: dict = {}  # what encode() needs, loaded once a process
-
-
-def load_worker(folder: str, spec: dict, preset: str, val_fraction: float) -> None:
-    _worker.update(tokenizer=load_tokenizer(spec, folder), preset=preset, val_fraction=val_fraction)
-
-
-def start_worker(*what) -> None:
-    end_with_parent()
-    load_worker(*what)
-
-
-def end_with_parent() -> None:
-    """Called in a pool's process: Linux kills it when its parent is gone. It would wait for work for ever."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def encode(chunk: Chunk, wanted: set[str]) -> list[Document]:
-    """The documents of a chunk that belong to these domains, each as BOS + text."""
-    tokenizer, documents = _worker["tokenizer"], []
-    dtype = token_dtype(tokenizer.vocab_size)
-    for number, record in enumerate(chunk.records, chunk.first + 1):
-        domain = chunk.domain
-        try:
-            named, text = parse(record, _worker["preset"])
-            domain = domain or named
-            if domain not in wanted:
-                continue
-            ids = tokenizer.encode(text)
-        except ValueError as error:
-            documents.append(Document(number, domain, str(error)))
-            continue
-        tokens_N = np.empty(len(ids) + 1, dtype)
-        tokens_N[0], tokens_N[1:] = tokenizer.bos, ids
-        digest = digest_of(text)
-        split, short = split_of(digest, _worker["val_fraction"]), int.from_bytes(digest[8:16], "big")
-        documents.append(Document(number, domain, "", split, short, len(text.encode()), tokens_N))
-    return documents
+    domain: str | None  # of the source
+    wanted: frozenset[str]  # domains that were not full when the chunk was read
 
 
 def chunks_of(sources: list[Source], at: int, record: int, wanted: set[str]) -> Iterator[Chunk]:
     """The records after `record` of source number `at`, in order, in chunks of about CHUNK_CHARS."""
     for s, source in enumerate(sources[at:], at):
         first, waiting, n_chars = record if s == at else 0, [], 0
-        if source.domain and source.domain not in wanted:
-            continue
-        for item in tqdm(
-            islice(source.records(), first, None), desc=source.name, unit=" records", disable=None, leave=False
-        ):
+        bar = partial(tqdm, desc=source.name, unit=" records", disable=None, leave=False)
+        for item in bar(islice(source.records(), first, None)):
+            if source.domain and source.domain not in wanted:
+                break
             waiting.append(item)
             text = item.get("text") if isinstance(item, dict) else item
-            n_chars += RECORD_CHARS + (len(text) if isinstance(text, str | bytes) else 0)
+            n_chars += 16 + (len(text) if isinstance(text, str | bytes) else 0)  # many empty records are a chunk, too
             if n_chars >= CHUNK_CHARS:
-                yield Chunk(s, first, waiting, source.domain)
+                yield Chunk(s, first, waiting, source.domain, frozenset(wanted))
                 first, waiting, n_chars = first + len(waiting), [], 0
-                if not wanted or (source.domain and source.domain not in wanted):
-                    break
         if waiting:
-            yield Chunk(s, first, waiting, source.domain)
+            yield Chunk(s, first, waiting, source.domain, frozenset(wanted))
 
 
-def encoded(chunks: Iterator[Chunk], wanted: set[str], processes: int, *what) -> Iterator[tuple[Chunk, list[Document]]]:
-    """Every chunk with its documents, in order. At most 4 chunks a process are read in advance."""
+tokenizer_of = cache(lambda folder, spec: load_tokenizer(json.loads(spec), folder))  # loaded once a process
+
+
+def encode(chunk: Chunk, folder: str, spec: str, cfg: Config) -> list[tuple]:
+    """(number, domain, problem, split, digest, bytes, tokens) of the records in a chunk; where problem, no more."""
+    tokenizer, found = tokenizer_of(folder, spec), []
+    for number, record in enumerate(chunk.records, chunk.first + 1):
+        domain = chunk.domain
+        try:
+            domain, text = domain_and_text(record, domain, cfg.preset)
+            if domain not in chunk.wanted:
+                continue
+            ids = tokenizer.encode(text)
+        except (ValueError, RecursionError) as error:
+            found.append((number, domain, str(error), "", 0, 0, None))
+            continue
+        tokens_N = np.empty(len(ids) + 1, token_dtype(tokenizer.vocab_size))
+        tokens_N[0], tokens_N[1:] = tokenizer.bos, ids
+        digest = digest_of(text)
+        split, short = split_of(digest, cfg.val_fraction), int.from_bytes(digest[8:16], "big")
+        found.append((number, domain, "", split, short, len(text.encode()), tokens_N))
+    return found
+
+
+def in_order(function: Callable, chunks: Iterator[Chunk], processes: int) -> Iterator[tuple[Chunk, object]]:
+    """Every chunk with its result, in order. At most 4 chunks a process are read in advance."""
     if processes == 1:
-        load_worker(*what)
-        yield from ((chunk, encode(chunk, wanted)) for chunk in chunks)
+        yield from ((chunk, function(chunk)) for chunk in chunks)
         return
     context = multiprocessing.get_context("spawn")  # fork and threads do not go together
-    with ProcessPoolExecutor(processes, context, start_worker, what) as pool:
-        begun = ((chunk, pool.submit(encode, chunk, set(wanted))) for chunk in chunks)
+    with ProcessPoolExecutor(processes, context, end_with_parent) as pool:
+        begun = ((chunk, pool.submit(function, chunk)) for chunk in chunks)
         waiting = deque(islice(begun, 4 * processes))
-        try:
-            while waiting:
-                chunk, documents = waiting.popleft()
-                yield chunk, documents.result()
-                waiting.extend(islice(begun, 1))
-        except BrokenProcessPool:
-            raise UserError("a process was ended from outside (memory?): run again, with fewer --processes") from None
+        while waiting:
+            chunk, result = waiting.popleft()
+            yield chunk, result.result()
+            waiting.extend(islice(begun, 1))
 
 
-# ---- the folder
+def end_with_parent() -> None:
+    """For a process of a pool: Linux kills it when its parent is gone. It would wait for work for ever."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if not multiprocessing.parent_process().is_alive():  # gone before this call
+        signal.raise_signal(signal.SIGKILL)
 
 
-class Shards:
-    """One split of one domain, in shards of shard_tokens. The open one has no header until it is full.
+# ---- tokens to shards
 
-    part: its entry in meta.json. What it says at a checkpoint is on the disk, and all after that is written again.
+
+def take(found: list[tuple], name: str, cfg: Config, progress: dict, wanted: set, seen: set, digests: BinaryIO) -> dict:
+    """The tokens that go into the data set, by (domain, split). Counts documents, repeats and bad records."""
+    taken, domains, n_bad = defaultdict(list), progress["domains"], progress["bad_records"]
+    for number, domain, problem, split, digest, n_bytes, tokens_N in found:
+        if domain and domain not in wanted:
+            continue
+        if problem:
+            n_bad[name] = n_bad.get(name, 0) + 1
+            if n_bad[name] <= REPORTED:
+                tqdm.write(f"{name}:{number}: {problem}", file=sys.stderr)
+        elif digest in seen:
+            domains[domain]["duplicates"] += 1
+        else:
+            if cfg.dedup:
+                seen.add(digest)
+                digests.write(digest.to_bytes(8, "little"))
+            for what, n in (("tokens", len(tokens_N)), ("bytes", n_bytes), ("documents", 1)):
+                domains[domain][split][what] += n
+            taken[domain, split].append(tokens_N)
+            if 0 < cfg.max_tokens <= domains[domain]["train"]["tokens"]:
+                wanted.remove(domain)
+    return taken
+
+
+def append(folder: Path, name: str, shards: list[dict], tokens_N: np.ndarray, shard_tokens: int, vocab: int) -> None:
+    """Write behind the tokens of the last shard, or into a new one. An open shard has no checksum yet."""
+    while len(tokens_N):
+        if not shards or "sha256" in shards[-1]:
+            shards.append({"file": f"{name}_{len(shards):06d}.bin", "tokens": 0})
+        n = shards[-1]["tokens"]
+        here_N, tokens_N = np.split(tokens_N, [shard_tokens - n])
+        with open(folder / shards[-1]["file"], "r+b" if n else "wb") as file:
+            file.seek(HEADER_BYTES + n * tokens_N.itemsize)  # behind it may lie what was written before a stop
+            file.write(here_N.tobytes())
+        shards[-1]["tokens"] += len(here_N)
+        if shards[-1]["tokens"] == shard_tokens:
+            seal(folder, shards[-1], vocab)
+
+
+def seal(folder: Path, shard: dict, vocab_size: int) -> None:
+    with open(folder / shard["file"], "r+b") as file:
+        file.write(header(shard["tokens"], vocab_size))
+        file.truncate(HEADER_BYTES + shard["tokens"] * token_dtype(vocab_size).itemsize)
+    shard["sha256"] = sha256(folder / shard["file"])
+
+
+def save(folder: Path, settings: dict, progress: dict) -> None:
+    tmp = folder / f"{UNFINISHED}.tmp"
+    tmp.write_text(json.dumps({"settings": settings, "progress": progress}))
+    os.sync()  # the progress counts once all that it counts is on the disk
+    os.replace(tmp, folder / UNFINISHED)
+
+
+def write(cfg: Config, settings: dict, sources: list[Source], progress: dict) -> None:
+    """Every document of the sources from `progress` on, in shards; what is after it in the files is written again."""
+    folder, domains, spec = Path(cfg.out), progress["domains"], json.dumps(progress["tokenizer"])
+    vocab_size, saved_s = tokenizer_of(cfg.out, spec).vocab_size, time.monotonic()
+    wanted = {domain for domain, e in domains.items() if not 0 < cfg.max_tokens <= e["train"]["tokens"]}
+    chunks = chunks_of(sources, progress["source"], progress["record"], wanted)
+    work = partial(encode, folder=cfg.out, spec=spec, cfg=cfg)
+    with open(folder / DIGESTS, "ab") as digests:
+        digests.truncate(8 * progress["digests"])
+        seen = set(np.fromfile(folder / DIGESTS, "<u8").tolist())
+        for chunk, found in in_order(work, chunks, cfg.processes):
+            name = sources[chunk.source].name
+            for (domain, split), pieces in take(found, name, cfg, progress, wanted, seen, digests).items():
+                shards, tokens_N = domains[domain][split]["shards"], np.concatenate(pieces)
+                append(folder, f"{domain}_{split}", shards, tokens_N, cfg.shard_tokens, vocab_size)
+            progress |= {"source": chunk.source, "record": chunk.first + len(chunk.records), "digests": len(seen)}
+            if not wanted:
+                break
+            if time.monotonic() - saved_s >= CHECKPOINT_S:
+                digests.flush()
+                save(folder, settings, progress)
+                saved_s = time.monotonic()
+    for shard in shard_files(progress):
+        if "sha256" not in shard:
+            seal(folder, shard, vocab_size)
+
+
+def build(cfg: Config, settings: dict, sources: list[Source], domains: dict[str, dict], spec: Callable) -> dict:
+    """The data set, from where a stop left it; returns meta.json's content. All else of a data set in the folder goes.
+
+    domains: what meta.json is to say of each beside counts. spec: makes the tokenizer, returns its entry for meta.json.
     """
-
-    def __init__(self, folder: Path, name: str, part: dict, shard_tokens: int, vocab_size: int):
-        self.folder, self.name, self.part = folder, name, part
-        self.shard_tokens, self.vocab_size, self.dtype = shard_tokens, vocab_size, token_dtype(vocab_size)
-        self.n_open = part["tokens"] - sum(shard["tokens"] for shard in part["shards"])  # tokens in the open shard
-        self.file = self.open() if self.n_open else None
-
-    def open(self):
-        path = self.folder / f"{self.name}_{len(self.part['shards']):06d}.bin"
-        file = open(path, "r+b" if self.n_open else "w+b")  # noqa: SIM115 - open until the shard is full
-        file.truncate(HEADER_BYTES + self.n_open * self.dtype.itemsize)
-        file.seek(0, os.SEEK_END)
-        return file
-
-    def add(self, tokens_N: np.ndarray) -> None:
-        self.part["tokens"] += len(tokens_N)
-        while len(tokens_N):
-            self.file = self.file or self.open()
-            here_N, tokens_N = np.split(tokens_N, [self.shard_tokens - self.n_open])
-            self.file.write(here_N.tobytes())
-            self.n_open += len(here_N)
-            if self.n_open == self.shard_tokens:
-                self.close()
-
-    def close(self) -> None:
-        if not self.file:
-            return
-        self.file.seek(0)
-        self.file.write(header(self.n_open, self.vocab_size))
-        sync(self.file)
-        self.file.close()
-        path = Path(self.file.name)
-        self.part["shards"].append({"file": path.name, "tokens": self.n_open, "sha256": sha256(path)})
-        self.file, self.n_open = None, 0
+    folder = Path(cfg.out)
+    progress = None if cfg.force else json_in(folder / UNFINISHED).get("progress")
+    if progress:
+        print(f"going on in {sources[progress['source']].name} after record {progress['record']:,}", flush=True)
+    else:
+        none = {"tokens": 0, "bytes": 0, "documents": 0}
+        entries = {
+            d: {s: none | {"shards": []} for s in SPLITS} | {"duplicates": 0} | more for d, more in domains.items()
+        }
+        progress = {"tokenizer": spec(), "source": 0, "record": 0, "digests": 0, "bad_records": {}, "domains": entries}
+    save(folder, settings, progress)
+    ours = {shard["file"] for shard in shard_files(progress)}
+    for path in (folder / "meta.json", *(path for split in SPLITS for path in folder.glob(f"*_{split}_??????.bin"))):
+        if path.name not in ours:
+            path.unlink(missing_ok=True)
+    write(cfg, settings, sources, progress)
+    for domain, entry in progress["domains"].items():
+        if not any(entry[split]["documents"] for split in SPLITS):
+            raise UserError(f"domain {domain}: not one usable document: see the bad records above, or leave it out")
+    tokenizer = load_tokenizer(progress["tokenizer"], folder)
+    meta = {name: getattr(tokenizer, name) for name in ("vocab_size", "bos", "eos")} | {"settings": settings}
+    meta |= {name: progress[name] for name in ("tokenizer", "bad_records", "domains")}
+    os.sync()
+    write_meta(folder, meta)
+    for name in (UNFINISHED, DIGESTS):
+        (folder / name).unlink()
+    return meta
 
 
-def sync(file) -> None:
-    if file:
-        file.flush()
-        os.fsync(file.fileno())
+def json_in(path: Path) -> dict:
+    return read_json(path, "give --force to replace it") if path.exists() else {}
 
 
 @contextmanager
@@ -479,270 +413,100 @@ def is_complete(folder: str | Path, settings: dict, force: bool = False) -> bool
     folder = Path(folder)
     if force:
         return False
-    meta, saved = (read_json(p, "give --force to replace it") if p.exists() else None for p in state_files(folder))
-    if meta and meta.get("settings") == settings:
-        return is_whole(folder)
-    other = "progress" in saved and saved["settings"] != settings if saved else meta or any(folder.glob("*.bin"))
-    if other:
+    meta, unfinished = json_in(folder / "meta.json"), json_in(folder / UNFINISHED)
+    if settings in (meta.get("settings"), unfinished.get("settings")):
+        return meta.get("settings") == settings
+    if meta or unfinished or any(folder.glob("*.bin")):
         raise UserError(f"{folder}: holds another data set (other files or settings): choose another folder or --force")
     return False
 
 
-def state_files(folder: Path) -> tuple[Path, Path]:
-    return folder / "meta.json", folder / UNFINISHED
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether the tokenizer is the one in meta.json, and every shard has its length."""
-    try:
-        meta = read_meta(folder)
-        load_tokenizer(meta, folder)
-        return all(check_shard(folder / shard["file"])[0] == shard["tokens"] for shard in shard_files(meta))
-    except UserError as error:
-        print(f"warning: {error}: starting again")
-        return False
-
-
-def start(folder: Path, settings: dict) -> None:
-    """Remove a data set. From here to the end the file UNFINISHED says that the folder is ours."""
-    meta_file, unfinished = state_files(folder)
-    replace_json(unfinished, {"settings": settings})
-    for path in (meta_file, folder / DIGESTS, *(p for split in SPLITS for p in folder.glob(f"*_{split}_??????.bin"))):
-        path.unlink(missing_ok=True)
-
-
-def replace_json(path: Path, content: dict) -> None:
-    """A stop leaves the old content or the new, never a part."""
-    tmp = path.with_name(path.name + ".tmp")
-    with open(tmp, "w", encoding="utf-8") as file:
-        json.dump(content, file)
-        sync(file)
-    os.replace(tmp, path)
-
-
-class Writer:
-    """Documents into shards: counts them, leaves out repeats, and stops each domain at max_tokens."""
-
-    def __init__(self, cfg: Config, settings: dict, progress: dict):
-        self.cfg, self.folder, self.settings, self.progress = cfg, Path(cfg.out), settings, progress
-        self.domains = progress["domains"]
-        self.tokenizer = load_tokenizer(progress["tokenizer"], cfg.out)
-        self.shards = {
-            (domain, split): Shards(
-                self.folder, f"{domain}_{split}", part[split], cfg.shard_tokens, self.tokenizer.vocab_size
-            )
-            for domain, part in self.domains.items()
-            for split in SPLITS
-        }
-        self.wanted = {domain for domain in self.domains if not self.is_full(domain)}
-        n = sum(part[split]["documents"] for part in self.domains.values() for split in SPLITS) if cfg.dedup else 0
-        self.digests = open(self.folder / DIGESTS, "r+b" if n else "w+b")  # noqa: SIM115 - open as long as the shards
-        self.digests.truncate(8 * n)
-        self.seen = set(np.fromfile(self.digests, "<u8").tolist())
-        self.saved_s = time.monotonic()
-
-    def is_full(self, domain: str) -> bool:
-        return 0 < self.cfg.max_tokens <= self.domains[domain]["train"]["tokens"]
-
-    def take(self, name: str, document: Document) -> None:
-        if not self.wanted or (document.domain and document.domain not in self.wanted):
-            return
-        if document.problem:
-            self.report(name, document)
-            return
-        entry = self.domains[document.domain]
-        if document.digest in self.seen:
-            entry["duplicates"] += 1
-            return
-        if self.cfg.dedup:
-            self.seen.add(document.digest)
-            self.digests.write(document.digest.to_bytes(8, "little"))
-        entry[document.split]["documents"] += 1
-        entry[document.split]["bytes"] += document.n_bytes
-        self.shards[document.domain, document.split].add(document.tokens_N)
-        if self.is_full(document.domain):
-            self.wanted.remove(document.domain)
-
-    def report(self, name: str, document: Document) -> None:
-        bad = self.progress["bad_records"]
-        bad[name] = bad.get(name, 0) + 1
-        if bad[name] <= REPORTED:
-            tqdm.write(f"{name}:{document.number}: {document.problem}", file=sys.stderr)
-        elif bad[name] == REPORTED + 1:
-            tqdm.write(f"{name}: more bad records, counted in meta.json", file=sys.stderr)
-
-    def checkpoint(self, source: int, record: int) -> None:
-        """All records before this one are taken. Every CHECKPOINT_S that comes to the disk."""
-        self.progress["source"], self.progress["record"] = source, record
-        if time.monotonic() - self.saved_s >= CHECKPOINT_S:
-            for file in (self.digests, *(shards.file for shards in self.shards.values())):
-                sync(file)
-            replace_json(self.folder / UNFINISHED, {"settings": self.settings, "progress": self.progress})
-            self.saved_s = time.monotonic()
-
-    def finish(self, **more) -> dict:
-        for shards in self.shards.values():
-            shards.close()
-        for domain, entry in self.domains.items():
-            if not any(entry[split]["documents"] for split in SPLITS):
-                raise UserError(f"domain {domain}: not one usable document: see the bad records above, or leave it out")
-        names = ("vocab_size", "bos", "eos")
-        meta = {"tokenizer": self.progress["tokenizer"], **{name: getattr(self.tokenizer, name) for name in names}}
-        meta |= {"settings": self.settings, "bad_records": self.progress["bad_records"], "domains": self.domains}
-        self.digests.close()
-        write_meta(self.folder, meta)
-        for name in (UNFINISHED, DIGESTS):
-            Path(self.folder, name).unlink(missing_ok=True)
-        return meta
-
-
-def write(cfg: Config, settings: dict, sources: list[Source], progress: dict) -> Writer:
-    """Every document of the sources, from where the progress stands. The shards of the last are still open."""
-    writer, what = Writer(cfg, settings, progress), (cfg.out, progress["tokenizer"], cfg.preset, cfg.val_fraction)
-    chunks = chunks_of(sources, progress["source"], progress["record"], writer.wanted)
-    for chunk, documents in encoded(chunks, writer.wanted, cfg.processes, *what):
-        for document in documents:
-            writer.take(sources[chunk.source].name, document)
-        writer.checkpoint(chunk.source, chunk.first + len(chunk.records))
-        if not writer.wanted:
-            break
-    return writer
-
-
-def no_progress(spec: dict, domains: Iterable[str]) -> dict:
-    parts = {d: {s: {"tokens": 0, "bytes": 0, "documents": 0, "shards": []} for s in SPLITS} for d in domains}
-    entries = {domain: part | {"duplicates": 0} for domain, part in parts.items()}
-    return {"tokenizer": spec, "source": 0, "record": 0, "bad_records": {}, "domains": entries}
-
-
 def write_dataset(
-    folder: str | Path,
-    spec: dict,
-    texts: dict[str, Iterable[str]],
-    *,
-    val_fraction: float,
-    settings: dict,
-    about: dict[str, tuple[str, str]] | None = None,
-    processes: int = os.cpu_count() or 1,
+    folder: str | Path, spec: dict, texts: dict, *, val_fraction: float, settings: dict, about=None, processes: int
 ) -> dict:
-    """Write texts that lie in memory, by domain, and replace what is in the folder; returns meta.json's content.
+    """Write texts that lie in memory and replace what is in the folder; returns meta.json's content.
 
-    spec: the tokenizer's entry in meta.json; its file lies in the folder. about: (source, licence) of a domain.
+    spec: the tokenizer's entry in meta.json; its file lies in the folder. texts: {domain: iterable of str}.
+    about: {domain: (source, licence)}.
     """
-    cfg = Config(out=str(folder), val_fraction=val_fraction, processes=processes)
+    cfg = Config(out=str(folder), val_fraction=val_fraction, processes=processes, force=True)
     sources = [Source(domain, partial(iter, documents), domain) for domain, documents in texts.items()]
+    domains = {d: dict(zip(("source", "licence"), (about or {}).get(d, ()), strict=False)) for d in texts}
     with locked(folder):
-        start(Path(folder), settings)
-        writer = write(cfg, settings, sources, no_progress(spec, texts))
-        for domain, (source, licence) in (about or {}).items():
-            if domain in texts:
-                writer.domains[domain] |= {"source": source, "licence": licence}
-        return writer.finish()
-
-
-def table(meta: dict) -> str:
-    lines = [f"{'domain':<13} {'documents':>11} {'MB':>10} {'train tokens':>15} {'val tokens':>13} {'bytes/token':>12}"]
-    entries = meta["domains"].values()
-    for domain, entry in meta["domains"].items():
-        train, val = (entry[split] for split in SPLITS)
-        n_bytes, n_tokens = train["bytes"] + val["bytes"], train["tokens"] + val["tokens"]
-        lines.append(
-            f"{domain:<13} {train['documents'] + val['documents']:>11,} {n_bytes / 1e6:>10.2f} "
-            f"{train['tokens']:>15,} {val['tokens']:>13,} {n_bytes / n_tokens:>12.2f}"
-        )
-    n_bad, n_repeated = (sum(counts) for counts in (meta["bad_records"].values(), (e["duplicates"] for e in entries)))
-    lines.append(f"{n_bad:,} bad records and {n_repeated:,} repeated documents left out")
-    return "\n".join(lines)
+        return build(cfg, settings, sources, domains, lambda: spec)
 
 
 # ---- the command
 
 
-def check(cfg: Config) -> None:
-    for name, good, expected in (
-        ("out", cfg.out, "a folder"),
-        ("tokenizer", cfg.tokenizer, "a file, tiktoken:NAME, or train"),
-        ("val_fraction", 0 < cfg.val_fraction < 1, "a number between 0 and 1"),
-        ("shard_tokens", 0 < cfg.shard_tokens < 2**31, "1 to 2**31 - 1, what a shard's header can count"),
-        ("max_tokens", cfg.max_tokens >= 0, "a number of tokens, or 0 for no limit"),
-        ("processes", cfg.processes > 0, "at least 1"),
-    ):
-        if not good:
-            raise UserError(f"--{name}={getattr(cfg, name)}: expected {expected}")
+def training_share(texts: Iterable[str], n_chars: int, val_fraction: float) -> Iterator[str]:
+    """The first `n_chars` characters of the train split: what a tokenizer is trained on."""
+    for text in texts:
+        if n_chars <= 0:
+            return
+        if split_of(digest_of(text), val_fraction) == "train":
+            yield text[:n_chars]
+            n_chars -= len(text)
 
 
-def tokenizer_settings(cfg: Config) -> dict:
-    """What identifies the tokenizer asked for. Raises UserError when it cannot be loaded."""
-    if cfg.tokenizer == "train":
-        return {"kind": "train", "vocab_size": cfg.vocab_size}
-    if cfg.tokenizer.startswith("tiktoken:"):
-        name = cfg.tokenizer.removeprefix("tiktoken:")
-        Tiktoken(name)
-        return {"kind": "tiktoken", "name": name}
-    tokenizer = open_tokenizer(cfg.tokenizer, cfg.bos or None, cfg.eos or None)
-    names = {"bos": tokenizer.bos, "eos": tokenizer.eos}
-    return {"kind": kind_of(cfg.tokenizer), "sha256": sha256(cfg.tokenizer), **names}
+def texts_of(domain: str, sources: list[Source], preset: str) -> Iterator[str]:
+    for source in sources:
+        for record in source.records() if source.domain in (None, domain) else ():
+            try:
+                found, text = domain_and_text(record, source.domain, preset)
+            except (ValueError, RecursionError):
+                continue  # reported and counted when it is encoded
+            if found == domain:
+                yield text
 
 
 def make_tokenizer(cfg: Config, domains: tuple[str, ...], sources: list[Source]) -> dict:
     """meta.json's entry for the tokenizer, its file copied or trained into the folder."""
-    if cfg.tokenizer == "train":
-        print(f"training a tokenizer of {cfg.vocab_size:,} pieces", flush=True)
-        return train_tokenizer(training_texts(cfg, domains, sources), cfg.vocab_size, cfg.out)
-    if cfg.tokenizer.startswith("tiktoken:"):
-        return {"kind": "tiktoken", "name": cfg.tokenizer.removeprefix("tiktoken:")}
-    return install_tokenizer(cfg.tokenizer, cfg.out, cfg.bos or None, cfg.eos or None)
+    if cfg.tokenizer != "train":
+        return install_tokenizer(cfg.tokenizer, cfg.out, cfg.bos, cfg.eos)
+    print(f"training a tokenizer of {cfg.vocab_size:,} pieces", flush=True)
+    share = partial(training_share, n_chars=TOKENIZER_CHARS // len(domains), val_fraction=cfg.val_fraction)
+    texts = (text for domain in domains for text in share(texts_of(domain, sources, cfg.preset)))
+    return train_tokenizer(texts, cfg.vocab_size, cfg.out)
 
 
-def training_texts(cfg: Config, domains: tuple[str, ...], sources: list[Source]) -> Iterator[str]:
-    """From each domain the same number of characters, the first of its train split; bad records are passed over."""
-    left = dict.fromkeys(domains, TOKENIZER_CHARS // len(domains))
-    for source in sources:
-        for record in source.records() if left.get(source.domain, 1) > 0 else ():
-            try:
-                named, text = parse(record, cfg.preset)
-            except ValueError:
-                continue  # reported and counted when it is encoded
-            domain = source.domain or named
-            if left.get(domain, 0) > 0 and split_of(digest_of(text), cfg.val_fraction) == "train":
-                yield text[: left[domain]]
-                left[domain] -= len(text)
-            if max(left.values()) <= 0 or left.get(source.domain, 1) <= 0:
-                break
+def check(cfg: Config) -> None:
+    good = {"out": cfg.out, "tokenizer": cfg.tokenizer, "val_fraction": 0 < cfg.val_fraction < 1}
+    good |= {"shard_tokens": 0 < cfg.shard_tokens < 2**31, "processes": cfg.processes > 0}
+    if wrong := [name for name, value in good.items() if not value]:
+        raise UserError(f"--{wrong[0]}={getattr(cfg, wrong[0])}: needs another value: see data/prepare.py --help")
+
+
+def table(meta: dict) -> str:
+    lines = [f"{'domain':<14} {'documents':>12} {'MB':>12} {'train tokens':>16} {'val tokens':>14} {'bytes/token':>12}"]
+    for domain, entry in meta["domains"].items():
+        n_documents, n_bytes, n_tokens = (sum(entry[s][n] for s in SPLITS) for n in ("documents", "bytes", "tokens"))
+        train, val, ratio = entry["train"]["tokens"], entry["val"]["tokens"], n_bytes / n_tokens
+        lines.append(f"{domain:<14} {n_documents:>12,} {n_bytes / 1e6:>12.2f} {train:>16,} {val:>14,} {ratio:>12.2f}")
+    n_bad, n_repeated = sum(meta["bad_records"].values()), sum(e["duplicates"] for e in meta["domains"].values())
+    return "\n".join([*lines, f"{n_bad:,} bad records and {n_repeated:,} repeated documents left out"])
 
 
 def main(cfg: Config, *words: str) -> None:
     start_s = time.perf_counter()
     check(cfg)
     domains, sources, origin = sources_of(cfg, words)
-    preset = PRESETS.get(cfg.preset)
-    cfg = replace(cfg, dedup=cfg.dedup and (preset is None or preset.dedup))
-    settings = {"made_by": "data/prepare.py", "preset": cfg.preset, "tokenizer": tokenizer_settings(cfg)}
-    settings |= {name: getattr(cfg, name) for name in ("val_fraction", "shard_tokens", "max_tokens", "dedup")}
+    cfg = replace(cfg, dedup=cfg.dedup and not cfg.preset)
+    same = ("preset", "bos", "eos", "vocab_size", "val_fraction", "shard_tokens", "max_tokens", "dedup")
+    settings = {"made_by": "data/prepare.py"} | {name: getattr(cfg, name) for name in same}
+    settings["tokenizer"] = sha256(cfg.tokenizer) if os.path.isfile(cfg.tokenizer) else cfg.tokenizer
     settings |= {"domains": list(domains), "origin": origin}
     with locked(cfg.out):
         if is_complete(cfg.out, settings, cfg.force):
             print(f"{cfg.out}: complete, domains {', '.join(domains)}; nothing to do (--force prepares it again)")
         else:
-            meta = prepare(cfg, domains, sources, settings)
-            print(f"{table(meta)}\n{cfg.out}: done in {time.perf_counter() - start_s:.0f} s")
-    if preset:
-        shares = [preset.ratios[domain] for domain in domains]
-        ratios = tuple(round(share / sum(shares), 4) for share in shares)
+            tokenizer = partial(make_tokenizer, cfg, domains, sources)
+            print(table(build(cfg, settings, sources, {domain: {} for domain in domains}, tokenizer)))
+            print(f"{cfg.out}: done in {time.perf_counter() - start_s:.0f} s")
+    if preset := PRESETS.get(cfg.preset):
+        total = sum(preset.ratios[domain] for domain in domains)
+        ratios = tuple(round(preset.ratios[domain] / total, 4) for domain in domains)
         print(f"for the config file:\n    domains = {domains}\n    ratios = {ratios}")
-
-
-def prepare(cfg: Config, domains: tuple[str, ...], sources: list[Source], settings: dict) -> dict:
-    """Write the data set, or go on with it; returns meta.json's content."""
-    _, unfinished = state_files(Path(cfg.out))
-    saved = {} if cfg.force or not unfinished.exists() else read_json(unfinished, "give --force to start again")
-    progress = saved.get("progress")
-    if progress:
-        print(f"going on in {sources[progress['source']].name} after record {progress['record']:,}", flush=True)
-    else:
-        start(Path(cfg.out), settings)
-        progress = no_progress(make_tokenizer(cfg, domains, sources), domains)
-    return write(cfg, settings, sources, progress).finish()
 
 
 if __name__ == "__main__":
