@@ -22,7 +22,6 @@ FIT_MORE_THAN, FIT_POINTS = 10, 64  # a fit needs more than 10 points of the his
 NEARLY_ONE = 0.9  # a ratio above this is warned about: near one-hot mixes are the field's best-known failure
 BELOW_REFERENCE = 0.05  # nats that a loss may lie below its reference without a warning
 STATE = ("ratio_M", "reference_ratio_M", "reference_loss_M", "loss_M", "train_loss_M", "train_weight_M", "fitted_M")
-STATE = (*STATE, "history", "warned")
 
 
 def _checked(ratio_M, *losses) -> np.ndarray:
@@ -135,8 +134,7 @@ class Mix:
         self.loss_M = np.full(M, np.nan)  # the last finite validation loss of each domain
         self.train_loss_M, self.train_weight_M = np.zeros(M), np.zeros(M)  # a moving average and what it weighs
         self.fitted_M = np.zeros(M, bool)  # has the domain's reference loss come from its own law yet
-        self.history: list = []  # [tokens_M, loss_M, sparsity] of each evaluation
-        self.warned: list = []  # what the last evaluation warned about
+        self.history, self.warned = [], []  # [tokens_M, loss_M, sparsity] of evaluations; warnings of the last one
 
     def observe_training(self, loss_sum_M: np.ndarray, count_M: np.ndarray) -> None:
         """One step's summed loss and number of tokens of each domain; a domain without any keeps its average."""
@@ -148,9 +146,8 @@ class Mix:
     def update(self, loss_M, tokens_M, progress, sparsity=0.0, final_sparsity=0.0, record=True) -> list[str]:
         """Take in one evaluation and choose the next ratios. Returns warnings, each when it begins to hold.
 
-        loss_M: validation loss, nats; where it is not finite the domain keeps its last one. tokens_M: training tokens
-        of each domain so far. progress: step / max_steps. sparsity, final_sparsity: overall expected sparsity now and
-        at the end (0: nothing is pruned). record: whether the scaling law is to see this evaluation.
+        loss_M: validation losses, nats. tokens_M: training tokens so far. progress: step / max_steps. sparsity: overall
+        expected sparsity now, and final_ at the end (0: no pruning). record: whether the law sees this evaluation.
         """
         before, self.warned = self.warned, []
         self._warn(~np.isfinite(loss_M), "no finite validation loss, its last one stays")
@@ -194,10 +191,10 @@ class Mix:
             self._warn(self.loss_M < reference_M - BELOW_REFERENCE, "its loss is already below its reference loss")
 
     def state_dict(self) -> dict:
-        values = {name: getattr(self, name) for name in STATE}
-        return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values.items()}
+        arrays = {name: np.asarray(getattr(self, name)).tolist() for name in STATE}
+        return {**arrays, "history": self.history, "warned": self.warned}
 
     def load_state_dict(self, state: dict) -> None:
         for name in STATE:
-            value = state[name]
-            setattr(self, name, np.array(value) if name.endswith("_M") and value is not None else value)
+            setattr(self, name, None if state[name] is None else np.array(state[name]))
+        self.history, self.warned = state["history"], state["warned"]

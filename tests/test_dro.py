@@ -88,21 +88,12 @@ def test_the_mix_does_not_depend_on_the_order_of_the_domains(case, random):
 def test_the_mix_does_not_depend_on_the_scale_of_the_excess(case, scale):
     loss_M, reference_M, p_M = case
     excess_M = np.abs(loss_M - reference_M) + 0.01
-    zero_M = np.zeros_like(p_M)
-    assert np.allclose(
-        chi_square_ratio(excess_M, zero_M, p_M), chi_square_ratio(scale * excess_M, zero_M, p_M), atol=1e-6
-    )
-
-
-def test_a_worse_domain_gets_more_and_a_better_one_less():
-    q_M = chi_square_ratio([3.0, 2.0, 2.5], [2.0, 2.0, 2.0], [1 / 3] * 3, clamp_to_min=False)
-    assert q_M[0] > q_M[2] > q_M[1]
-    assert q_M[0] > 1 / 3 > q_M[1]
+    once_M, scaled_M = (chi_square_ratio(x * excess_M, np.zeros_like(p_M), p_M) for x in (1.0, scale))
+    assert np.allclose(once_M, scaled_M, atol=1e-6)
 
 
 def test_equal_excess_losses_leave_the_reference_ratio():
-    p_M = np.array([0.5, 0.3, 0.2])
-    assert np.allclose(chi_square_ratio([3.0, 4.0, 5.0], [2.0, 3.0, 4.0], p_M), p_M)
+    assert np.allclose(chi_square_ratio([3.0, 4.0, 5.0], [2.0, 3.0, 4.0], [0.5, 0.3, 0.2]), [0.5, 0.3, 0.2])
 
 
 @pytest.mark.parametrize("largest", [0.76, 0.9, 0.99])
@@ -155,15 +146,18 @@ def mix(kind="dro", **options):
     return Mix(("a", "b", "c"), np.array([0.5, 0.3, 0.2]), kind, **options)
 
 
-def run(m, evaluations=20, losses=lambda t: np.array([2 + t**-0.5, 3 + t**-0.2, 1 + 0.2 * t**-0.5])):
+def run(m, losses=lambda t: np.array([2 + t**-0.5, 3 + t**-0.2, 1 + 0.2 * t**-0.5]), evaluations=30):
+    """(evaluation, text) of each warning of a run."""
+    said = []
     for i in range(1, evaluations + 1):
         t = i / evaluations
-        m.update(losses(t), 1e5 * t * np.array([0.5, 0.3, 0.2]), t)
-    return m
+        said += [(i, text) for text in m.update(losses(t), 1e5 * t * np.array([0.5, 0.3, 0.2]), t)]
+    return said
 
 
 def test_a_constant_mix_never_moves_and_still_predicts_reference_losses():
-    m = run(mix("constant"))
+    m = mix("constant")
+    assert run(m) == []
     assert np.array_equal(m.ratio_M, m.initial_ratio_M)
     assert np.allclose(m.reference_loss_M, [3.0, 4.0, 1.2], atol=0.01)
 
@@ -171,11 +165,9 @@ def test_a_constant_mix_never_moves_and_still_predicts_reference_losses():
 @pytest.mark.parametrize("kind", ["sheared", "bandit", "dro"])
 def test_without_reference_losses_the_mix_waits_for_the_first_fit(kind):
     m = mix(kind)
-    run(m, evaluations=20)
-    early = mix(kind)
-    for i in range(1, 11):  # ten points are not more than ten
-        early.update(np.array([3.0, 4.0, 2.0]) / i**0.1, 1e4 * i * early.ratio_M, i / 40)
-        assert np.array_equal(early.ratio_M, early.initial_ratio_M)
+    run(m, evaluations=10)  # ten points are not more than ten
+    assert np.array_equal(m.ratio_M, m.initial_ratio_M)
+    run(m, evaluations=10)
     assert not np.array_equal(m.ratio_M, m.initial_ratio_M)
 
 
@@ -226,45 +218,31 @@ def test_evaluations_that_are_not_recorded_do_not_enter_the_law():
 
 def test_an_unclipped_reference_follows_the_law():
     m = mix("constant", clip_reference=False)
-    run(m, losses=lambda t: np.array([2 + t, 3 + t**-0.2, 1.0]))
+    run(m, lambda t: np.array([2 + t, 3 + t**-0.2, 1.0]))
     assert m.reference_loss_M[0] > 2.1
-
-
-def said(m, losses, evaluations=30):
-    """(evaluation, text) of each warning."""
-    texts = []
-    for i in range(1, evaluations + 1):
-        t = i / evaluations
-        texts += [(i, text) for text in m.update(losses(t), 1e5 * t * np.array([0.5, 0.3, 0.2]), t)]
-    return texts
 
 
 def test_a_loss_that_falls_below_its_reference_is_warned_about_once_when_it_does():
     falls = lambda t: np.array([2 + t**-0.5 - (0.8 if t > 0.8 else 0), 3 + t**-0.2, 1 + 0.2 * t**-0.5])  # noqa: E731
-    assert said(mix(), falls) == [(25, "domain a: its loss is already below its reference loss")]
+    assert run(mix(), falls) == [(25, "domain a: its loss is already below its reference loss")]
 
 
 def test_a_mix_of_nearly_one_domain_is_warned_about_unless_it_began_so():
-    losses = lambda t: np.array([2.0, 2.0, 9.0])  # noqa: E731
-    options = dict(dynamic_reference=False, reference_loss_M=np.full(3, 2.0))
-    assert said(mix("sheared", **options), losses) == [(1, "domain c: the mix is nearly this domain alone")]
+    m = mix("sheared", dynamic_reference=False, reference_loss_M=np.full(3, 2.0))
+    assert run(m, lambda t: np.array([2.0, 2.0, 9.0])) == [(1, "domain c: the mix is nearly this domain alone")]
     alone = Mix(("a",), np.ones(1), "sheared", False, reference_loss_M=np.ones(1))
     assert alone.update(np.array([2.0]), np.ones(1), 0.5) == []
 
 
-def test_a_loss_that_is_not_finite_keeps_the_last_one_with_a_warning():
+def test_a_loss_that_is_not_finite_keeps_the_last_one_and_the_mix_waits_for_a_first_one():
     m = mix("dro", dynamic_reference=False, reference_loss_M=np.array([2.0, 2.0, 2.0]))
+    (text,) = m.update(np.array([2.1, np.nan, 2.3]), np.ones(3), 0.01)
+    assert text == "domain b: no finite validation loss, its last one stays"
+    assert np.array_equal(m.ratio_M, m.initial_ratio_M)
     m.update(np.array([2.1, 2.9, 2.3]), np.ones(3), 0.01)
     before_M = m.ratio_M
-    (text,) = m.update(np.array([2.1, np.nan, 2.3]), np.ones(3), 0.02)
-    assert text == "domain b: no finite validation loss, its last one stays"
+    m.update(np.array([2.1, np.nan, 2.3]), np.ones(3), 0.02)
     assert np.array_equal(m.ratio_M, before_M)
-
-
-def test_a_domain_that_never_had_a_loss_keeps_the_mix_where_it_is():
-    m = mix("dro", reference_loss_M=np.array([2.0, 2.0, 2.0]))
-    assert m.update(np.array([np.nan, 2.9, 2.3]), np.ones(3), 0.5) != []
-    assert np.array_equal(m.ratio_M, m.initial_ratio_M)
 
 
 def test_the_training_loss_is_a_bias_corrected_average_and_a_domain_without_tokens_keeps_its_own():
@@ -277,7 +255,7 @@ def test_the_training_loss_is_a_bias_corrected_average_and_a_domain_without_toke
     assert np.allclose(m.ratio_M, chi_square_ratio([average, 2.5, 4.0], [2.0] * 3, m.initial_ratio_M))
 
 
-@pytest.mark.parametrize("kind", dro.RULES)
+@pytest.mark.parametrize("kind", ["sheared", "dro"])
 def test_a_restored_mix_goes_on_exactly(kind):
     whole, half = mix(kind), mix(kind)
     for i in range(1, 31):
@@ -293,10 +271,7 @@ def test_a_restored_mix_goes_on_exactly(kind):
 
 
 def test_a_rule_added_from_outside_is_used(monkeypatch):
-    def mine(mix, loss_M):
-        return loss_M / loss_M.sum()
-
-    monkeypatch.setitem(dro.RULES, "mine", mine)
+    monkeypatch.setitem(dro.RULES, "mine", lambda mix, loss_M: loss_M / loss_M.sum())
     m = mix("mine", dynamic_reference=False, reference_loss_M=np.ones(3))
     m.update(np.array([2.0, 1.0, 5.0]), np.ones(3), 0.5)
     assert np.allclose(m.ratio_M, [0.25, 0.125, 0.625])
