@@ -22,12 +22,7 @@ CERTAIN = 100.0  # a logit whose soft mask value is 1 (or, negative, 0) to the l
 def scores(model: Llama, tokens: Tensor, batch_size: int = 8) -> dict[str, Tensor]:
     """Importance of every unit of each mask type, in the shapes of Masks.log_alpha; tokens (N, T)."""
     c = model.config
-    found = {
-        "hidden": torch.zeros(1, c.hidden_size),
-        "head": torch.zeros(c.n_layers, c.n_kv_heads),
-        "layer": torch.zeros(1, c.n_layers),
-        "intermediate": torch.zeros(c.n_layers, c.intermediate_size),
-    }
+    found = {m: torch.zeros(c.n_layers if t.per_layer else 1, getattr(c, t.size)) for m, t in MASK_TYPES.items()}
 
     def size(x: Tensor) -> Tensor:
         return x.abs().sum(dim=(0, 1)) / tokens.numel()
@@ -68,7 +63,7 @@ def one_shot_masks(source: LlamaConfig, target: LlamaConfig, score: dict[str, Te
     """Masks that are 1 on the units with the highest scores of each row and 0 elsewhere; ties go to the lower index."""
     masks = Masks(source, target, seed=0)
     for mask, log_alpha in masks.log_alpha.items():
-        kept = score[mask].argsort(dim=1, descending=True, stable=True)[:, : getattr(target, MASK_TYPES[mask])]
+        kept = score[mask].argsort(dim=1, descending=True, stable=True)[:, : getattr(target, MASK_TYPES[mask].size)]
         log_alpha.fill_(-CERTAIN).scatter_(1, kept, CERTAIN)
     return masks
 

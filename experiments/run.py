@@ -11,7 +11,6 @@ a run is recorded; the sources' weights and every stage's metrics.jsonl stay in 
 """
 
 import ctypes
-import fcntl
 import json
 import os
 import shutil
@@ -30,6 +29,7 @@ from tqdm import tqdm
 import configurator
 import hf
 import train
+from checkpoint import Lock
 from configurator import UserError
 from data.loader import DomainLoader
 from data.shards import read_meta, sha256
@@ -41,12 +41,13 @@ from experiments.arms import ARMS, SOURCES, STUDIES, runs, shortened, source_fol
 from experiments.oneshot import one_shot
 from metrics import read_metrics
 from model import LlamaConfig
+from out import MAY_CHANGE_ON_RESUME
 from prune import Masks, target_config
 
 CALIBRATION = 64  # training windows that one-shot pruning looks at
 HISTORY = 16  # points of the mix's course that are recorded for a stage
 LAW_SEEDS = 3  # the seeds of constant and paper whose histories the law is fitted to afterwards
-FOUND_OUT = train.MAY_CHANGE_ON_RESUME | {"domains", "ratios", "reference_losses", "init_from"}  # the run sets these
+FOUND_OUT = MAY_CHANGE_ON_RESUME | {"domains", "ratios", "reference_losses", "init_from"}  # the run sets these
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
@@ -244,6 +245,11 @@ def in_own_process(name: str, opt: Options) -> dict | None:
     return json.loads((folder / "record.json").read_text()) if (folder / "record.json").exists() else None
 
 
+def end_with_parent() -> None:
+    """Linux asks this process to stop when the runner that started it is gone."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def forget_weights(folder: Path) -> None:
     for models in ("model", "oneshot", "step_*"):
         for made in list(folder.rglob(models)):
@@ -320,17 +326,16 @@ def main(opt: Options) -> None:
     if opt.study not in STUDIES:
         raise UserError(f"study = {opt.study!r}: must be one of {', '.join(STUDIES)}")
     if opt.only:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # end with the runner that started this process
+        end_with_parent()
         torch.set_num_threads(1)
         write_whole(Path(opt.out, opt.only, "record.json"), json.dumps(execute(opt.only, opt)))
         return
-    Path(opt.out).mkdir(parents=True, exist_ok=True)
-    with open(Path(opt.out, "lock"), "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{opt.out}: another runner is at work there") from None
+    lock = Lock(Path(opt.out))
+    lock.take()
+    try:
         run_all(opt)
+    finally:
+        lock.close()
 
 
 if __name__ == "__main__":

