@@ -1,33 +1,31 @@
-# make demo: prune a small Llama on real text, from nothing; make test: prove the pieces;
-# make kernels: compile the GPU kernels for chips that are not here and check the machine code;
-# make evidence: every run of experiments/PLAN.md made anew in out/evidence, hours; resumes when killed;
-# make report: tables and figures of the published runs, or of yours, as far as they are: RESULTS=out/evidence/results.jsonl
+# make demo: prune a small Llama on real text, from nothing; make test: the tests; make test-full: also the slow ones
+# make kernels: compile the GPU kernels for chips that are not here and check the machine code
+# make evidence: make every run of experiments/PLAN.md anew in out/evidence, hours; it resumes when killed
+# make report: tables and figures of the published runs, or of yours: RESULTS=out/evidence/results.jsonl
 # Each creates .venv and installs what it needs on the first call.
 
 PYTHON ?= python3
 PY := .venv/bin/python
 RESULTS ?= experiments/results.jsonl
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist=loadfile
 
-.PHONY: demo test test-full chaos kernels bench evidence evidence-smollm2 report lint clean
+.PHONY: demo test test-full kernels bench evidence evidence-smollm2 report docs lint clean
 
 demo: .venv/run
 	$(PY) data/embedded/prepare.py
 	$(PY) demo.py
 
 test: .venv/dev
-	$(PY) -m pytest -q -m "not full"
+	$(PYTEST) -m "not full"
 
 test-full: .venv/dev
-	$(PY) -m pytest -q
+	$(PYTEST)
 
 kernels: .venv/run
 	$(PY) -m kernels.machine_code
 
 bench: .venv/dev
 	$(PY) bench.py
-
-chaos: .venv/dev
-	$(PY) tests/chaos.py
 
 evidence: .venv/run
 	$(PY) data/embedded/prepare.py
@@ -42,12 +40,15 @@ evidence-smollm2: .venv/dev
 report: .venv/run
 	$(PY) -m experiments.report --results=$(RESULTS)
 
+docs: .venv/run  # the table of settings, from the comments in train.Config
+	$(PY) configurator.py > docs/configuration.md
+
 lint: .venv/dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
 clean:
-	rm -rf .venv out data/embedded/*.bin data/embedded/meta.json data/embedded/tokenizer.model data/*/download data/smollm2/model data/smollm2/data
+	rm -rf .venv out data/embedded/*.bin data/embedded/*.json data/embedded/tokenizer.* data/*/download data/smollm2/model data/smollm2/data
 
 .venv/run: requirements.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else f"Python 3.10 to 3.13 is needed and $(PYTHON) is {v[0]}.{v[1]}: call make PYTHON=python3.12")'

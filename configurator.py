@@ -69,9 +69,10 @@ def _from_file(path: str, hints: dict) -> dict:
 
 def _assigned(target: ast.expr, value: object) -> dict:
     """a = 1 or a, b = 1, 2"""
-    if isinstance(target, ast.Tuple):
-        return {t.id: v for t, v in zip(target.elts, value, strict=True)}
-    return {target.id: value}
+    pairs = [*zip(target.elts, value, strict=True)] if isinstance(target, ast.Tuple) else [(target, value)]
+    if not all(isinstance(t, ast.Name) for t, _ in pairs):
+        raise SyntaxError(f"line {target.lineno}: only names are assigned to: name = value")
+    return {t.id: v for t, v in pairs}
 
 
 def _value(node: ast.expr, names: dict):
@@ -134,27 +135,20 @@ def _name_of(kind: type) -> str:
 # ---- what the settings mean: --help, docs/configuration.md, the start of a run
 
 
-def explained(config_class: type) -> list[tuple[str, str, object, str]]:
-    """(section, name, default, comment) of every field, from the comments in the dataclass's source."""
-    defaults = {f.name: f.default for f in fields(config_class)}
+def explained(config_class: type) -> list[tuple[str, str, str, str]]:
+    """(section, name, default, comment) of every field, as they stand in the dataclass's source."""
     section, found = "", []
     for line in inspect.getsource(config_class).splitlines():
         if heading := re.fullmatch(r"    # (.+)", line):
             section = heading[1]
-        elif (setting := re.match(r"    (\w+):[^#]*(?:# (.*))?", line)) and setting[1] in defaults:
-            found.append((section, setting[1], defaults[setting[1]], setting[2] or ""))
+        elif setting := re.fullmatch(r"    (\w+): [^=]+ = (.*?)(?:  # (.*))?", line):
+            found.append((section, setting[1], setting[2].replace('""', ""), setting[3] or ""))
     return found
 
 
 def help_of(config_class: type) -> str:
-    lines = [(f"--{name}={shown(default)}", comment) for _, name, default, comment in explained(config_class)]
-    width = min(36, max(len(setting) for setting, _ in lines))
-    return "\n".join(f"  {setting:{width}}  {comment}" for setting, comment in lines)
-
-
-def shown(value: object) -> str:
-    """A value as the command line takes it."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    lines = [(f"--{name}={default}", comment) for _, name, default, comment in explained(config_class)]
+    return "\n".join(f"  {setting:36}  {comment}".rstrip() for setting, comment in lines)
 
 
 def differing(config) -> str:
@@ -167,18 +161,16 @@ def markdown(config_class: type) -> str:
     """The table of docs/configuration.md."""
     lines, last = [], ""
     for section, name, default, comment in explained(config_class):
-        if section != last or not lines:
+        if section != last:
             lines += [
                 "",
-                f"**{(section or 'the run').capitalize()}**",
+                f"**{section[0].upper()}{section[1:]}**",
                 "",
                 "| setting | default | meaning |",
                 "|---|---|---|",
             ]
-            last = section
-        lines.append(
-            f"| `{name}` | {f'`{shown(default)}`' if shown(default) else ''} | {comment.replace('|', chr(92) + '|')} |"
-        )
+        last, meaning = section, comment.replace("|", "\\|")
+        lines.append(f"| `{name}` | {default and f'`{default}`'} | {meaning} |")
     return "\n".join(lines).strip() + "\n"
 
 
@@ -221,4 +213,5 @@ def command(
 if __name__ == "__main__":
     import train
 
+    print("# Settings of train.py\n\nMade by `make docs` from the comments in `train.Config`.\n")
     print(markdown(train.Config), end="")

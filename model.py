@@ -1,11 +1,11 @@
 """Llama from scratch, and any subnetwork of it.
 
 One forward pass serves training, evaluation and export. Every layer takes `Units`: which rows and columns of its
-weight are alive and by how much they are scaled. All alive, it is Llama 2 / 3, Qwen2, Qwen3 or Mistral; with the units
-of one mask sample it *is* the smaller model of that sample, at the smaller model's cost (the idea of prune.py).
+weight are kept and by how much they are scaled. With all of them it is Llama 2 / 3, Qwen2, Qwen3 or Mistral. With the
+units of one mask sample it *is* the smaller model of that sample, at the smaller model's cost (the idea of prune.py).
 
 Shapes: B batch, T sequence, D hidden, H query heads, G key/value heads, K head dim, I intermediate, V vocabulary,
-L layers. Lower-case d, h, g, i: what is alive of them. Module names are those of Hugging Face, so that a state dict
+L layers. Lower-case d, h, g, i: as many as are kept. Module names are those of Hugging Face, so that a state dict
 is a checkpoint any tool loads.
 """
 
@@ -105,10 +105,10 @@ class LlamaConfig:
 
 @dataclass(frozen=True)
 class Units:
-    """What is alive of one weight: weight[rows][:, cols], times row_scale by row and col_scale by column.
+    """What is kept of one weight: weight[rows][:, cols], times row_scale by row and col_scale by column.
 
-    None means all of them, unscaled. `fill` is for norms: living channels / gathered channels, below 1 where the
-    set is padded with dead units (scale 0) to a friendlier size.
+    None means all of them, unscaled. `fill` is for norms: kept channels / gathered channels, below 1 where the set is
+    padded with pruned units (scale 0) to a friendlier size.
     """
 
     rows: Tensor | None = None  # (n,) int64
@@ -123,7 +123,7 @@ ALL = Units()
 
 @dataclass(frozen=True)
 class BlockUnits:
-    attention: bool = True  # False: no head is alive, or the block is off
+    attention: bool = True  # False: no head is kept, or the block is off
     mlp: bool = True
     input_layernorm: Units = ALL
     q_proj: Units = ALL
@@ -183,7 +183,7 @@ class Embedding(nn.Embedding):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * gain, the mean over the living channels only."""
+    """x / sqrt(mean(x^2) + eps) * gain, the mean over the kept channels only."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -222,7 +222,7 @@ class Cache:
 
     def __init__(self, n_layers: int) -> None:
         self.length = 0  # tokens
-        self.layers = [[] for _ in range(n_layers)]  # of each [k, v], (B, G, length, K)
+        self.layers = [[] for _ in range(n_layers)]  # [k, v] of each layer, (B, G, length, K)
 
 
 class Attention(nn.Module):
@@ -245,12 +245,13 @@ class Attention(nn.Module):
         if self.qk_norm:
             q, k = self.q_norm(q, None, u.q_norm)[0].to(v.dtype), self.k_norm(k, None, u.k_norm)[0].to(v.dtype)
         q, k, v = (y.transpose(1, 2) for y in (*ops.rope(q, k, *rope), v))  # (B, h or g, T, K)
-        seen = None
+        attn_mask = None
         if past is not None:
             past[:] = k, v = [torch.cat(pair, dim=2) for pair in zip(past, (k, v), strict=True)] if past else (k, v)
-            seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - q.shape[2])
+            attn_mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device)
+            attn_mask = attn_mask.tril(k.shape[2] - q.shape[2])
         y = F.scaled_dot_product_attention(
-            q, k, v, seen, is_causal=seen is None, scale=self.head_dim**-0.5, enable_gqa=self.grouped
+            q, k, v, attn_mask, is_causal=attn_mask is None, scale=self.head_dim**-0.5, enable_gqa=self.grouped
         )
         return self.o_proj(y.transpose(1, 2).flatten(2), u.o_proj)  # (B, T, d)
 
@@ -274,7 +275,7 @@ class Block(nn.Module):
         self.self_attn = Attention(c)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.norm_eps)
         self.mlp = MLP(c)
-        self.always_takes_part = False  # give zeros, not nothing, to the gradients of what is dead: sharding needs it
+        self.always_takes_part = False  # give zeros, not nothing, to the gradients of what is pruned: sharding needs it
 
     def forward(
         self, x: Tensor, delta: Tensor | None, rope: tuple[Tensor, Tensor], u: BlockUnits, past: list | None = None
@@ -328,7 +329,7 @@ class Llama(nn.Module):
     ) -> Tensor:
         """Logits (B, T, V), or with targets the cross-entropy per token in nats (B, T), float32.
 
-        tokens, targets: (B, T) int64. subnetwork: what is alive of the model (prune.subnetwork), None for all.
+        tokens, targets: (B, T) int64. subnetwork: what is kept of the model (prune.subnetwork), None for all.
         cache: tokens follow those it holds and are added to it; logits are then those of the last token, (B, 1, V).
         """
         s, start = subnetwork or self.everything, cache.length if cache else 0

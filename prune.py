@@ -1,26 +1,22 @@
-"""Hard-concrete masks under a Lagrangian, and the subnetwork they leave alive.
+"""Hard-concrete masks under a Lagrangian, and the subnetwork they keep.
 
 A unit whose mask is 0 is out of the computation: its output is 0, and the hard tanh lets no gradient through to its
 logit. So a masked model is a smaller Llama with W_small = W[rows][:, cols] * scale, and `subnetwork` says which rows,
-columns and scales. Training samples it, evaluation takes its deterministic form, `extract` writes it down: one
-operation, so what is trained is what is exported, at the cost of what is alive.
+columns and scales. Training samples it, evaluation takes its deterministic form, and `extract` writes it down. It is
+one operation: what is trained is what is exported, at the cost of what is kept.
 
-Mask types (the first axis is the row whose sparsity is constrained):
-    hidden (1, D)        one channel of the residual stream
-    head (L, G)          one key/value head with its H/G query heads
-    intermediate (L, I)  one FFN channel
-    layer (1, L)         one block
-A type exists exactly where the target is smaller than the source. Masks live on the CPU: the sample decides shapes,
-and deciding them there costs the device no synchronisation.
+MASK_TYPES says what a unit of each type is. A type is used where the target is smaller than the source. Masks live on
+the CPU: the sample decides shapes, and deciding them there costs the device no synchronisation.
 
 Sources: Louizos et al. 2018 (arXiv 1712.01312) for the hard concrete, Xia et al. 2024 (arXiv 2310.06694) for the
-Lagrangian; the equations stand in the functions. Suffixes: j mask type, R rows, U units of a row.
+Lagrangian; the equations stand in the functions. Suffixes: j mask type, R rows, U units of a row, L layers.
 """
 
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -31,9 +27,39 @@ from model import BlockUnits, Llama, LlamaConfig, Subnetwork, Units
 
 GAMMA, ZETA, BETA = -0.1, 1.1, 2 / 3  # the stretch and the temperature of the hard concrete
 LOG_ALPHA_RANGE = (math.log(0.01), math.log(100.0))
-MASK_KEY = 2  # apart from the loader's draws, whose key begins with another number
-PAD = {"cpu": 8, "cuda": 64}  # GEMM-friendly multiples to pad what is alive to
-MASK_TYPES = {"hidden": "hidden_size", "head": "n_kv_heads", "intermediate": "intermediate_size", "layer": "n_layers"}
+MASK_KEY = 2  # keeps these draws apart from the loader's, whose keys begin with other numbers
+PAD = {"cpu": 8, "cuda": 64}  # kept sets are padded to these multiples, which are friendly to GEMMs
+
+
+@dataclass(frozen=True)
+class MaskType:
+    """What one unit is: rows and columns of these weights. Its z multiplies the output of `scaled`."""
+
+    size: str  # the field of LlamaConfig with the number of units in a row of the mask
+    per_layer: bool = False  # a row for every layer, or one for the model
+    rows: tuple[str, ...] = ()
+    cols: tuple[str, ...] = ()
+    scaled: tuple[str, ...] = ()
+    removes: str = ""  # the part of a block that goes when nothing of it is kept: attention, mlp, or both
+
+
+NORMS, INPUTS = ("input_layernorm", "post_attention_layernorm"), ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+MASK_TYPES = {
+    "hidden": MaskType(  # one channel of the residual stream
+        "hidden_size",
+        rows=(*NORMS, "norm", "o_proj", "down_proj"),
+        cols=(*INPUTS, "embed_tokens", "lm_head"),
+        scaled=(*NORMS, "norm", "o_proj", "down_proj", "embed_tokens"),
+    ),
+    "head": MaskType(  # one key/value head with its query heads
+        "n_kv_heads", True, ("q_proj", "k_proj", "v_proj"), ("o_proj",), scaled=("v_proj",), removes="attention"
+    ),
+    "intermediate": MaskType(  # one FFN channel
+        "intermediate_size", True, ("gate_proj", "up_proj"), ("down_proj",), scaled=("up_proj",), removes="mlp"
+    ),
+    "layer": MaskType("n_layers", scaled=("o_proj", "down_proj"), removes="attention and mlp"),  # one block
+}
+BLOCK_WEIGHTS = (*NORMS, *INPUTS, "o_proj", "down_proj")
 
 
 def hard_concrete(log_alpha: Tensor, u: Tensor) -> Tensor:
@@ -42,7 +68,7 @@ def hard_concrete(log_alpha: Tensor, u: Tensor) -> Tensor:
     return (s * (ZETA - GAMMA) + GAMMA).clamp(0.0, 1.0)
 
 
-def probability_dead(log_alpha: Tensor) -> Tensor:
+def probability_pruned(log_alpha: Tensor) -> Tensor:
     """P(z = 0), clamped to [1e-6, 1 - 1e-6]."""
     return torch.sigmoid(BETA * math.log(-GAMMA / ZETA) - log_alpha).clamp(1e-6, 1 - 1e-6)
 
@@ -61,24 +87,18 @@ def target_config(
     source: LlamaConfig, *, hidden_size: int, intermediate_size: int, n_layers: int, n_heads: int
 ) -> LlamaConfig:
     """The source with these sizes. Raises UserError naming both numbers where the source cannot give one."""
-    asked = {
-        "hidden_size": hidden_size,
-        "intermediate_size": intermediate_size,
-        "n_layers": n_layers,
-        "n_heads": n_heads,
-    }
-    for name, size in asked.items():
+    sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size}
+    sizes |= {"n_layers": n_layers, "n_heads": n_heads}
+    for name, size in sizes.items():
         if not 1 <= size <= getattr(source, name):
-            raise UserError(
-                f"target {name} = {size}: the source has {getattr(source, name)}, so 1 to that many can be kept"
-            )
+            raise UserError(f"target {name} = {size}: must be from 1 to the source's {getattr(source, name)}")
     group = source.n_heads // source.n_kv_heads
     if n_heads % group:
         raise UserError(
             f"target n_heads = {n_heads}: the source has {source.n_heads} query heads in groups of {group} that share "
             f"a key/value head, and only whole groups can be kept: choose a multiple of {group}"
         )
-    return replace(source, **asked, n_kv_heads=n_heads // group)
+    return replace(source, **sizes, n_kv_heads=n_heads // group)
 
 
 class Masks(nn.Module):
@@ -89,14 +109,12 @@ class Masks(nn.Module):
         self.source, self.target = source, target
         generator = torch.Generator().manual_seed(seed)
         self.log_alpha = nn.ParameterDict()
-        for mask, size in MASK_TYPES.items():
-            if getattr(target, size) < getattr(source, size):
-                shape = (1 if mask in ("hidden", "layer") else source.n_layers, getattr(source, size))
+        for mask, t in MASK_TYPES.items():
+            if getattr(target, t.size) < getattr(source, t.size):
+                shape = (source.n_layers if t.per_layer else 1, getattr(source, t.size))
                 self.log_alpha[mask] = nn.Parameter(5.0 + 0.01 * torch.randn(shape, generator=generator))
         if not self.log_alpha:
-            raise UserError(
-                f"the target is as large as the source, {target}: there is nothing to prune: choose a smaller one"
-            )
+            raise UserError(f"the target is as large as the source, {target}: there is nothing to prune")
         self.lambda1 = nn.Parameter(torch.zeros(len(self.log_alpha)))
         self.lambda2 = nn.Parameter(torch.zeros(len(self.log_alpha)))
         self.clamp()
@@ -117,27 +135,23 @@ class Masks(nn.Module):
 
     @torch.no_grad()
     def deterministic(self, at_target: bool = True) -> dict[str, Tensor]:
-        """z without noise: each row keeps its target size (export), or the number it expects to be alive."""
-        return {
-            mask: deterministic(
-                a, [getattr(self.target, MASK_TYPES[mask])] * len(a) if at_target else self.expected_alive(mask)
-            )
-            for mask, a in self.log_alpha.items()
-        }
-
-    def expected_alive(self, mask: str) -> list[int]:
-        return [round(n) for n in (1 - probability_dead(self.log_alpha[mask])).sum(dim=1).tolist()]
+        """z without noise: each row keeps its target size (export), or the number that it expects to be kept."""
+        found = {}
+        for mask, a in self.log_alpha.items():
+            keep_R = [getattr(self.target, MASK_TYPES[mask].size)] * len(a)
+            if not at_target:
+                keep_R = [round(n) for n in (1 - probability_pruned(a)).sum(dim=1).tolist()]
+            found[mask] = deterministic(a, keep_R)
+        return found
 
     def expected_sparsity(self) -> dict[str, Tensor]:
         """s_jr = mean over the row of P(z = 0), (R,) for each mask type."""
-        return {mask: probability_dead(a).mean(dim=1) for mask, a in self.log_alpha.items()}
+        return {mask: probability_pruned(a).mean(dim=1) for mask, a in self.log_alpha.items()}
 
     def target_sparsity(self, ramp: float = 1.0) -> dict[str, float]:
         """t_j = T_j * ramp; ramp = min(1, step / sparsity_warmup)."""
-        return {
-            mask: ramp * (1 - getattr(self.target, MASK_TYPES[mask]) / getattr(self.source, MASK_TYPES[mask]))
-            for mask in self.log_alpha
-        }
+        sizes = {mask: MASK_TYPES[mask].size for mask in self.log_alpha}
+        return {m: ramp * (1 - getattr(self.target, size) / getattr(self.source, size)) for m, size in sizes.items()}
 
     def lagrangian(self, ramp: float) -> Tensor:
         """sum_j mean_r [lambda1_j (s_jr - t_j) + lambda2_j (s_jr - t_j)^2], ascended in the lambdas."""
@@ -150,44 +164,60 @@ class Masks(nn.Module):
 
     @torch.no_grad()
     def overall_sparsity(self) -> float:
-        """1 - E[prunable parameters] / prunable parameters, the alive probabilities multiplied as if independent."""
-        return 1 - self._prunable(
-            {mask: 1 - probability_dead(a) for mask, a in self.log_alpha.items()}
-        ) / self._prunable({})
+        """1 - E[prunable parameters] / prunable parameters, the probabilities multiplied as if independent."""
+        kept = {mask: 1 - probability_pruned(a) for mask, a in self.log_alpha.items()}
+        return 1 - self._prunable(kept) / self._prunable({})
 
     def overall_target(self) -> float:
         """The same number for the target shape."""
-        alive = {m: torch.full_like(a, 1 - self.target_sparsity()[m]) for m, a in self.log_alpha.items()}
-        return 1 - self._prunable(alive) / self._prunable({})
+        kept = {m: torch.full_like(a, 1 - self.target_sparsity()[m]) for m, a in self.log_alpha.items()}
+        return 1 - self._prunable(kept) / self._prunable({})
 
-    def _prunable(self, alive: Mapping[str, Tensor]) -> float:
+    def _prunable(self, kept: Mapping[str, Tensor]) -> float:
         c, ones = self.source, torch.ones(self.source.n_layers)
-        hidden = alive["hidden"].sum().item() if "hidden" in alive else c.hidden_size
-        layer_L = alive["layer"][0] if "layer" in alive else ones
-        heads_L = alive["head"].sum(1) if "head" in alive else ones * c.n_kv_heads
-        channels_L = alive["intermediate"].sum(1) if "intermediate" in alive else ones * c.intermediate_size
+        hidden = kept["hidden"].sum().item() if "hidden" in kept else c.hidden_size
+        layer_L = kept["layer"][0] if "layer" in kept else ones
+        heads_L = kept["head"].sum(1) if "head" in kept else ones * c.n_kv_heads
+        channels_L = kept["intermediate"].sum(1) if "intermediate" in kept else ones * c.intermediate_size
         rows_of_a_head = 2 * c.head_dim * (c.n_heads // c.n_kv_heads + 1)  # q, o of the group and k, v
         return hidden * (layer_L * (heads_L * rows_of_a_head + channels_L * 3)).sum().item()
 
+    def record(self, ramp: float) -> dict:
+        """What metrics.jsonl says of the masks."""
+        return {
+            "sparsity": {m: s.mean().item() for m, s in self.expected_sparsity().items()},
+            "target_sparsity": self.target_sparsity(ramp),
+            "lambda1": dict(zip(self.log_alpha, self.lambda1.tolist(), strict=True)),
+            "lambda2": dict(zip(self.log_alpha, self.lambda2.tolist(), strict=True)),
+            "overall_sparsity": self.overall_sparsity(),
+        }
 
-def living(z_U: Tensor, multiple: int = 1) -> np.ndarray:
-    """Sorted indices of the units with z > 0, and of as many dead ones as fill them up to a multiple (at least one)."""
-    alive_U = z_U.numpy() > 0
-    size = -(-max(int(alive_U.sum()), 1) // multiple) * multiple
-    return np.sort(np.argsort(~alive_U, kind="stable")[:size])
+
+def kept_units(z_U: Tensor, multiple: int = 1) -> np.ndarray:
+    """Sorted indices of the units with z > 0, and of as many pruned ones as fill them up to a multiple (at least 1)."""
+    kept_U = z_U.numpy() > 0
+    n_kept = int(kept_U.sum())
+    n_padding = -(-max(n_kept, 1) // multiple) * multiple - n_kept
+    kept_U[np.flatnonzero(~kept_U)[:n_padding]] = True
+    return np.flatnonzero(kept_U)
 
 
-def index_sets(c: LlamaConfig, z: dict[str, Tensor], multiple: int) -> dict:
-    """What is alive: "hidden", per layer ("head", l) and its rows ("q", l), ("kv", l), and ("intermediate", l)."""
-    sets = {"hidden": living(z["hidden"][0], multiple)} if "hidden" in z else {}
-    rows_of_a_head = {"q": c.n_heads // c.n_kv_heads * c.head_dim, "kv": c.head_dim}
-    for layer in range(c.n_layers):
-        if "head" in z:
-            sets["head", layer] = heads = living(z["head"][layer])
-            for name, n in rows_of_a_head.items():
-                sets[name, layer] = (heads[:, None] * n + np.arange(n)).ravel()
-        if "intermediate" in z:
-            sets["intermediate", layer] = living(z["intermediate"][layer], multiple)
+def width(c: LlamaConfig, mask: str, weight: str) -> int:
+    """How many rows or columns of a weight belong to one unit."""
+    if mask != "head":
+        return 1
+    return c.head_dim * (c.n_heads // c.n_kv_heads if weight in ("q_proj", "o_proj") else 1)
+
+
+def index_sets(c: LlamaConfig, z: dict[str, Tensor], multiple: int) -> dict[tuple[str, int, int], np.ndarray]:
+    """(mask, row, width): the rows or columns that the kept units of a row are in a weight."""
+    sets = {}
+    for mask, z_RU in z.items():
+        weights = MASK_TYPES[mask].rows + MASK_TYPES[mask].cols
+        for row, z_U in enumerate(z_RU if weights else ()):
+            units = kept_units(z_U, 1 if mask == "head" else multiple)
+            for n in sorted({1, *(width(c, mask, weight) for weight in weights)}):
+                sets[mask, row, n] = (units[:, None] * n + np.arange(n)).ravel()
     return sets
 
 
@@ -204,55 +234,58 @@ def in_one_copy(arrays: dict, device: str) -> dict:
 
 
 def subnetwork(config: LlamaConfig, z: dict[str, Tensor], device: str = "cpu", multiple: int = 1) -> Subnetwork:
-    """Rows, columns and scales of everything that is alive in z, ready for Llama.forward.
+    """Rows, columns and scales of everything that z keeps, ready for Llama.forward.
 
-    z: what Masks.sample or Masks.deterministic returned (CPU; a mask type left out means all alive).
-    multiple: hidden and intermediate sets are padded with dead units to a multiple of this: exact, and friendlier
-    to GEMMs. Values and indices cross to the device in one copy each. After the loss's backward, call
-    backward_to_masks to carry the gradient on to log_alpha.
+    z: what Masks.sample or Masks.deterministic returned (CPU; a mask type left out keeps all). multiple: sets are
+    padded with pruned units to a multiple of this; it is exact, and friendlier to GEMMs. Values and indices cross to
+    the device in one copy each. After the loss's backward, backward_to_masks carries the gradient on to log_alpha.
     """
     values = {mask: v.detach() for mask, v in z.items()}
     z_flat = torch.cat([v.flatten() for v in z.values()]) if z else torch.empty(0)
     z_device = to_device(z_flat.detach(), device).requires_grad_(z_flat.requires_grad)
     parts = z_device.split([v.numel() for v in z.values()]) if z else ()
-    rows = {mask: part.view_as(v).unbind() for (mask, v), part in zip(z.items(), parts, strict=True)}
+    z_rows = {mask: part.view_as(v).unbind() for (mask, v), part in zip(z.items(), parts, strict=True)}
     index = in_one_copy(index_sets(config, values, multiple), device)
+    n_kept = int((values["hidden"] > 0).sum()) if "hidden" in z else 1
+    fill = max(n_kept, 1) / len(index["hidden", 0, 1]) if "hidden" in z else 1.0
 
-    hidden = index.get("hidden")
-    z_hidden = None if hidden is None else rows["hidden"][0][hidden]
-    fill = 1.0 if hidden is None else max(int((values["hidden"] > 0).sum()), 1) / len(hidden)
-    norm = Units(rows=hidden, row_scale=z_hidden, fill=fill)
-    ones_D = torch.ones(config.hidden_size, device=device)
+    @cache  # every weight that is scaled alike shares one tensor
+    def scale(*factors: tuple[str, int, int]) -> Tensor | None:
+        if not factors:
+            return None
+        (mask, row, n), others = factors[-1], scale(*factors[:-1])
+        if (mask, row, 1) in index:
+            factor = z_rows[mask][row][index[mask, row, 1]]
+            factor = factor.repeat_interleave(n) if n > 1 else factor
+        else:  # a mask of whole blocks: one number for all channels
+            factor = z_rows[mask][0][row]
+            factor = factor.expand(config.hidden_size) if others is None else factor
+        return factor if others is None else factor * others
 
-    def block_units(layer: int) -> BlockUnits:
-        on = "layer" not in z or bool(values["layer"][0, layer] > 0)
-        q, kv, channels = (index.get((name, layer)) for name in ("q", "kv", "intermediate"))
-        z_heads = None if q is None else rows["head"][layer][index["head", layer]]
-        z_channels = None if channels is None else rows["intermediate"][layer][channels]
-        z_out = z_hidden
-        if "layer" in z:
-            z_out = rows["layer"][0][layer] * (ones_D if hidden is None else z_hidden)
-        return BlockUnits(
-            attention=on and (q is None or bool((values["head"][layer] > 0).any())),
-            mlp=on and (channels is None or bool((values["intermediate"][layer] > 0).any())),
-            input_layernorm=norm,
-            q_proj=Units(q, hidden),
-            k_proj=Units(kv, hidden),
-            v_proj=Units(kv, hidden, row_scale=None if q is None else z_heads.repeat_interleave(config.head_dim)),
-            o_proj=Units(hidden, q, row_scale=z_out),
-            post_attention_layernorm=norm,
-            gate_proj=Units(channels, hidden),
-            up_proj=Units(channels, hidden, row_scale=z_channels),
-            down_proj=Units(hidden, channels, row_scale=z_out),
-        )
+    def units(weight: str, layer: int = 0) -> Units:
+        here = {mask: MASK_TYPES[mask] for mask in z}
+        at = {m: (m, layer if t.per_layer or not t.rows else 0, width(config, m, weight)) for m, t in here.items()}
+        rows = next((index[at[m]] for m, t in here.items() if weight in t.rows), None)
+        cols = next((index[at[m]] for m, t in here.items() if weight in t.cols), None)
+        row_scale = scale(*(at[m] for m, t in here.items() if weight in t.scaled))
+        return Units(rows, cols, row_scale, fill=fill if weight in (*NORMS, "norm") else 1.0)
 
-    # Tied embeddings are one matrix with z on its columns at both ends; the last norm's gain then goes without z.
-    embed = Units(cols=hidden, col_scale=z_hidden)
+    def keeps(part: str, layer: int) -> bool:
+        removing = {mask: MASK_TYPES[mask] for mask in z if part in MASK_TYPES[mask].removes}
+        return all((values[m][layer] if t.per_layer else values[m][0, layer]).gt(0).any() for m, t in removing.items())
+
+    def block(layer: int) -> BlockUnits:
+        parts = {part: keeps(part, layer) for part in ("attention", "mlp")}
+        return BlockUnits(**parts, **{weight: units(weight, layer) for weight in BLOCK_WEIGHTS})
+
+    embed = units("embed_tokens")
+    embed = Units(cols=embed.cols, col_scale=embed.row_scale)
+    norm, tied = units("norm"), config.tied_embeddings  # a tied matrix has z on its columns at both ends, the norm none
     return Subnetwork(
-        blocks=[block_units(layer) for layer in range(config.n_layers)],
+        blocks=[block(layer) for layer in range(config.n_layers)],
         embed_tokens=embed,
-        norm=replace(norm, row_scale=None) if config.tied_embeddings else norm,
-        lm_head=embed if config.tied_embeddings else Units(cols=hidden),
+        norm=replace(norm, row_scale=None) if tied else norm,
+        lm_head=embed if tied else units("lm_head"),
         z_backward=z_flat.backward,  # not z itself, which FSDP would find among the model's arguments
         z_device=z_device,
     )

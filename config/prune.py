@@ -9,7 +9,7 @@ summed up over the 4 micro-batches (32 sequences / 8 ranks, 1 each) before they 
 stage = "prune"
 out_dir = "out/llama2-1.3b/prune"
 init_from = "models/Llama-2-7b-hf"
-data = "data/slimpajama"  # 7 domains, prepared with data/slimpajama/prepare.py and the model's own tokenizer
+data = "data/slimpajama"  # 7 domains, prepared with data/prepare.py --preset=slimpajama and the model's own tokenizer
 domains = ("cc", "github", "book", "stackexchange", "wiki", "arxiv", "c4")
 ratios = (0.67, 0.045, 0.045, 0.02, 0.045, 0.025, 0.15)
 n_layers, hidden_size, intermediate_size, n_heads = 24, 2048, 5504, 16

@@ -10,7 +10,7 @@ are in proportion to their 0.3th powers: rare languages get more than their shar
 stage = "prune"
 out_dir = "out/qwen2-1.8b/prune"
 init_from = "models/Qwen2-7B"
-data = "data/culturax"  # prepared with data/culturax/prepare.py and the model's own tokenizer
+data = "data/culturax"  # prepared with data/prepare.py --preset=culturax and the model's own tokenizer
 domains = ("en", "ru", "zh", "ja", "ar", "tr", "ko", "th")
 ratios = (0.277042, 0.184717, 0.12974, 0.103777, 0.090896, 0.088853, 0.066743, 0.058232)
 n_layers, hidden_size, intermediate_size, n_heads = 28, 1536, 8960, 14

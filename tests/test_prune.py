@@ -202,7 +202,7 @@ def test_masks_agree_with_the_published_code(case):
     log_alpha = torch.tensor(case["log_alpha"])
     z = prune.hard_concrete(log_alpha, torch.tensor(case["eps"]))
     assert torch.allclose(z, torch.tensor(case["z_sample"]), atol=1e-4)
-    dead = prune.probability_dead(log_alpha)
+    dead = prune.probability_pruned(log_alpha)
     assert torch.allclose(1 - dead, torch.tensor(case["p_active"]), atol=1e-5)
     assert abs(dead.mean().item() - case["expected_sparsity"]) < 1e-5
     at_target = prune.deterministic(log_alpha[None], [case["target_size"]])[0]
@@ -236,9 +236,9 @@ def test_the_lagrangian_is_its_formula_and_ramps_its_target():
         masks.lambda2.copy_(torch.tensor([5.0, 1.0, -2.0, 0.1]))
     expected = 0.0
     for j, (mask, a) in enumerate(masks.log_alpha.items()):
-        size = prune.MASK_TYPES[mask]
+        size = prune.MASK_TYPES[mask].size
         target = 0.25 * (1 - getattr(masks.target, size) / getattr(BASE, size))
-        gap = (prune.probability_dead(a).mean(1) - target).double()
+        gap = (prune.probability_pruned(a).mean(1) - target).double()
         expected += (masks.lambda1[j] * gap + masks.lambda2[j] * gap**2).mean().item()
     assert masks.lagrangian(ramp=0.25).item() == pytest.approx(expected, rel=1e-5)
 

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import chaos
 import numpy as np
 import pytest
 import torch
@@ -20,14 +19,11 @@ import configurator
 import evaluate
 import hf
 import model as llama
-import plot
 import train
 from configurator import UserError
 from data.loader import DomainLoader
 from data.shards import write_meta, write_shard
-from dro import Mix
 from kernels import fused, masked_swiglu, pack
-from kernels import ops as dispatch
 from kernels.masked_linear import masked_linear, packed_linear
 from metrics import read_metrics
 from prune import target_config
@@ -72,7 +68,6 @@ TINY = Config(
     lr_warmup=4,
     eval_interval=10,
     eval_sequences=8,
-    log_interval=20,
     save_interval=10,
     device="cpu",
 )
@@ -122,6 +117,21 @@ def weights(out):
     return tensors_in(last_checkpoint(out))
 
 
+def differences(one, other):
+    """What two runs that must be the same differ in: tensors of the last checkpoint, the model's bytes, the log."""
+    a, b = weights(one), weights(other)
+    found = [
+        name for name in a.keys() | b.keys() if name not in a or name not in b or not torch.equal(a[name], b[name])
+    ]
+    files = ("model/model.safetensors", "model/config.json")
+    found += [name for name in files if (Path(one) / name).read_bytes() != (Path(other) / name).read_bytes()]
+    timed = {"step_s", "tokens_per_s", "eval_s", "mix_s", "save_s", "memory_bytes", "bytes"}
+    for kind in ("train", "eval"):
+        kept = [[{k: v for k, v in r.items() if k not in timed} for r in metrics(run, kind)] for run in (one, other)]
+        found += [kind] if kept[0] != kept[1] else []
+    return found
+
+
 def test_pretraining_learns(source):
     evals = metrics(source.parent, "eval")
     assert np.mean(evals[-1]["val_loss"]) < np.mean(evals[0]["val_loss"]) - 0.5
@@ -157,14 +167,6 @@ def test_metrics_hold_every_number_a_figure_needs(pruned):
     assert {"val_loss", "ratio", "reference_ratio", "reference_loss", "eval_s", "mix_s"} <= set(evals[0])
 
 
-def test_figures_are_drawn_from_the_metrics_of_one_run_or_several(pruned, source, tmp_path):
-    out, _ = pruned
-    names = {p.name for p in plot.plot([str(out), str(source.parent)], tmp_path)}
-    assert names == {"loss.png", "mix.png", "sparsity.png", "step_time.png"}
-    assert {p.name for p in plot.plot([str(source.parent)], tmp_path / "one")} == names - {"sparsity.png"}
-    assert all(path.stat().st_size > 5000 for path in tmp_path.glob("*.png"))
-
-
 def stop_at(monkeypatch, step):
     """Make the run die in the middle of a step."""
     whole = train.learning_rate
@@ -191,7 +193,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(stage, died_at, data, source, tm
         stop_at(m, died_at)
         train.main(config("killed"))
     train.main(config("killed", resume=True))
-    assert chaos.differences(tmp_path / "whole", tmp_path / "killed") == []
+    assert differences(tmp_path / "whole", tmp_path / "killed") == []
 
 
 def test_evaluating_more_often_does_not_change_the_training(data, tmp_path):
@@ -326,76 +328,15 @@ def test_bfloat16_prunes_like_float32(data, source, pruned, tmp_path):
     assert np.allclose(record["val_loss"], pruned[1]["val_loss"], atol=0.1)
 
 
-def test_a_domain_that_begins_again_is_said_at_its_second_fourth_and_eighth_epoch(data, tmp_path, capsys):
+def test_a_domain_that_begins_again_is_said_at_its_second_fourth_and_eighth_epoch(data, tmp_path):
     train.main(tiny(data, tmp_path / "r", domains=("pairs",), batch_size=147, micro_batch_size=147, max_steps=33))
-    out = capsys.readouterr().out  # 33 * 147 windows of the 1,176 there are: 8 steps an epoch, with none left over
-    for step, epoch in ((8, 2), (24, 4)):
-        said = f"step {step}: domain pairs begins its epoch {epoch}, the same 1176 sequences in a new order"
-        assert out.count(f"warning: {said}") == 1 == out.count(f"  {said}")  # when it comes, and at the end
-    assert out.count("begins its epoch") == 4
-    train.main(tiny(data, tmp_path / "s", domains=("pairs",), batch_size=147, micro_batch_size=147, max_steps=8))
-    assert "begins its epoch" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("settings", "fit"),
-    [
-        (dict(max_steps=1000, eval_interval=90), 990),
-        (dict(max_steps=1000, eval_interval=100), 1100),
-        (dict(max_steps=1000, eval_interval=10), 120),
-        (dict(max_steps=1000, eval_interval=1), 100),
-        (dict(max_steps=1000, eval_interval=10, law_after_ramp=True, sparsity_warmup=205), 310),
-    ],
-)
-def test_the_step_of_the_first_fit_is_known_beforehand(settings, fit):
-    cfg = train.Config(**settings)
-    mix = Mix(("a", "b"), np.array([0.5, 0.5]), "dro")
-    fitted = []
-    for step in range(cfg.eval_interval, cfg.max_steps + 1, cfg.eval_interval):
-        record = step >= cfg.sparsity_warmup or not cfg.law_after_ramp
-        mix.update(np.array([3.0, 2.0]) + 5 / step, step * np.ones(2), step / cfg.max_steps, record=record)
-        fitted += [step] if mix.reference_loss_M is not None else []
-    assert train.first_fit(cfg) == fit == (fitted[0] if fitted else fit)
-    assert (fit > cfg.max_steps) == (not fitted)
-
-
-def test_a_mix_that_cannot_move_for_want_of_evaluations_is_said_at_the_start(data, tmp_path, capsys):
-    said = "warning: step 0: no reference loss will be predicted: the first scaling law would be fitted at step 33 of"
-    train.main(tiny(data, tmp_path / "r", mix="dro", max_steps=30, eval_interval=3))
-    assert said in capsys.readouterr().out
-    train.main(tiny(data, tmp_path / "s", mix="constant", max_steps=30, eval_interval=3))
-    assert "no reference loss" not in capsys.readouterr().out
-
-
-def test_what_only_a_new_model_can_choose_is_refused_beside_init_from():
-    for given in (dict(rope_theta=1e6), dict(tied_embeddings=True)):
-        with pytest.raises(UserError, match=f"{next(iter(given))} = .*: it is that of init_from; leave it out"):
-            train.check(train.Config(stage="continue", init_from="model", **given))
-
-
-def test_damping_keeps_the_sparsity_from_overshooting_its_ramp(data, source, pruned, tmp_path):
-    train.main(prune_tiny(data, tmp_path / "r", source, damping=10.0))
-    overshoot = [
-        max(r["sparsity"][m] - r["target_sparsity"][m] for r in metrics(run, "train") for m in r["sparsity"])
-        for run in (pruned[0], tmp_path / "r")
+    warnings = [(r["step"], r["text"]) for r in metrics(tmp_path / "r", "warning") if "begins its epoch" in r["text"]]
+    assert warnings == [  # 33 * 147 windows of the 1,176 there are: 8 steps an epoch, with none left over
+        (9, "domain pairs begins its epoch 2, the same 1176 sequences in a new order"),
+        (25, "domain pairs begins its epoch 4, the same 1176 sequences in a new order"),
     ]
-    assert overshoot[0] > 0.4
-    assert overshoot[1] < 0.5 * overshoot[0]
 
 
-def test_recomputing_activations_changes_nothing(data, source, pruned, tmp_path):
-    train.main(prune_tiny(data, tmp_path / "r", source, checkpoint_activations=True))
-    whole, recomputed = weights(pruned[0]), weights(tmp_path / "r")
-    assert all(torch.equal(whole[name], recomputed[name]) for name in whole)
-
-
-@pytest.fixture
-def torch_kernels_afterwards():
-    yield
-    dispatch.use("torch", "cpu")
-
-
-@pytest.mark.usefixtures("torch_kernels_afterwards")
 @pytest.mark.parametrize("linear", [packed_linear, pytest.param(masked_linear, marks=pytest.mark.full)])
 def test_triton_kernels_prune_like_torch(linear, data, tmp_path, monkeypatch):
     """20 steps as small as they get: Triton's interpreter takes half a second for each."""
@@ -427,17 +368,6 @@ def test_every_kind_of_mix_runs_in_the_loop(options, data, source, tmp_path):
     assert sum(last["ratio"]) == pytest.approx(1)
 
 
-def test_a_constant_mix_of_one_domain_is_not_warned_about(data, tmp_path, capsys):
-    train.main(tiny(data, tmp_path / "r", mix="constant", domains=("pairs",), max_steps=10))
-    assert "nearly one domain" not in capsys.readouterr().out
-
-
-def test_a_mix_of_nearly_one_domain_is_warned_about(data, tmp_path, capsys):
-    losses = dict(domains=("count", "pairs"), reference_losses=(1e-3, 9.0), dynamic_reference=False)
-    train.main(tiny(data, tmp_path / "r", mix="sheared", max_steps=20, **losses))
-    assert "warning: step 10: the mix is nearly one domain" in capsys.readouterr().out
-
-
 def test_the_model_compiles_without_a_graph_break():
     config = llama.LlamaConfig(VOCAB, 32, 48, 2, 4, 2, 8)
     model = llama.Llama(config)
@@ -447,55 +377,42 @@ def test_the_model_compiles_without_a_graph_break():
     assert torch.allclose(compiled(tokens[:, :-1], tokens[:, 1:]), model(tokens[:, :-1], tokens[:, 1:]), atol=1e-6)
 
 
-BAD = [
-    (dict(stage="retrain"), UserError, "stage = 'retrain': must be one of"),
-    (dict(mix="robust"), UserError, "mix = 'robust': must be one of constant"),
-    (dict(max_steps=0), UserError, "max_steps = 0"),
-    (dict(lr=float("nan")), UserError, "lr = nan: must be positive"),
-    (dict(sparsity_warmup=99), UserError, "sparsity_warmup = 99: must lie in 0 .. max_steps = 40"),
-    (dict(micro_batch_size=3), UserError, "batch_size = 8 is not a multiple of micro_batch_size = 3"),
-    (dict(domains=("count", "count")), UserError, "'count' is named twice"),
-    (dict(domains=("count", "pears")), UserError, "no domain 'pears'; the data set has count, pairs"),
-    (dict(domains=("count", "pairs"), ratios=(0.5, 0.6)), UserError, "ratios sum to 1.1, must sum to 1"),
-    (dict(domains=("count", "pairs"), ratios=(1.0,)), UserError, "ratios has 1 values for 2 domains"),
-    (dict(domains=("count", "pairs"), ratios=(1.5, -0.5)), UserError, "must all be positive"),
-    (dict(ratios=(0.5, 0.5)), UserError, "name domains"),
-    (dict(mix="sheared", dynamic_reference=False), UserError, "needs reference_losses"),
-    (dict(seq_len=3000), UserError, "too short for one window of 3001"),
-    (dict(data="nowhere"), UserError, "prepare the data set first"),
-    (dict(n_kv_heads=3), UserError, "n_heads = 4 is not a multiple of n_kv_heads = 3"),
-    (dict(head_dim=0), UserError, "needs head_dim"),
-    (dict(stage="continue"), UserError, "needs init_from"),
-    (
-        dict(stage="prune", init_from="nowhere", n_kv_heads=0, head_dim=0),
-        UserError,
-        "not found: a model is",
-    ),
-    (dict(dtype="float16"), UserError, "dtype = 'float16'"),
-    (dict(device="mps"), UserError, "device = 'mps': must be cpu or cuda"),
-    (dict(seed=-1), UserError, "seed = -1: must not be negative"),
-    (dict(rope_theta=-1.0), UserError, "rope_theta = -1.0: must be positive"),
-    (dict(stage="continue", init_from="x"), UserError, "stage = 'continue' takes it from init_from"),
-]
+BAD = {
+    "must be one of": dict(mix="robust"),
+    "max_steps = 0": dict(max_steps=0),
+    "lr = nan": dict(lr=float("nan")),
+    "longer than max_steps": dict(sparsity_warmup=99),
+    "multiple of micro_batch_size": dict(micro_batch_size=3),
+    "named twice": dict(domains=("count", "count")),
+    "no domain 'pears'": dict(domains=("count", "pears")),
+    "ratios sum to 1.1": dict(domains=("count", "pairs"), ratios=(0.5, 0.6)),
+    "one for each of the 2": dict(domains=("count", "pairs"), ratios=(1.0,)),
+    "needs reference_losses": dict(mix="sheared", dynamic_reference=False),
+    "too short": dict(seq_len=3000),
+    "n_kv_heads = 3": dict(n_kv_heads=3),
+    "needs head_dim": dict(head_dim=0),
+    "needs init_from": dict(stage="continue", **NO_SHAPE),
+    "takes it from init_from": dict(stage="continue", init_from="x"),
+    "not found": dict(stage="prune", init_from="nowhere", n_kv_heads=0, head_dim=0),
+}
 
 
-@pytest.mark.parametrize(("change", "error", "message"), BAD, ids=[b[2][:40] for b in BAD])
-def test_bad_input_is_refused_in_one_line_before_anything_is_written(change, error, message, data, tmp_path):
-    with pytest.raises(error, match=re.escape(message)) as caught:
-        train.main(dataclasses.replace(tiny(data, tmp_path / "r"), **change))
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_refused_in_one_line_and_nothing_of_a_run_is_written(message, data, tmp_path):
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        train.main(dataclasses.replace(tiny(data, tmp_path / "r"), **BAD[message]))
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "r").exists()
+    assert not (tmp_path / "r/metrics.jsonl").exists()
 
 
 def test_a_target_larger_than_the_source_is_refused(data, source, tmp_path):
     with pytest.raises(UserError, match=r"target hidden_size = 33: the source has 32"):
         train.main(prune_tiny(data, tmp_path / "r", source, hidden_size=33))
-    assert not (tmp_path / "r").exists()
 
 
 def test_an_out_dir_that_holds_a_run_is_left_alone(data, source):
     before = (source.parent / "metrics.jsonl").read_bytes()
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="holds a run"):
         train.main(tiny(data, source.parent))
     assert (source.parent / "metrics.jsonl").read_bytes() == before
 
@@ -514,18 +431,12 @@ def test_what_is_left_of_another_run_is_not_overwritten(left, data, source, tmp_
     assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != "lock"}
 
 
-def test_an_out_dir_that_is_a_file_is_refused(data, tmp_path):
-    (tmp_path / "r").write_text("x")
-    with pytest.raises(UserError, match="r is a file"):
-        train.main(tiny(data, tmp_path / "r"))
-
-
 def test_a_run_is_not_resumed_on_other_data(data, source, tmp_path):
     shutil.copytree(source.parent, tmp_path / "r")
     shutil.copytree(data, tmp_path / "data")
     meta = json.loads((tmp_path / "data/meta.json").read_text())
     (tmp_path / "data/meta.json").write_text(json.dumps(meta | {"eos": 3}))
-    with pytest.raises(UserError, match=r"it was prepared anew since|was written with data"):
+    with pytest.raises(UserError, match=r"was prepared anew since|was written with data"):
         train.main(tiny(tmp_path / "data", tmp_path / "r", resume=True))
 
 
@@ -533,45 +444,22 @@ def test_a_run_is_not_resumed_on_other_data(data, source, tmp_path):
     ("change", "message"),
     [({"hidden_size": 40}, "hidden_size = 32, this run has 40"), ({"seed": 3}, "seed = 17, this run has 3")],
 )
-def test_a_checkpoint_of_another_run_is_refused(change, message, data, source):
+def test_a_run_with_other_settings_is_not_resumed(change, message, data, source):
     before = (source.parent / "metrics.jsonl").read_bytes()
     with pytest.raises(UserError, match=message):
         train.main(tiny(data, source.parent, resume=True, **change))
     assert (source.parent / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("layers", [1, 4])
-def test_a_checkpoint_of_another_shape_is_refused(layers, data, source, tmp_path):
-    run = tmp_path / "r"
-    cfg = tiny(data, run, stage="continue", init_from=str(tmp_path / "m"), max_steps=4, **NO_SHAPE)
-    small = llama.Llama(dataclasses.replace(hf.load(source).config, n_layers=layers))
+def test_a_run_is_not_resumed_when_init_from_has_become_another_model(data, source, tmp_path):
+    cfg = tiny(data, tmp_path / "r", stage="continue", init_from=str(tmp_path / "m"), max_steps=4, **NO_SHAPE)
+    small = llama.Llama(dataclasses.replace(hf.load(source).config, n_layers=1))
     small.init_weights(0)
-    hf.load(source).save(tmp_path / "m")
+    hf.save(hf.load(source), tmp_path / "m")
     train.main(cfg)
     hf.save(small, tmp_path / "m")
-    with pytest.raises(UserError, match=f"a source model of n_layers = 3, this run's has {layers}"):
+    with pytest.raises(UserError, match="its source model is not the run's"):
         train.main(dataclasses.replace(cfg, resume=True))
-
-
-@pytest.mark.parametrize("damage", ["magic", "truncated", "token"])
-def test_damaged_shards_stop_the_run_before_its_first_step(damage, data, tmp_path):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for path in data.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    shard = folder / "pairs_train.bin"
-    raw = bytearray(shard.read_bytes())
-    if damage == "magic":
-        raw[0] ^= 1
-    elif damage == "truncated":
-        del raw[-10:]
-    else:
-        raw[-2:] = (VOCAB).to_bytes(2, "little")
-    shard.write_bytes(raw)
-    message = {"magic": "is not that of a token shard", "truncated": "truncated", "token": f"token id {VOCAB}"}[damage]
-    with pytest.raises(UserError, match=rf"pairs_train\.bin.*{message}"):
-        train.main(tiny(folder, tmp_path / "r"))
-    assert not (tmp_path / "r").exists()
 
 
 SOURCES = {  # what each pruning config starts from
@@ -604,23 +492,11 @@ def test_the_demo_prunes_to_about_a_quarter():
     assert all(getattr(target_config(source, **shape), name) < getattr(source, name) for name in shape)
 
 
-def run(*arguments):
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-    )
-
-
-def test_the_command_line_ends_bad_input_with_one_line_and_an_error_code(tmp_path):
-    done = run("train.py", "config/demo_pretrain.py", "--max_stpes=10", f"--out_dir={tmp_path / 'r'}")
-    assert done.returncode == 1
-    assert done.stderr == "error: command line: unknown setting 'max_stpes'; did you mean 'max_steps'?\n"
-    assert not (tmp_path / "r").exists()
-
-
-@pytest.mark.parametrize("change", [dict(batch_size=-3), dict(sequences=0), dict(seq_len=0), dict(device="foo")])
-def test_evaluate_refuses_what_it_cannot_do(change, data, source):
-    with pytest.raises(UserError, match=next(iter(change))):
-        evaluate.main(str(source), dataclasses.replace(evaluate.Config(data=str(data), device="cpu"), **change))
+def test_importing_the_loop_loads_nothing_of_data_preparation():
+    code = "import sys, train; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    unwanted = {"sentencepiece", "tiktoken", "tokenizers", "zstandard", "tarfile", "bz2", "xml", "pyarrow", "triton"}
+    assert not unwanted & set(loaded.split())
 
 
 def test_evaluate_reads_the_checkpoint_of_a_pruning_run_as_what_it_exports(data, pruned, capsys):
@@ -631,24 +507,12 @@ def test_evaluate_reads_the_checkpoint_of_a_pruning_run_as_what_it_exports(data,
     assert lines[1 : len(lines) // 2] == lines[len(lines) // 2 + 1 :]
 
 
-def test_evaluate_prints_loss_perplexity_and_bits_per_byte(data, source, capsys):
-    cfg = evaluate.Config(data=str(data), seq_len=T, sequences=4, device="cpu")
-    evaluate.main(str(source), cfg)
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    table = {line[0]: [float(x) for x in line[1:]] for line in lines if line and line[0] in ("count", "pairs")}
-    for loss, perplexity, bits in table.values():
-        assert perplexity == pytest.approx(np.exp(loss), rel=1e-3)
-        assert bits == pytest.approx(loss / np.log(2) / 3, rel=1e-3)
-    assert len(table) == 2
-
-
 def test_metrics_of_a_killed_run_are_read_up_to_the_cut(tmp_path):
     (tmp_path / "m.jsonl").write_text(json.dumps({"kind": "save", "step": 0}) + '\n{"kind": "tra')
     assert read_metrics(tmp_path / "m.jsonl") == [{"kind": "save", "step": 0}]
 
 
-@pytest.mark.parametrize("line", [b"nonsense", b"3", b"{}", b'{"kind": "train"}', b"\xff\xfe"])
-def test_metrics_that_are_no_records_are_refused_with_their_line(line, tmp_path):
-    (tmp_path / "m.jsonl").write_bytes(line + b'\n{"kind": "save", "step": 0}\n')
+def test_a_damaged_line_of_metrics_is_refused_with_its_number(tmp_path):
+    (tmp_path / "m.jsonl").write_bytes(b'nonsense\n{"kind": "save", "step": 0}\n')
     with pytest.raises(UserError, match=r"m\.jsonl:1: not a record"):
         read_metrics(tmp_path / "m.jsonl")

@@ -1,0 +1,275 @@
+"""What a run leaves in out_dir: its lock, metrics.jsonl, checkpoints and model. Also how it is asked to stop.
+
+out_dir/lock, metrics.jsonl        held and written by the run that is going on
+        step_000100                checkpoints (checkpoint.py)
+        model                      a Hugging Face folder with its tokenizer; the next stage starts there
+"""
+
+import json
+import math
+import os
+import signal
+import threading
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import hf
+import parallel
+from checkpoint import Checkpoints, Lock
+from configurator import Stopped, UserError
+from metrics import Log, read_metrics
+
+MAY_CHANGE_ON_RESUME = {
+    *("resume", "out_dir", "device", "compile", "kernels", "checkpoint_activations", "save_interval"),
+    *("keep_checkpoints", "plan", "gpus", "gpu_memory"),
+}
+SPARSITY_GAP = 0.02  # of a row, at the end; more is warned about
+SKIPPED_AT_MOST = 10  # steps in a row without a finite loss and gradient end the run
+
+
+@dataclass
+class Progress:
+    """How far a run is. Steps that were skipped count as steps, their tokens do not count."""
+
+    tokens_M: np.ndarray  # trained on, by domain
+    step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+
+
+@dataclass
+class StopSignals:
+    """While it lasts, SIGTERM and the first SIGINT ask the run to stop after its step; a second SIGINT interrupts."""
+
+    asked: str = ""
+    before: dict = field(default_factory=dict)
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():
+            self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _) -> None:
+        if self.asked == "SIGINT" and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = signal.Signals(number).name
+
+
+class Out:
+    """The folder of one run. Only the main rank writes the log and the model; all ranks share the checkpoints."""
+
+    def __init__(self, cfg, ranks: parallel.Ranks, data_sha256: str) -> None:
+        self.cfg, self.ranks, self.folder = cfg, ranks, Path(cfg.out_dir)
+        self.identity = {"config": json.loads(json.dumps(asdict(cfg))), "data": data_sha256}
+        self.log = Log(self.folder / "metrics.jsonl", ranks.is_main)
+        self.lock, self.signals, self.bar = Lock(self.folder), StopSignals(), None
+
+    def __enter__(self) -> "Out":
+        """Raises UserError where the folder holds another run, or another process has it."""
+        parallel.refuse_unequal({"data": self.identity["data"], **self.identity["config"]})
+        parallel.on_main(self._claim)
+        self.found, self.broken = checkpoint.newest(self.folder)
+        if self.found:
+            self._same_run(self.found[1], self.found[0])
+        self.signals.__enter__()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.signals.__exit__()
+        if self.bar is not None:
+            self.bar.close()
+        self.log.close()
+        self.lock.close()
+
+    @property
+    def stop_asked(self) -> bool:
+        return bool(self.signals.asked)
+
+    def _claim(self) -> None:
+        files = [self.folder / "metrics.jsonl", self.folder / "model", *checkpoint.checkpoints(self.folder)[-1:]]
+        there = [f.name for f in files if f.exists()]
+        if there and not self.cfg.resume:
+            raise UserError(f"{self.folder} holds a run ({', '.join(there)}): add --resume or choose another out_dir")
+        self.lock.take()
+        for header in read_metrics(self.log.path)[:1]:
+            self._same_run({**self.identity, "config": header["config"]}, self.log.path)
+
+    def _same_run(self, saved: dict, where: Path) -> None:
+        """Raises UserError where a setting that shapes the run differs. One that is new since is at its default."""
+        settings = json.loads(json.dumps(asdict(type(self.cfg)()))) | saved["config"]
+        for name, value in self.identity["config"].items():
+            if name not in MAY_CHANGE_ON_RESUME and settings[name] != value:
+                raise UserError(
+                    f"{where}: was written with {name} = {settings[name]!r}, this run has {value!r}: "
+                    "give the same, or choose another out_dir"
+                )
+        if saved["data"] != self.identity["data"]:
+            raise UserError(f"{where}: {self.cfg.data} was prepared anew since: put it back or choose another out_dir")
+
+    def resume(self, progress: Progress, shapes: dict, learned: dict, optimizers: list, mix, loader) -> None:
+        """Fill all of them from the newest whole checkpoint, where there is one, and open the log at its step."""
+        self.shapes, self.learned, self.optimizers, self.mix, self.loader = shapes, learned, optimizers, mix, loader
+        if self.found:
+            folder, state = self.found
+            for name, here in json.loads(json.dumps(shapes)).items():
+                if state[name] != here:
+                    raise UserError(f"{folder}: its {name} model is not the run's: put init_from back as it was")
+            checkpoint.load(folder, checkpoint.tensors(learned, optimizers))
+            progress.__dict__.update(state["progress"], tokens_M=np.array(state["progress"]["tokens_M"]))
+            checkpoint.set_steps(optimizers, progress.step - progress.skipped)
+            mix.load_state_dict(state["mix"])
+            loader.load_state_dict(state["loader"])
+        self.begun_M = loader.begun_M
+        group = torch.distributed.new_group(backend="gloo") if self.ranks.sharded else None
+        self.checkpoints = Checkpoints(self.folder, self.cfg.keep_checkpoints, group)
+        parallel.on_main(lambda: self.log.open(progress.step))
+        if self.cfg.resume:
+            self.log.say(f"resumed at step {progress.step}" if self.found else f"{self.folder} has no checkpoint yet")
+        for folder, problem in self.broken.items():
+            self.log.warn(progress.step, f"the checkpoint {folder} is skipped: {problem}")
+        hidden = None if self.ranks.is_main else True  # None: where the output is no terminal
+        stage, n, step = self.cfg.stage, self.cfg.max_steps, progress.step
+        self.bar = tqdm(total=n, initial=step, disable=hidden, desc=stage, unit="step")
+        self.found = None
+
+    # ---- the log
+
+    def log_eval(self, progress: Progress, loss_M: np.ndarray, warnings: list[str], seconds: dict, masks: dict) -> dict:
+        """The record of an evaluation, and one line of it. seconds: eval_s, mix_s. masks: Masks.record()."""
+        mix, step = self.mix, progress.step
+        for text in warnings:
+            self.log.warn(step, text, now=False)
+        worst = int(np.nanargmax(loss_M)) if np.isfinite(loss_M).any() else 0
+        self.log.say(f"step {step}: mean {loss_M.mean():.4f}, worst {mix.domains[worst]} {loss_M[worst]:.4f}")
+        return self.log.record(
+            {
+                "kind": "eval",
+                "step": step,
+                "val_loss": loss_M,
+                "ratio": mix.ratio_M,
+                "reference_ratio": mix.reference_ratio_M,
+                "reference_loss": mix.reference_loss_M,
+                "tokens": progress.tokens_M,
+                **masks,
+                **seconds,
+                "memory_bytes": memory_bytes(self.ranks.device),
+            }
+        )
+
+    def log_train(self, progress: Progress, loss_M: np.ndarray, count_M: np.ndarray, step_s: float, more: dict) -> None:
+        """loss_M: summed over the tokens of each domain; count_M: those tokens, none where the step was skipped."""
+        begun_M, self.begun_M = self.begun_M, self.loader.begun_M
+        for m in np.flatnonzero(np.frexp(np.maximum(begun_M, 1))[1] < np.frexp(self.begun_M)[1]):  # the 2nd, 4th, ...
+            again = f"the same {self.loader.size_M[m]} sequences in a new order"
+            self.log.warn(progress.step, f"domain {self.mix.domains[m]} begins its epoch {self.begun_M[m]}, {again}")
+        tokens_per_s = self.cfg.batch_size * self.cfg.seq_len / step_s
+        loss = loss_M.sum() / count_M.sum() if count_M.any() else None
+        mean_M = np.divide(loss_M, count_M, out=np.full(len(loss_M), np.nan), where=count_M > 0)
+        self.bar.set_postfix_str(f"loss {loss or math.nan:.3f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
+        self.bar.update()
+        self.log.record(
+            {
+                "kind": "train",
+                "step": progress.step,
+                "loss": loss,
+                "domain_loss": mean_M,
+                "ratio": self.mix.ratio_M,
+                "tokens": progress.tokens_M,
+                "skipped": progress.skipped,
+                **more,
+                "step_s": step_s,
+                "tokens_per_s": tokens_per_s,
+            }
+        )
+
+    def log_extracted(self, last: dict, loss_M: np.ndarray, masks) -> dict:
+        """last: the record of the last evaluation, which was masked. loss_M: that of the extracted model."""
+        for mask, sparsity in masks.expected_sparsity().items():
+            gap = (sparsity - masks.target_sparsity()[mask]).abs().max().item()
+            if gap > SPARSITY_GAP:
+                advice = "more max_steps, a shorter sparsity_warmup, more damping or a higher mask_lr bring it there"
+                self.log.warn(last["step"], f"mask {mask} misses its target sparsity by up to {gap:.3f}: {advice}")
+        masked = np.array(last["val_loss"], dtype=float).mean()
+        self.log.say(f"extracted: mean {loss_M.mean():.4f}, as masked {masked:.4f}")
+        extracted = {"kind": "extracted", "val_loss": loss_M, "masked_val_loss": last["val_loss"]}
+        return self.log.record({**last, **extracted})
+
+    def skip(self, progress: Progress, loss_N: np.ndarray, batch) -> None:
+        """Count a step without a finite loss and gradient. Raises UserError after SKIPPED_AT_MOST of them in a row."""
+        progress.skipped, progress.skipped_in_a_row = progress.skipped + 1, progress.skipped_in_a_row + 1
+        bad_N = np.flatnonzero(~np.isfinite(loss_N))
+        n = bad_N[0] if len(bad_N) else np.argmax(loss_N)
+        why = "the loss is not finite" if len(bad_N) else "the gradient is not finite, the highest loss is"
+        why += f" on domain {self.mix.domains[batch.domain_N[n]]}, {self.loader.file_of(batch, n)}"
+        self.log.warn(progress.step, f"the step was skipped, {why}")
+        if progress.skipped_in_a_row == SKIPPED_AT_MOST:
+            raise UserError(
+                f"step {progress.step}: {SKIPPED_AT_MOST} steps in a row were skipped, at last since {why}: "
+                "look at the data, or start with a lower lr in another out_dir"
+            )
+
+    # ---- checkpoints and the model
+
+    def save(self, progress: Progress) -> None:
+        self.wait_for_save(progress.step)
+        if not (self.ranks.is_main or self.ranks.sharded):
+            return
+        state = {
+            **self.identity,
+            **self.shapes,
+            "step": progress.step,
+            "progress": {**vars(progress), "tokens_M": progress.tokens_M.tolist()},
+            "mix": self.mix.state_dict(),
+            "loader": self.loader.state_dict(),
+        }
+        self.checkpoints.save(progress.step, state, checkpoint.tensors(self.learned, self.optimizers))
+
+    def stop(self, progress: Progress) -> None:
+        """Raises Stopped when the checkpoint of this step is whole, else UserError."""
+        step, last = progress.step, self.cfg.max_steps
+        if problem := self.wait_for_save(step):
+            raise UserError(f"asked to stop at step {step}, and could not save it: {problem}")
+        raise Stopped(f"stopped at step {step} of {last}, which is saved: the same command with --resume goes on")
+
+    def wait_for_save(self, step: int) -> str:
+        """What went wrong with the last checkpoint; empty where nothing did."""
+        problem = ""
+        for saved in self.checkpoints.finished(wait=True):
+            if problem := saved.error:
+                self.log.warn(step, f"the checkpoint of step {saved.step} was not written: {problem}")
+            else:
+                record = {"kind": "save", "step": saved.step, "save_s": saved.seconds, "bytes": saved.n_bytes}
+                self.log.record(record)
+        return problem
+
+    def write_model(self, model) -> None:
+        """The main rank writes out_dir/model, with the tokenizer of init_from or of the data set."""
+
+        def write() -> None:
+            sources = [folder for folder in (self.cfg.init_from, self.cfg.data) if folder]
+            try:
+                hf.save(model, self.folder / "model", tokenizer=sources)
+            except OSError as error:
+                problem = f"{self.folder}/model could not be written ({error})"
+                raise UserError(f"{problem}: make room; --resume writes it again") from None
+
+        parallel.on_main(write)
+        self.bar.close()
+        self.log.say(f"model written to {self.folder}/model")
+        self.log.sum_up()
+
+
+def memory_bytes(device: str) -> int:
+    """Bytes at the peak of a GPU, or bytes of the process now where there is none."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
