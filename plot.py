@@ -1,7 +1,7 @@
 """Figures from metrics.jsonl alone; several runs are laid over each other, and a run may still be going on.
 
     python plot.py out/demo/prune                     # figures into that folder
-    python plot.py out/a out/b out/c --out=out/compare    # several runs need a folder of their own
+    python plot.py out/a out/b out/c --out=out/compare
 
 loss.png: validation loss of each domain, its reference loss, and the moving training loss. mix.png: the ratio of each
 domain and its reference ratio. sparsity.png: expected against target sparsity of each mask, and the multipliers.
@@ -9,7 +9,8 @@ step_time.png: milliseconds a step, evaluation apart.
 """
 
 import math
-import sys
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,37 +20,28 @@ matplotlib.use("Agg")  # files only: no display is needed
 import matplotlib.pyplot as plt
 import numpy as np
 
+import configurator
 from configurator import UserError
-from data.shards import DOMAIN
 from metrics import read_metrics
 
-MAX_PANELS = 200  # small plots in one figure
 SMOOTH = 0.1  # weight of the newest point in the moving averages drawn
 
 
 @dataclass(frozen=True)
 class Run:
     name: str
-    header: dict
+    domains: list[str]
     train: list[dict]
     evals: list[dict]
 
 
-def read_run(folder: str) -> Run:
+def read_run(folder: str | Path) -> Run:
     """Raises UserError where there is no run, or one without any evaluation yet."""
     records = read_metrics(Path(folder, "metrics.jsonl"))
-    kinds = {kind: [r for r in records if r["kind"] == kind] for kind in ("run", "train", "eval")}
-    if not kinds["run"] or not kinds["eval"]:
-        raise UserError(
-            f"{folder}: no metrics.jsonl with an evaluation in it: give the out_dir of a run that has evaluated"
-        )
-    names = kinds["run"][0]["domains"] + [name for r in kinds["train"][:1] for name in r.get("sparsity", ())]
-    if len(names) > MAX_PANELS or not all(DOMAIN.fullmatch(name) for name in names):
-        raise UserError(
-            f"{folder}: metrics.jsonl names {len(names)} domains and masks: expected at most {MAX_PANELS}, "
-            "of letters, digits, '_', '.', '-'"
-        )
-    return Run(Path(folder).name, kinds["run"][0], kinds["train"], kinds["eval"])
+    runs, train, evals = ([r for r in records if r["kind"] == kind] for kind in ("run", "train", "eval"))
+    if not runs or not evals:
+        raise UserError(f"{folder}: no metrics.jsonl with an evaluation: give the out_dir of a run that has evaluated")
+    return Run(Path(folder).name, runs[0]["domains"], train, evals)
 
 
 def panels(names: list[str], title: str, y_label: str):
@@ -71,135 +63,113 @@ def panels(names: list[str], title: str, y_label: str):
 
 
 def finish(figure, axes: dict, path: Path) -> Path:
-    drawn = [zip(*axis.get_legend_handles_labels(), strict=True) for axis in axes.values()]
-    entries = {label: line for pairs in drawn for line, label in pairs}
-    columns = min(4, len(entries))
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns, fontsize=9)
+    """One legend below all panels."""
+    entries = {}
+    for axis in axes.values():
+        entries |= {line.get_label(): line for line in axis.get_legend_handles_labels()[0]}
+    columns = max(1, min(4, len(entries)))
+    figure.legend(entries.values(), entries, loc="outside lower center", ncols=columns, fontsize=9)
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path
 
 
-def smoothed(values: list[float | None]) -> list[float]:
+def smoothed(values: Iterable[float]) -> list[float]:
     """Exponential moving average; a step without a value keeps the last."""
     out, average = [], math.nan
     for value in values:
-        if value is not None:
+        if not math.isnan(value):
             average = value if math.isnan(average) else (1 - SMOOTH) * average + SMOOTH * value
         out.append(average)
     return out
 
 
-def column(records: list[dict], key: str, place: int | str) -> list:
-    """records[...][key][place], place being a domain's number or a mask's name; None where there is no such value."""
-    if isinstance(place, str):
-        return [r.get(key, {}).get(place) for r in records]
-    return [None if r.get(key) is None else r[key][place] for r in records]
+def line(axis, records: list[dict], key: str, place: int | str, smooth: bool = False, **style) -> None:
+    """records[...][key][place] over the steps, with the number of a domain or the name of a mask; gaps where None."""
+    values = np.array([None if r.get(key) is None else r[key][place] for r in records], dtype=float)
+    if not np.isnan(values).all():
+        axis.plot([r["step"] for r in records], smoothed(values) if smooth else values, **style)
 
 
-def numbers(values: list) -> np.ndarray:
-    return np.array([math.nan if v is None else v for v in values], dtype=float)
-
-
-def colour(i: int) -> str:
-    return f"C{i % 10}"
+def union(names: Iterable[Iterable[str]]) -> list[str]:
+    return list(dict.fromkeys(name for some in names for name in some))
 
 
 def plot_loss(runs: list[Run], out: Path) -> Path:
-    domains = runs[0].header["domains"]
+    domains = union(run.domains for run in runs)
     figure, axes = panels(domains, "Validation loss and reference loss by domain", "loss (nats per token)")
+    training = {"color": "0.75", "lw": 1, "label": "training loss (moving average)"}
     for i, run in enumerate(runs):
-        for m, domain in enumerate(run.header["domains"]):
-            if domain not in axes:
-                continue
-            steps = [r["step"] for r in run.evals]
+        colour = f"C{i % 10}"
+        for m, axis in enumerate(axes[domain] for domain in run.domains):
             if len(runs) == 1:
-                train_steps = [r["step"] for r in run.train]
-                axes[domain].plot(
-                    train_steps,
-                    smoothed(column(run.train, "domain_loss", m)),
-                    color="0.75",
-                    lw=1,
-                    label="training loss (moving average)",
-                )
-            axes[domain].plot(
-                steps,
-                numbers(column(run.evals, "val_loss", m)),
-                color=colour(i),
-                marker=".",
-                ms=4,
-                label=f"{run.name}: validation",
-            )
-            reference = numbers(column(run.evals, "reference_loss", m))
-            if not np.isnan(reference).all():
-                axes[domain].plot(steps, reference, color=colour(i), ls="--", lw=1, label=f"{run.name}: reference")
+                line(axis, run.train, "domain_loss", m, smooth=True, **training)
+            line(axis, run.evals, "val_loss", m, color=colour, marker=".", ms=4, label=f"{run.name}: validation")
+            line(axis, run.evals, "reference_loss", m, color=colour, ls="--", lw=1, label=f"{run.name}: reference")
     return finish(figure, axes, out / "loss.png")
 
 
 def plot_mix(runs: list[Run], out: Path) -> Path:
-    domains = runs[0].header["domains"]
+    domains = union(run.domains for run in runs)
     figure, axes = panels(domains, "Share of each domain in the training tokens", "ratio")
     for i, run in enumerate(runs):
-        steps = [r["step"] for r in run.evals]
-        for m, domain in enumerate(run.header["domains"]):
-            if domain in axes:
-                draw, ratio = axes[domain].step, column(run.evals, "ratio", m)
-                reference = column(run.evals, "reference_ratio", m)
-                draw(steps, ratio, where="post", color=colour(i), label=f"{run.name}: ratio")
-                draw(steps, reference, "--", where="post", color=colour(i), lw=1, label=f"{run.name}: reference ratio")
-                axes[domain].set_ylim(bottom=0)
+        style = {"color": f"C{i % 10}", "drawstyle": "steps-post"}
+        for m, axis in enumerate(axes[domain] for domain in run.domains):
+            line(axis, run.evals, "ratio", m, label=f"{run.name}: ratio", **style)
+            line(axis, run.evals, "reference_ratio", m, ls="--", lw=1, label=f"{run.name}: reference ratio", **style)
+            axis.set_ylim(bottom=0)
     return finish(figure, axes, out / "mix.png")
 
 
 def plot_sparsity(runs: list[Run], out: Path) -> Path | None:
-    runs = [run for run in runs if run.train and "sparsity" in run.train[0]]
-    if not runs:
+    """None where no run prunes."""
+    masks = union(run.train[0].get("sparsity", ()) for run in runs if run.train)
+    if not masks:
         return None
-    masks = list(dict.fromkeys(mask for run in runs for mask in run.train[0]["sparsity"]))
     title = "Expected and target sparsity of each mask type, and its Lagrange multipliers"
-    figure, axes = panels([*masks, "lambda1", "lambda2"], title, "share of units dead  |  multiplier (nats)")
+    figure, axes = panels([*masks, "lambda1", "lambda2"], title, "share of units pruned  |  multiplier (nats)")
+    runs = [run for run in runs if run.train and "sparsity" in run.train[0]]
     for i, run in enumerate(runs):
-        steps = [r["step"] for r in run.train]
         for j, mask in enumerate(run.train[0]["sparsity"]):
-            expected, target = column(run.train, "sparsity", mask), column(run.train, "target_sparsity", mask)
-            axes[mask].plot(steps, expected, color=colour(i), label=f"{run.name}: expected sparsity")
-            axes[mask].plot(steps, target, "k--", lw=1, label="target sparsity")
+            line(axes[mask], run.train, "sparsity", mask, color=f"C{i % 10}", label=f"{run.name}: expected sparsity")
+            line(axes[mask], run.train, "target_sparsity", mask, color="k", ls="--", lw=1, label="target sparsity")
+            style = {"color": f"C{(j + len(runs)) % 10}", "ls": "-" if i == 0 else ":"}
             for name in ("lambda1", "lambda2"):
-                style = {"color": colour(j + len(runs)), "ls": "-" if i == 0 else ":"}
-                axes[name].plot(steps, column(run.train, name, mask), **style, label=f"multiplier of {mask}")
+                line(axes[name], run.train, name, mask, label=f"multiplier of {mask}", **style)
     return finish(figure, axes, out / "sparsity.png")
 
 
 def plot_step_time(runs: list[Run], out: Path) -> Path:
     figure, axes = panels([""], "Time of a training step (evaluation apart)", "ms a step")
-    usual = 0.0
+    usual = 1.0
     for i, run in enumerate(r for r in runs if r.train):
-        steps, ms = [r["step"] for r in run.train], [1e3 * r["step_s"] for r in run.train]
-        axes[""].plot(steps, ms, ".", ms=2, alpha=0.4, color=colour(i))
-        axes[""].plot(steps, smoothed(ms), color=colour(i), label=f"{run.name} (moving average)")
+        steps, ms = zip(*((r["step"], 1e3 * r["step_s"]) for r in run.train), strict=True)
+        axes[""].plot(steps, ms, ".", ms=2, alpha=0.4, color=f"C{i % 10}")
+        axes[""].plot(steps, smoothed(ms), color=f"C{i % 10}", label=f"{run.name} (moving average)")
         usual = max(usual, np.percentile(ms, 95))
     axes[""].set_ylim(0, 1.3 * usual)  # a hiccup of the machine must not flatten the curves
     return finish(figure, axes, out / "step_time.png")
 
 
-def plot(folders: list[str], out: str | Path) -> list[Path]:
+def plot(folders: list[str | Path], out: str | Path) -> list[Path]:
     """Draw every figure the runs have data for; returns their paths."""
     runs, out = [read_run(folder) for folder in folders], Path(out)
-    for depth in range(2, 9):  # out/a/prune and out/b/prune: as much of the path as tells them apart
-        if len({run.name for run in runs}) < len(runs):
-            names = ["/".join(Path(folder).parts[-depth:]) for folder in folders]
-            runs = [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+    if len(runs) > 1:  # out/a/prune and out/b/prune are a/prune and b/prune
+        above = os.path.commonpath([os.path.abspath(f) for f in folders])
+        runs = [replace(run, name=os.path.relpath(f, above)) for run, f in zip(runs, folders, strict=True)]
     out.mkdir(parents=True, exist_ok=True)
-    figures = [plot_loss(runs, out), plot_mix(runs, out), plot_sparsity(runs, out), plot_step_time(runs, out)]
+    figures = [draw(runs, out) for draw in (plot_loss, plot_mix, plot_sparsity, plot_step_time)]
     return [path for path in figures if path]
 
 
+@dataclass(frozen=True)
+class Config:
+    out: str = ""  # folder for the figures; "" = that of the first run
+
+
+def main(cfg: Config, *folders: str) -> None:
+    print(*plot(list(folders), cfg.out or folders[0]), sep="\n")
+
+
 if __name__ == "__main__":
-    runs = [a for a in sys.argv[1:] if not a.startswith("--")]
-    options = dict(a[2:].partition("=")[::2] for a in sys.argv[1:] if a.startswith("--"))
-    if not runs or set(options) - {"out"} or "" in options.values() or (len(runs) > 1 and "out" not in options):
-        sys.exit(__doc__)
-    try:
-        print(*plot(runs, options.get("out", runs[0])), sep="\n")
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    configurator.command(main, Config, words=(1, 99))
