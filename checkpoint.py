@@ -11,7 +11,6 @@ over ranks is copied to the CPU and written in the background. Any number of ran
 import fcntl
 import json
 import os
-import re
 import shutil
 import time
 import warnings
@@ -24,13 +23,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from configurator import UserError
-from parallel import exchange, on_main, position
+from parallel import position, refuse_unequal
 
 STATE = "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's state of a parameter, of its shape
@@ -45,25 +41,18 @@ class Lock:
 
     def take(self) -> None:
         """Makes the folder. Raises UserError where another process has it, or it cannot be written into."""
-        if self.file:
-            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            file = open(self.folder / "lock", "a")  # noqa: SIM115 (held open)
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{self.folder} is in use by another process: choose another out_dir") from None
+            self.file = self.file or open(self.folder / "lock", "a")  # noqa: SIM115 (held open)
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"{self.folder} cannot be used ({error.strerror}): choose another out_dir") from None
-        self.file = file
+            why = "another process uses it" if isinstance(error, BlockingIOError) else error.strerror
+            raise UserError(f"{self.folder} cannot be used ({why}): choose another out_dir") from None
 
     def close(self) -> None:
         if self.file:
             self.file.close()
         self.file = None
-
-
-# ---- writing
 
 
 @dataclass(frozen=True)
@@ -113,18 +102,17 @@ class Checkpoints:
     def save(self, step: int, state: dict, named: dict[str, Tensor]) -> None:
         """Take a checkpoint of what is there now; a sharded one is copied, and written while training goes on.
 
-        The last one must be finished. state: what JSON takes.
+        The one before must be finished. state: what JSON takes.
         """
-        start, tmp = time.perf_counter(), self.out_dir / f"step_{step:06}.tmp"
-        problem = self._first(attempt(_empty, tmp) if self.is_main else "", None)
-        writer = HuggingFaceStorageWriter(str(tmp), save_distributed=True)
-        if problem:
-            write = partial(str, problem)
-        elif self.group:
-            write = partial(attempt, dcp.async_save(named, storage_writer=writer, process_group=self.group).result)
+        start, tmp, state = time.perf_counter(), self.out_dir / f"step_{step:06}.tmp", json.loads(json.dumps(state))
+        for left in self.out_dir.glob("step_*.tmp") if self.is_main else ():  # by a killed run
+            shutil.rmtree(left, ignore_errors=True)
+        writer = dcp.HuggingFaceStorageWriter(str(tmp), save_distributed=True)  # makes the folder
+        if self.group:
+            write = dcp.async_save(named, storage_writer=writer, process_group=self.group).result
         else:
-            write = partial(attempt, dcp.save, named, storage_writer=writer, no_dist=True)
-        self.writing = self.background.submit(self._finish, step, start, tmp, json.dumps(state), write)
+            write = partial(dcp.save, named, storage_writer=writer, no_dist=True)
+        self.writing = self.background.submit(self._finish, step, start, tmp, state, write)
         if not self.group:
             self.writing.result()
 
@@ -135,78 +123,47 @@ class Checkpoints:
         saved, self.writing = self.writing.result(), None
         return [saved]
 
-    def _first(self, problem: str, group: dist.ProcessGroup | None) -> str:
-        """The first problem that a rank has, "" where none has one."""
-        problems = exchange(problem, group) if self.group else [problem]
-        return next(filter(None, problems), "")
-
-    def _finish(self, step: int, start: float, tmp: Path, text: str, write: Callable[[], str]) -> Saved:
-        """Where every rank has written its share, rank 0 makes it a checkpoint."""
-        problem, n_bytes = self._first(write(), self.group), 0
-        if self.is_main and not problem:
-            problem = attempt(self._commit, tmp, text)
-        if self.is_main and problem:
+    def _finish(self, step: int, start: float, tmp: Path, state: dict, write: Callable[[], object]) -> Saved:
+        n_bytes, problem = 0, ""
+        try:
+            write()  # raises on every rank where one could not write
+            if self.is_main:
+                n_bytes = self._commit(tmp, state)
+        except OSError as error:
+            problem = str(error)
+        except dcp.CheckpointException as error:  # torch's, from every rank that failed
+            problem = "; ".join(sorted({str(e) for e, _ in error.failures.values()}))
+        if problem:
             shutil.rmtree(tmp, ignore_errors=True)  # a full disk has better uses
-        elif self.is_main:
-            n_bytes = sum(f.stat().st_size for f in tmp.with_suffix("").iterdir())
         return Saved(step, time.perf_counter() - start, n_bytes, problem)
 
-    def _commit(self, tmp: Path, text: str) -> None:
-        files = sorted(tmp.iterdir())
-        for file in files:
-            flush(file)
-        sizes = {f.name: f.stat().st_size for f in files}
-        (tmp / STATE).write_text(json.dumps({"files": sizes} | json.loads(text)))
-        flush(tmp / STATE)
+    def _commit(self, tmp: Path, state: dict) -> int:
+        """Make what all ranks have written a checkpoint. Returns its bytes."""
+        sizes = {f.name: f.stat().st_size for f in tmp.iterdir()}
+        (tmp / STATE).write_text(json.dumps({"files": sizes} | state))
+        for path in tmp.iterdir():
+            _flush(path)
         folder = tmp.with_suffix("")
         shutil.rmtree(folder, ignore_errors=True)  # one that was found damaged
         os.replace(tmp, folder)
-        flush(self.out_dir)
-        self._drop_others(folder)
-
-    def _drop_others(self, written: Path) -> None:
-        """Older ones beyond those to keep, and newer ones: they were found damaged when the run was resumed."""
+        _flush(self.out_dir)
         folders = checkpoints(self.out_dir)
-        n = folders.index(written) + 1
-        for folder in folders[: max(0, n - self.keep)] + folders[n:]:
-            shutil.rmtree(folder, ignore_errors=True)
+        n = folders.index(folder) + 1
+        for other in folders[: max(0, n - self.keep)] + folders[n:]:  # newer ones were found damaged at resume
+            shutil.rmtree(other, ignore_errors=True)
+        return sum(sizes.values()) + (folder / STATE).stat().st_size
 
 
-def attempt(action: Callable, *arguments, **named) -> str:
-    """Call it; what went wrong with a disk, "" where nothing did."""
-    try:
-        action(*arguments, **named)
-    except CheckpointException as error:  # torch's: what went wrong on each rank
-        return "; ".join(sorted({str(cause).partition("\n")[0] for cause, _ in error.failures.values()}))
-    except (OSError, RuntimeError, SafetensorError) as error:
-        return str(error)
-    return ""
-
-
-def _empty(folder: Path) -> None:
-    """Make it, without what a killed run has left there or in others."""
-    for left in folder.parent.glob("step_*.tmp"):
-        shutil.rmtree(left)
-    folder.mkdir(parents=True)
-
-
-def flush(path: Path) -> None:
+def _flush(path: Path) -> None:
     """To the disk: a file's content, or a folder's names."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
 
 
-# ---- reading
-
-
-def step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step_"))
-
-
 def checkpoints(out_dir: Path) -> list[Path]:
     """Oldest first, whole or not."""
-    return sorted((f for f in out_dir.glob("step_*") if re.fullmatch(r"step_\d+", f.name)), key=step_of)
+    return sorted(out_dir.glob("step_*[0-9]"), key=lambda folder: (len(folder.name), folder.name))
 
 
 def read_state(folder: Path) -> dict:
@@ -215,57 +172,31 @@ def read_state(folder: Path) -> dict:
         state = json.loads((folder / STATE).read_text())
         damaged = [name for name, size in state["files"].items() if (folder / name).stat().st_size != size]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder}: damaged ({type(error).__name__}: {error}): remove it") from None
+        raise UserError(f"{folder} is damaged ({type(error).__name__}: {error}): remove it") from None
     if damaged:
-        raise UserError(f"{folder}: damaged: {damaged[0]} has not the size it was written with: remove it")
+        raise UserError(f"{folder} is damaged ({damaged[0]} has not the size it was written with): remove it")
     return state
 
 
-def newest(out_dir: Path) -> tuple[tuple[Path, dict] | None, dict[str, str]]:
+def newest(out_dir: Path) -> tuple[tuple[Path, dict] | None, dict[Path, str]]:
     """The last whole checkpoint and its state, None where there is none at all; and what is wrong with newer ones.
 
     All ranks call it. Raises UserError where not one is whole: the run must not start anew by itself.
     """
     found, skipped = None, {}
-
-    def look() -> None:
-        nonlocal found
-        for folder in reversed(checkpoints(out_dir)):
-            try:
-                found = folder.name, read_state(folder)
-                return
-            except UserError as error:
-                skipped[str(folder)] = str(error)
-        if skipped:
-            raise UserError(f"{out_dir}: none of its checkpoints is whole: choose another out_dir")
-
-    on_main(look)
-    found, skipped = exchange([found, skipped])[0]
-    return (out_dir / found[0], found[1]) if found else None, skipped
+    for folder in reversed(checkpoints(out_dir)):
+        try:
+            found = folder, read_state(folder)
+            break
+        except UserError as error:
+            skipped[folder] = str(error)
+    refuse_unequal({"newest checkpoint": found and found[0].name})
+    if skipped and not found:
+        raise UserError(f"{out_dir}: none of its checkpoints is whole: choose another out_dir")
+    return found, skipped
 
 
 def load(folder: Path, named: dict[str, Tensor]) -> None:
-    """Fill these tensors, sharded over any number of ranks or whole, from a checkpoint.
-
-    Raises UserError where one is missing there or has another shape.
-    """
-    reader = HuggingFaceStorageReader(str(folder))
-    stored = reader.read_metadata().state_dict_metadata
-    for name, tensor in named.items():
-        shape = tuple(stored[name].size) if name in stored else None
-        if shape != tuple(tensor.shape):
-            raise UserError(
-                f"{folder}: {name} has shape {shape}, the model's {tuple(tensor.shape)}: not its checkpoint"
-            )
+    """Fill these tensors, sharded over any number of ranks or whole, from a checkpoint."""
+    reader = dcp.HuggingFaceStorageReader(str(folder))
     dcp.load(named, storage_reader=reader, no_dist=not dist.is_initialized())
-
-
-on_chief = on_main  # old names, until train.py and evaluate.py have moved
-
-
-def problem_of(folder: Path, *_) -> str:
-    try:
-        read_state(folder)
-    except UserError as error:
-        return str(error)
-    return ""

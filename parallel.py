@@ -2,7 +2,7 @@
 
 DDP keeps weights, gradients and both moments of AdamW on every rank: 16 bytes a parameter in float32, 108 GB for a 7B.
 FSDP (torch's fully_shard) splits all of that over the ranks and gathers one block at a time, for its forward and again
-for its backward pass. HSDP splits within a node and copies between nodes, whose network is the slower one.
+for its backward pass. HSDP splits within a node and copies between nodes, whose network is slower.
 
 A mask sample may drop a block on one rank and keep it on another. DDP looks for what took no part. FSDP's ranks must
 meet at the same gathers and sums, so there a dropped block still hands zeros to its gradients (model._TakePart).
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -73,7 +73,9 @@ def shard(model: Llama, ranks: Ranks, dtype: torch.dtype) -> None:
 
     dtype: what blocks are gathered and computed in. Sums over ranks, embeddings, head and every share are float32.
     """
-    mesh = _mesh(ranks)
+    node = int(os.environ["LOCAL_WORLD_SIZE"])  # ranks of one
+    axes = {"fsdp": {"shard": ranks.world_size}, "hsdp": {"copy": ranks.world_size // node, "shard": node}}[ranks.kind]
+    mesh = init_device_mesh(ranks.device.partition(":")[0], tuple(axes.values()), mesh_dim_names=tuple(axes))
     lower = dtype if dtype != torch.float32 else None
     policy = MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.layers:
@@ -83,15 +85,6 @@ def shard(model: Llama, ranks: Ranks, dtype: torch.dtype) -> None:
         module.to_empty(device=ranks.device)
     model.tie()
     fully_shard(model, mesh=mesh)
-
-
-def _mesh(ranks: Ranks) -> DeviceMesh:
-    """One axis of all ranks for fsdp; (nodes, ranks of a node) for hsdp."""
-    device = ranks.device.partition(":")[0]
-    if ranks.kind == "fsdp":
-        return init_device_mesh(device, (ranks.world_size,))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return init_device_mesh(device, (ranks.world_size // local, local), mesh_dim_names=("replicate", "shard"))
 
 
 def wrap(network: nn.Module, ranks: Ranks, find_unused: bool) -> nn.Module:
@@ -148,18 +141,17 @@ def average_over_ranks(grads: list[Tensor], device: str) -> None:
 # ---- what the ranks say to each other, and to the user
 
 
-def exchange(value: object, group: dist.ProcessGroup | None = None) -> list:
+def exchange(value: object) -> list:
     """What every rank gave, in their order; all must call it. The values travel as JSON."""
     if not dist.is_initialized():
         return [value]
-    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([len(text)]), group=group)
-    padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
-    padded[: len(text)] = text
-    texts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(texts, padded, group=group)
-    return [json.loads(t[: int(n)].numpy().tobytes()) for t, n in zip(texts, sizes, strict=True)]
+    text = json.dumps(value).encode()
+    size = torch.tensor(len(text))
+    dist.all_reduce(size, dist.ReduceOp.MAX)
+    mine = torch.frombuffer(bytearray(text.ljust(int(size))), dtype=torch.uint8)
+    texts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(texts, mine)
+    return [json.loads(t.numpy().tobytes()) for t in texts]
 
 
 def on_main(action: Callable[[], object]) -> None:
@@ -180,33 +172,29 @@ def versions() -> dict[str, str]:
 
 def refuse_unequal(settings: dict) -> None:
     """Raises UserError, on every rank, where one has other settings or libraries than rank 0."""
-    of_ranks = exchange(versions() | settings)
-    for rank, here in enumerate(of_ranks):
+    for rank, here in enumerate(of_ranks := exchange(versions() | settings)):
         for name, value in of_ranks[0].items():
             if here[name] != value:
-                raise UserError(
-                    f"rank {rank} runs with {name} = {here[name]!r}, rank 0 with {value!r}: give every rank the same"
-                )
+                raise UserError(f"rank {rank} has {name} = {here[name]!r}, rank 0 {value!r}: give all of them the same")
 
 
 def first_to_say(message: str) -> bool:
     """Whether no other rank has asked the same before: asked of torchrun's store, which outlives every rank."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return True
-    signal.signal(
-        signal.SIGTERM, signal.SIG_IGN
-    )  # torchrun sends it when another rank has ended: this one speaks first
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    return store.add(message, 1) == 1
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, when a rank has ended before this one has spoken
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10)).add(message, 1) == 1
 
 
 def close(network: nn.Module) -> None:
-    """TODO"""
+    """Leave the group of ranks. Each calls it when it has nothing more to say to the others.
+
+    One of gloo's threads needs the interpreter's lock to free the last collective, and the group's destructor waits for
+    that thread. Python's reference to the group lets go of the lock before it destroys; those of DDP's Reducer and
+    Logger do not. If one of them were the last, both would wait for ever: they go first, whoever has the network.
+    """
+    if isinstance(network, DistributedDataParallel):
+        network.reducer = network.logger = None
     if dist.is_initialized():
-        dist.barrier()
-        if isinstance(network, DistributedDataParallel):
-            network.reducer = network.logger = None
         dist.destroy_process_group()
-
-
-is_first_to_say = first_to_say  # the old name, until train.py has moved
