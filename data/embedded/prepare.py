@@ -67,7 +67,7 @@ ABOUT = {  # domain: source, licence
 
 @dataclass(frozen=True)
 class Config:
-    out: str = str(HERE)  # folder of the data set
+    out: str = "data/embedded"  # folder of the data set
     force: bool = False  # prepare again what is there
 
 

@@ -68,7 +68,7 @@ DOCUMENT_START = "<|endoftext|>"  # of the base model's training; the instruct m
 
 @dataclass(frozen=True)
 class Config:
-    out: str = str(HERE)  # folder for model/ and data/
+    out: str = "data/smollm2"  # folder for model/ and data/
     force: bool = False  # prepare again what is there
 
 
