@@ -5,9 +5,8 @@ An error is |found - exact| / |exact|, Euclidean norms, exact being the formula 
 
 import inspect
 import itertools
-import time
-import weakref
-from functools import cache, partial
+import subprocess
+import sys
 from importlib import import_module
 
 import pytest
@@ -19,14 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import model as llama
-from kernels import dispatch
+from configurator import UserError
+from kernels import cases, fused, ops, reference
 from kernels.linear_cross_entropy import linear_cross_entropy
-from kernels.masked_linear import masked_linear, masked_linear_torch, packed_linear
-from kernels.masked_swiglu import masked_swiglu, masked_swiglu_torch
-from kernels.pack import pack, pack_torch
-from kernels.rmsnorm import rms_norm, rms_norm_torch
-from kernels.rope import rope, rope_torch
-from kernels.shared import KernelError
+from kernels.masked_linear import masked_linear, packed_linear
+from kernels.masked_swiglu import masked_swiglu
+from kernels.pack import pack
+from kernels.rmsnorm import rms_norm
+from kernels.rope import rope
 from prune import Masks, subnetwork, target_config
 
 NAMES = ("pack", "masked_linear", "masked_swiglu", "rmsnorm", "rope", "linear_cross_entropy")
@@ -38,9 +37,10 @@ TIMES_PLAIN = 4  # our error / that of plain PyTorch; the interpreter truncates 
 
 @pytest.fixture(autouse=True)
 def same_numbers_and_torch_kernels_afterwards():
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     yield
-    dispatch.use("torch", "cpu")
+    ops.use("torch", "cpu")
 
 
 @pytest.fixture
@@ -49,20 +49,21 @@ def small_tiles(monkeypatch):
     sizes = {
         "pack": {"BLOCK_R": 32, "BLOCK_C": 32},
         "masked_linear": {"TOKENS": 32, "UNITS": 32, "STEP": 32},
-        "masked_swiglu": {"TOKENS": 4, "CHANNELS": 32, "TOKENS_A_PROGRAM": 8},
-        "rmsnorm": {"TOKENS_A_PROGRAM": 4},
-        "linear_cross_entropy": {"CHUNKS": 2, "BLOCK": 32},
+        "masked_swiglu": {"TOKENS": 4, "CHANNELS": 32, "A_PROGRAM": 8},
+        "rmsnorm": {"A_PROGRAM": 4},
+        "linear_cross_entropy": {"BLOCK": 32},
     }
     for name, constants in sizes.items():
         for constant, value in constants.items():
             monkeypatch.setattr(FILES[name], constant, value)
+    monkeypatch.setattr(reference, "CHUNKS", 2)
 
 
 @pytest.fixture
 def large_tiles(monkeypatch):
     """One program where the interpreter would take its time over several."""
     monkeypatch.setattr(FILES["pack"], "BLOCK_R", 128)
-    monkeypatch.setattr(FILES["linear_cross_entropy"], "CHUNKS", 1)
+    monkeypatch.setattr(reference, "CHUNKS", 1)
 
 
 # ---- the formulas, in whatever dtype they are given
@@ -110,9 +111,6 @@ def loss_exact(h, weight, targets):
     return F.cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape)
 
 
-loss_unfused = partial(linear_cross_entropy, fused=False)
-
-
 # ---- inputs by op and shape; activations in one dtype, parameters in one
 
 
@@ -126,29 +124,28 @@ def units(full, kept):
 
 def scales(dtype, n):
     s = torch.rand(n) + 0.5
-    s[1::5] = 0.0  # dead units that pad the set
+    s[1::5] = 0.0  # pruned units that pad the set
     return s.to(dtype)
 
 
 def linear_inputs(tokens, R, C, n=None, m=None, bias=False, s_out=False, s_in=False):
     def make(act, par):
         rows, cols = units(R, n), units(C, m)
-        n_alive, m_alive = R if rows is None else n, C if cols is None else m
+        n_kept, m_kept = R if rows is None else n, C if cols is None else m
         return {
-            "x": normal(act, *tokens, m_alive),
+            "x": normal(act, *tokens, m_kept),
             "weight": normal(par, R, C),
-            "bias": normal(par, n_alive) if bias else None,
+            "bias": normal(par, n_kept) if bias else None,
             "rows": rows,
             "cols": cols,
-            "row_scale": scales(par, n_alive) if s_out else None,
-            "col_scale": scales(par, m_alive) if s_in else None,
+            "row_scale": scales(par, n_kept) if s_out else None,
+            "col_scale": scales(par, m_kept) if s_in else None,
         }
 
     return make
 
 
-def pack_inputs(*shape, **options):
-    make = linear_inputs((1,), *shape, **options)
+def pack_of(make):
     return lambda act, par: {name: t for name, t in make(act, par).items() if name not in ("x", "bias")}
 
 
@@ -162,16 +159,10 @@ def swiglu_inputs(*shape, z=True):
 
 def rms_norm_inputs(tokens, D, d=None, delta=False, scale=False, fill=1.0):
     def make(act, par):  # the residual stream is a parameter's dtype: the embedding's
-        rows, alive = units(D, d), D if d is None else d
-        return {
-            "x": normal(par, *tokens, alive),
-            "delta": normal(act, *tokens, alive) if delta else None,
-            "weight": normal(par, D),
-            "rows": rows,
-            "scale": scales(par, alive) if scale else None,
-            "fill": fill,
-            "eps": 1e-2,  # as large as to show
-        }
+        rows, kept = units(D, d), D if d is None else d
+        x, added = normal(par, *tokens, kept), normal(act, *tokens, kept) if delta else None
+        gain = {"weight": normal(par, D), "rows": rows, "scale": scales(par, kept) if scale else None}
+        return {"x": x, "delta": added, **gain, "fill": fill, "eps": 1e-2}  # eps: as large as to show
 
     return make
 
@@ -198,86 +189,81 @@ def loss_inputs(tokens, D, V):
 
 
 WAYS = {  # op: ours, plain PyTorch, the formula
-    "pack": (pack, pack_torch, pack_exact),
-    "packed_linear": (packed_linear, masked_linear_torch, linear_exact),
-    "masked_linear": (masked_linear, masked_linear_torch, linear_exact),
-    "masked_swiglu": (masked_swiglu, masked_swiglu_torch, swiglu_exact),
-    "rms_norm": (rms_norm, rms_norm_torch, rms_norm_exact),
-    "rope": (rope, rope_torch, rope_exact),
+    "pack": (pack, reference.pack, pack_exact),
+    "packed_linear": (packed_linear, reference.linear, linear_exact),
+    "masked_linear": (masked_linear, reference.linear, linear_exact),
+    "masked_swiglu": (masked_swiglu, reference.swiglu, swiglu_exact),
+    "rms_norm": (rms_norm, reference.rms_norm, rms_norm_exact),
+    "rope": (rope, reference.rope, rope_exact),
     "loss": (linear_cross_entropy, loss_exact, loss_exact),
-    "loss_unfused": (loss_unfused, loss_exact, loss_exact),
+    "reference loss": (reference.linear_cross_entropy, loss_exact, loss_exact),
 }
 LINEARS = {
+    "gathered": linear_inputs((2, 37), 50, 60, 35, 43, bias=True, s_out=True, s_in=True),
     "one of everything": linear_inputs((1,), 1, 1, bias=True),
     "dense": linear_inputs((63,), 40, 1000),
-    "gathered": linear_inputs((2, 37), 50, 60, 35, 43, bias=True, s_out=True, s_in=True),
-    "one row": linear_inputs((63,), 70, 45, n=1, s_out=True),
-    "one column": linear_inputs((3,), 63, 1000, m=1, bias=True, s_in=True),
+    "one row, one column": linear_inputs((63,), 70, 45, n=1, m=1, s_out=True),
     "no rows": linear_inputs((3,), 7, 9, n=0, m=4, bias=True, s_out=True, s_in=True),
     "no columns": linear_inputs((3,), 7, 9, n=4, m=0, bias=True, s_out=True, s_in=True),
     "no tokens": linear_inputs((2, 0), 7, 9, n=4, m=5, bias=True, s_out=True, s_in=True),
 }
 LOSSES = {
+    "rich": loss_inputs((2, 3), 20, 330),
     "one of everything": loss_inputs((1,), 1, 1),
     "one token": loss_inputs((1,), 1000, 63),
-    "several chunks": loss_inputs((2, 3), 20, 330),
     "no tokens": loss_inputs((2, 0), 20, 70),
 }
-SHAPES = {
-    "pack": {
-        "one of everything": pack_inputs(1, 1),
-        "dense": pack_inputs(63, 1000),
-        "gathered": pack_inputs(50, 60, n=35, m=43, s_out=True, s_in=True),
-        "one row": pack_inputs(70, 1000, n=1, s_out=True),
-        "one column": pack_inputs(63, 1000, m=1, s_in=True),
-        "no rows": pack_inputs(7, 9, n=0, m=4, s_out=True, s_in=True),
-        "no columns": pack_inputs(7, 9, n=4, m=0, s_out=True, s_in=True),
-    },
-    "packed_linear": LINEARS,
+SHAPES = {  # the first is the richest: of several tiles where they are small
+    "pack": {name: pack_of(make) for name, make in LINEARS.items()},
+    "packed_linear": {name: LINEARS[name] for name in ("gathered", "no columns", "no tokens")},
     "masked_linear": LINEARS,
     "masked_swiglu": {
+        "rich": swiglu_inputs(3, 7, 63),
         "one of everything": swiglu_inputs(1, 1),
         "without z": swiglu_inputs(3, 5, 63, z=False),
-        "gathered": swiglu_inputs(3, 7, 63),
         "one token": swiglu_inputs(1, 1000),
-        "one channel": swiglu_inputs(63, 1),
         "no channels": swiglu_inputs(3, 0),
         "no tokens": swiglu_inputs(2, 0, 5),
     },
     "rms_norm": {
+        "gathered": rms_norm_inputs((2, 5), 100, 63, delta=True, scale=True, fill=0.7),
         "one of everything": rms_norm_inputs((1,), 1, delta=True),
         "dense": rms_norm_inputs((3,), 1000),
-        "gathered": rms_norm_inputs((2, 5), 100, 63, delta=True, scale=True, fill=0.7),
-        "one channel": rms_norm_inputs((5,), 63, 1, scale=True),
         "rows alone": rms_norm_inputs((7,), 100, 63, fill=0.5),
         "scale alone": rms_norm_inputs((7,), 63, scale=True, delta=True),
         "no tokens": rms_norm_inputs((2, 0), 100, 63, delta=True, scale=True),
     },
     "rope": {
+        "rich": rope_inputs(2, 5, 3, 1, 10),
         "one of everything": rope_inputs(1, 1, 1, 1, 2),
-        "gathered": rope_inputs(2, 5, 3, 1, 10),
         "63 heads": rope_inputs(1, 2, 63, 7, 6),
         "long heads": rope_inputs(1, 2, 1, 1, 1002),
         "no tokens": rope_inputs(0, 3, 2, 1, 6),
     },
     "loss": LOSSES,
-    "loss_unfused": LOSSES | {"1000 words": loss_inputs((63,), 20, 1000)},
+    "reference loss": LOSSES,
 }
-RICH = {op: "several chunks" if op.startswith("loss") else "gathered" for op in WAYS}
-MODES = {  # of the activations, of the parameters; where they differ autocast is on
+MODES = {  # dtype of the activations, of the parameters; where they differ autocast is on
     "float32": (F32, F32),
     "float16": (F16, F16),
-    "float16 with float32 parameters": (F16, F32),
     "bfloat16": (BF16, BF16),
     "bfloat16 with float32 parameters": (BF16, F32),
 }
-MIXED = "bfloat16 with float32 parameters"
+MIXED = (BF16, F32)
 GRADIENTS = ("x", "delta", "weight", "bias", "row_scale", "col_scale", "scale", "gate", "up", "z", "q", "k", "h")
 
 
-def inputs_of(op, shape, mode):
+def rich(op, act, par):
     torch.manual_seed(0)
-    return SHAPES[op][shape](*MODES[mode])
+    return next(iter(SHAPES[op].values()))(act, par)
+
+
+def in_tuple(result):
+    return result if isinstance(result, tuple) else (result,)
+
+
+def leaves_of(inputs):
+    return {n: t.requires_grad_() for n, t in inputs.items() if isinstance(t, Tensor) and n in GRADIENTS}
 
 
 def evaluate(way, inputs, act, cast_to=None) -> dict[str, Tensor]:
@@ -286,11 +272,10 @@ def evaluate(way, inputs, act, cast_to=None) -> dict[str, Tensor]:
     Weights that are not in the dtype of the activations are as in mixed precision: autocast is on.
     """
     arguments = {name: t.clone() if isinstance(t, Tensor) else t for name, t in inputs.items()}
-    leaves = {n: t.requires_grad_() for n, t in arguments.items() if isinstance(t, Tensor) and n in GRADIENTS}
+    leaves = leaves_of(arguments)
     mixed = act in (F16, BF16) and any(t.dtype == F32 for t in leaves.values())
     with torch.autocast("cpu", act if mixed else BF16, enabled=mixed):
-        result = way(*arguments.values())
-    outputs = result if isinstance(result, tuple) else (result,)
+        outputs = in_tuple(way(*arguments.values()))
     if cast_to:
         outputs = [y.to(dtype) for y, dtype in zip(outputs, cast_to, strict=True)]
     generator = torch.Generator().manual_seed(1)
@@ -309,218 +294,124 @@ def assert_exact(op, inputs, act):
     """Shapes, dtypes, and errors under TOLERANCE and under TIMES_PLAIN times those of plain PyTorch in the same dtype.
 
     A plain error of a few values is luck, 0 where they happen to be representable: what one rounding may do is allowed
-    on top, the less the more values there are.
+    on top, the less the more values there are. What is 0, as the gradient of a pruned weight, is exactly 0.
     """
     ours_way, plain_way, exact_way = WAYS[op]
     doubles = {n: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in inputs.items()}
     ours = evaluate(ours_way, inputs, act)
     dtypes = [t.dtype for name, t in ours.items() if name.startswith("output")]
     plain, exact = evaluate(plain_way, inputs, act, dtypes), evaluate(exact_way, doubles, act)
-    assert dtypes[0] == (F32 if op.startswith("loss") else act)
+    assert dtypes[0] == (F32 if "loss" in op else act)
     assert ours.keys() == exact.keys()
-    for name, reference in exact.items():
-        assert ours[name].shape == reference.shape, name
-        error, luck = relative_error(ours[name], reference), torch.finfo(act).eps / max(reference.numel(), 1) ** 0.5
+    for name, theirs in exact.items():
+        assert ours[name].shape == theirs.shape, name
+        assert (ours[name][theirs == 0] == 0).all(), name
+        error, luck = relative_error(ours[name], theirs), torch.finfo(act).eps / max(theirs.numel(), 1) ** 0.5
         assert error <= TOLERANCE[act], name
-        assert error <= TIMES_PLAIN * relative_error(plain[name], reference) + luck, name
+        assert error <= TIMES_PLAIN * relative_error(plain[name], theirs) + luck, name
 
 
 # ---- right
 
 
-@pytest.mark.parametrize(("op", "shape"), [(op, shape) for op in WAYS for shape in SHAPES[op]])
-def test_outputs_and_gradients_are_those_of_the_formula_in_float32(op, shape):
-    assert_exact(op, inputs_of(op, shape, "float32"), F32)
+@pytest.mark.parametrize(("op", "shape"), [(op, shape) for op in WAYS for shape in list(SHAPES[op])[1:]])
+def test_outputs_and_gradients_are_those_of_the_formula_in_float64(op, shape):
+    assert_exact(op, SHAPES[op][shape](F32, F32), F32)
 
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("op", WAYS)
 def test_outputs_and_gradients_of_several_tiles_are_those_of_the_formula_in_every_dtype(op, mode):
-    assert_exact(op, inputs_of(op, RICH[op], mode), MODES[mode][0])
+    assert_exact(op, rich(op, *MODES[mode]), MODES[mode][0])
 
 
 def test_both_linears_compute_in_the_dtype_of_x_where_there_is_no_autocast():
     x, weight, bias = torch.ones(3, 9).bfloat16(), torch.ones(4, 9), torch.ones(4)
     for way in (masked_linear, packed_linear):
-        assert torch.equal(way(x, weight, bias), torch.full((3, 4), 10.0).bfloat16())
+        assert torch.equal(way(x, weight, bias, None, None, None, None), torch.full((3, 4), 10.0).bfloat16())
 
 
 def test_more_tiles_than_a_band_of_them_holds_are_all_computed(monkeypatch):
-    for constant, value in {"TOKENS": 64, "UNITS": 32, "STEP": 32}.items():  # 16 tiles of tokens; a band is 8
+    for constant, value in {"TOKENS": 16, "UNITS": 32, "STEP": 32}.items():  # 10 tiles of tokens; a band is 8
         monkeypatch.setattr(FILES["masked_linear"], constant, value)
-    assert_exact("masked_linear", linear_inputs((1000,), 63, 40)(F32, F32), F32)
+    assert_exact("masked_linear", linear_inputs((150,), 63, 20)(F32, F32), F32)
 
 
-@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("op", ["pack", "masked_linear"])
-def test_any_of_rows_columns_and_scales_may_be_left_out(op):
-    names = ("rows", "cols", "row_scale", "col_scale")
-    for present in itertools.product((False, True), repeat=len(names)):
-        there = dict(zip(names, present, strict=True))
-        make = pack_inputs if op == "pack" else partial(linear_inputs, (5,))
-        options = {"s_out": there["row_scale"], "s_in": there["col_scale"]}
-        inputs = make(13, 21, 11 if there["rows"] else None, 17 if there["cols"] else None, **options)(F32, F32)
-        assert_exact(op, inputs, F32)
-
-
-SHAPES_OF_ALL = {
-    "pack": pack_inputs(19, 37, s_out=True),
-    "packed_linear": linear_inputs((5,), 19, 37, bias=True, s_in=True),
-    "masked_linear": linear_inputs((5,), 19, 37, bias=True, s_in=True),
-    "rms_norm": rms_norm_inputs((3,), 19, delta=True, scale=True),
-}
-
-
-@pytest.mark.parametrize("op", SHAPES_OF_ALL)
-def test_the_set_of_all_units_is_the_same_as_none(op):
-    inputs = SHAPES_OF_ALL[op](F32, F32)
-    sizes = dict(zip(("rows", "cols"), inputs["weight"].shape, strict=False))
-    indexed = inputs | {name: torch.arange(size) for name, size in sizes.items()}
-    assert_same(evaluate(WAYS[op][0], indexed, F32), evaluate(WAYS[op][0], inputs, F32))
-
-
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    for name in expected:
-        assert torch.equal(found[name], expected[name]), name
-
-
-def whole_numbers(shape, seed):
-    """Their sums and products are exact in float32, in any order."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(1, 5, shape, generator=generator) * (-1.0) ** torch.randint(0, 2, shape, generator=generator)
-
-
-@pytest.mark.parametrize("op", ["pack", "packed_linear", "masked_linear"])
-def test_a_padded_set_gives_the_unpadded_result_and_zeros(op):
-    way, rows, cols = WAYS[op][0], torch.tensor([1, 4, 6]), torch.tensor([0, 3, 5, 8])
-    padded_rows, padded_cols = torch.tensor([1, 2, 4, 6, 9]), torch.tensor([0, 1, 3, 5, 7, 8])
-    on_r, on_c = torch.isin(padded_rows, rows), torch.isin(padded_cols, cols)
-    weight, x, bias = whole_numbers((10, 9), 0), whole_numbers((6, 4), 1), whole_numbers((3,), 2)
-    row_scale, col_scale = torch.tensor([0.5, 1.0, 0.25]), torch.tensor([1.0, 0.5, 0.5, 0.25])
-    zero = torch.zeros
-    wide = zero(6, 6).index_copy(1, on_c.nonzero()[:, 0], x)
-    spread = [zero(len(on)).masked_scatter(on, t) for on, t in ((on_r, bias), (on_r, row_scale), (on_c, col_scale))]
-    if op == "pack":
-        small = way(weight, rows, cols, row_scale, col_scale)
-        padded = way(weight, padded_rows, padded_cols, *spread[1:])
-        padded, dead = padded[:, on_c], padded[:, ~on_c]
-        assert torch.equal(dead, torch.zeros_like(dead))
-        expected, found, dead = small, padded[on_r], padded[~on_r]
-    else:
-        expected = way(x, weight, bias, rows, cols, row_scale, col_scale)
-        padded = way(wide, weight, spread[0], padded_rows, padded_cols, *spread[1:])
-        found, dead = padded[:, on_r], padded[:, ~on_r]
-    assert torch.equal(found, expected)
-    assert torch.equal(dead, torch.zeros_like(dead))
-
-
-@pytest.mark.parametrize("with_delta", [False, True])
-def test_a_padded_norm_is_that_of_the_living_channels(with_delta):
-    alive, D, padded = torch.tensor([1, 2, 5, 6, 9]), 11, torch.tensor([0, 1, 2, 5, 6, 7, 9])
-    on = torch.isin(padded, alive)
-    torch.manual_seed(0)
-    small = {"x": torch.randn(3, 5), "delta": torch.randn(3, 5) if with_delta else None, "weight": torch.randn(D)}
-    small |= {"rows": alive, "scale": torch.rand(5) + 0.5, "fill": 1.0, "eps": 1e-2}
-
-    def spread(t):
-        return None if t is None else torch.zeros(*t.shape[:-1], 7).index_copy(-1, on.nonzero()[:, 0], t)
-
-    wide = small | {"x": spread(small["x"]), "delta": spread(small["delta"]), "scale": spread(small["scale"])}
-    y, h = rms_norm(*small.values())
-    y_wide, h_wide = rms_norm(*(wide | {"rows": padded, "fill": 5 / 7}).values())
-    assert torch.allclose(y_wide[:, on], y, rtol=1e-6)
-    assert torch.equal(h_wide[:, on], h)
-    assert torch.equal(y_wide[:, ~on], torch.zeros(3, 2))
-
-
-@pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("op", ["pack", "packed_linear", "masked_linear", "rms_norm"])
-def test_the_gradient_of_the_weight_is_zero_where_units_are_dead(op):
-    inputs = inputs_of(op, "gathered", "float32")
-    dweight = evaluate(WAYS[op][0], inputs, F32)["gradient of weight"]
-    alive = torch.zeros_like(dweight, dtype=torch.bool)
-    alive[(inputs["rows"][:, None], inputs["cols"]) if "cols" in inputs else inputs["rows"]] = True
-    assert (dweight[~alive] == 0).all()
-    assert dweight[alive].count_nonzero() > 0.5 * alive.sum()
+def test_any_of_rows_columns_and_scales_may_be_left_out(op, small_tiles):
+    for rows, cols, s_out, s_in in itertools.product((False, True), repeat=4):
+        make = linear_inputs((5,), 13, 21, 11 if rows else None, 17 if cols else None, s_out=s_out, s_in=s_in)
+        assert_exact(op, (pack_of(make) if op == "pack" else make)(F32, F32), F32)
 
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("op", ["pack", "masked_linear", "masked_swiglu", "rms_norm"])
 def test_float32_scales_go_with_bfloat16_weights(op):
-    inputs = inputs_of(op, RICH[op], "bfloat16")
+    inputs = rich(op, BF16, BF16)
     inputs |= {name: t.float() for name, t in inputs.items() if name in ("row_scale", "col_scale", "scale", "z")}
     doubles = {n: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in inputs.items()}
     found, exact = evaluate(WAYS[op][0], inputs, F32), evaluate(WAYS[op][2], doubles, F32)
-    for name, reference in exact.items():
-        assert relative_error(found[name], reference) <= TOLERANCE[BF16], name
+    for name, theirs in exact.items():
+        assert relative_error(found[name], theirs) <= TOLERANCE[BF16], name
         of = name.removeprefix("gradient of ")
         assert found[name].dtype == (inputs[of].dtype if of in inputs else BF16), name
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("way", [linear_cross_entropy, reference.linear_cross_entropy])
+def test_each_token_has_its_own_upstream_gradient_and_small_ones_are_kept(way):
+    """One gradient is 1e-12, one 0; some words have a probability of 1e-8 and less: every row is right by itself."""
+    h, weight, targets = torch.randn(4, 20), torch.randn(130, 20), torch.tensor([5, 64, 129, 64])
+    for upstream in ([1.0, -2.0, 0.0, 0.5], [0.0, 0.0, 0.0, 1e-12], [1e-12, 3e5, 0.0, 1.0]):
+        grad = torch.tensor(upstream)
+        leaves = [t.clone().requires_grad_() for t in (h, weight)]
+        found = torch.autograd.grad(way(*leaves, targets), leaves, grad)
+        exact = [t.double().requires_grad_() for t in (h, weight)]
+        expected = torch.autograd.grad(loss_exact(*exact, targets), exact, grad.double())
+        for ours, theirs in zip(found, expected, strict=True):
+            assert all(relative_error(*rows) < 2e-5 for rows in zip(ours, theirs, strict=True))
 
 
 # ---- repeatable, complete, and without effect on what it reads
 
 
-@cache
-def once(op):
-    return evaluate(WAYS[op][0], inputs_of(op, RICH[op], MIXED), BF16)
-
-
-@pytest.mark.parametrize("op", WAYS)
-def test_two_runs_give_the_same_bits(op):
-    assert_same(evaluate(WAYS[op][0], inputs_of(op, RICH[op], MIXED), BF16), once(op))
-
-
 @pytest.fixture
-def deterministic_algorithms():
-    """Torch's switch that also makes torch.empty return NaN: what a kernel leaves unwritten shows."""
-    yield torch.use_deterministic_algorithms
+def nan_memory():
+    """Torch's switch that makes torch.empty return NaN: what a kernel leaves unwritten shows."""
+    yield lambda: torch.use_deterministic_algorithms(True)
     torch.use_deterministic_algorithms(False)
-
-
-@pytest.mark.parametrize("op", WAYS)
-def test_every_value_is_written(op, deterministic_algorithms):
-    expected = once(op)
-    deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    found = evaluate(WAYS[op][0], inputs_of(op, RICH[op], MIXED), BF16)
-    assert all(t.isfinite().all() for t in found.values())
-    assert_same(found, expected)
 
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("op", WAYS)
-def test_inputs_and_saved_tensors_are_left_alone(op):
-    given, saved, inputs = [], [], inputs_of(op, RICH[op], MIXED)
+def test_two_runs_give_the_same_bits_and_every_value_is_written(op, nan_memory):
+    first = evaluate(WAYS[op][0], rich(op, *MIXED), BF16)
+    nan_memory()
+    assert torch.empty(3).isnan().all()
+    second = evaluate(WAYS[op][0], rich(op, *MIXED), BF16)
+    assert all(t.isfinite().all() for t in second.values())
+    assert all(torch.equal(second[name], first[name]) for name in first)
 
-    def way(*arguments):
-        given.extend(arguments)
-        return WAYS[op][0](*arguments)
+
+@pytest.mark.usefixtures("large_tiles")
+@pytest.mark.parametrize("op", WAYS)
+def test_what_an_op_reads_is_left_alone_and_upstream_gradients_need_not_be_contiguous(op):
+    inputs, saved = rich(op, F32, F32), []
+    before = {n: t.clone() for n, t in inputs.items() if isinstance(t, Tensor)}
 
     def keep(t):
         saved.append((t, t.detach().clone()))
         return t
 
+    leaves = list(leaves_of(inputs).values())
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        evaluate(way, inputs, BF16)
-    assert len(saved) >= 2
-    assert all(torch.equal(t, before) for t, before in saved)
-    pairs = [(t, before) for t, before in zip(given, inputs.values(), strict=True) if isinstance(t, Tensor)]
-    assert all(torch.equal(t, before) for t, before in pairs)
-
-
-@pytest.mark.usefixtures("large_tiles")
-@pytest.mark.parametrize("op", WAYS)
-def test_upstream_gradients_need_not_be_contiguous(op):
-    """That of a sum is one number, expanded."""
-    inputs = inputs_of(op, RICH[op], "float32")
-    leaves = {n: t.requires_grad_() for n, t in inputs.items() if isinstance(t, Tensor) and n in GRADIENTS}
-    outputs = WAYS[op][0](*inputs.values())
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    expanded = torch.autograd.grad([y.sum() for y in outputs], leaves.values(), retain_graph=True)
-    whole = torch.autograd.grad(outputs, leaves.values(), [torch.ones_like(y) for y in outputs])
+        outputs = in_tuple(WAYS[op][0](*inputs.values()))
+    expanded = torch.autograd.grad([y.sum() for y in outputs], leaves, retain_graph=True)  # of a sum: one number
+    whole = torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs])
     assert all(torch.equal(a, b) for a, b in zip(expanded, whole, strict=True))
+    assert len(saved) >= 2
+    assert all(torch.equal(t, was) for t, was in [*saved, *((inputs[n], before[n]) for n in before)])
 
 
 def test_gradients_of_x_and_delta_do_not_share_memory():
@@ -532,402 +423,209 @@ def test_gradients_of_x_and_delta_do_not_share_memory():
     assert torch.allclose(delta.grad, 2 * once_delta)
 
 
-# ---- as custom ops: their contracts, and under torch.compile
-
-
 def op_examples():
-    """Every custom op, forward and backward, with arguments."""
+    """Every custom op, forward and backward, with arguments; gradients flow where they can."""
     torch.manual_seed(0)
-    P, M, S, R, O, L = FILES.values()
-    randn = torch.randn
+    P, M, S, R, O, _ = FILES.values()
+    randn, find = torch.randn, torch.ops.drpruning
     rows, cols, s, z = torch.tensor([0, 3, 6]), torch.tensor([1, 2, 5, 8]), torch.rand(3), torch.rand(4)
     W, x, w, targets, tables = randn(7, 9), randn(5, 4), randn(9), torch.tensor([0, 69, 33]), torch.rand(2, 3, 3)
-    h, head = randn(3, 4), randn(70, 4)
+    loss = randn(3, 4), randn(70, 4), targets
     return {
-        "pack": (P._pack, W, rows, cols, s, z, BF16, False),
-        "pack of all": (P._pack, W, None, None, None, None, F32, False),
-        "unpack": (P.unpack, randn(3, 4), W, rows, cols, s, z),
-        "unpack of all": (P.unpack, randn(7, 9), W, None, None, None, None),
-        "unpack to bfloat16": (P.unpack, randn(3, 4).bfloat16(), W.bfloat16(), rows, cols, s, z),
-        "masked_linear": (M._masked_linear, x, W, randn(3), rows, cols, s, z, False),
-        "masked_linear_dx": (M._masked_linear_dx, randn(5, 3), W, rows, cols, s, z),
+        "pack": (P._pack, W, rows, cols, s, z, BF16),
+        "unpack": (P.unpack, randn(3, 4), W, [rows, cols, s, z]),
+        "unpack of all": (P.unpack, randn(7, 9), W, [None] * 4),
+        "masked_linear": (M._masked_linear, x, W, randn(3), rows, cols, s, z),
+        "masked_linear_dx": (M._masked_linear_dx, randn(5, 3), W, [rows, cols, s, z]),
         "masked_swiglu": (S._masked_swiglu, randn(3, 4), randn(3, 4), z),
-        "masked_swiglu without z": (S._masked_swiglu, randn(3, 4), randn(3, 4), None),
         "masked_swiglu_backward": (S._masked_swiglu_backward, randn(3, 4), randn(3, 4), randn(3, 4), z),
-        "rms_norm": (R._rms_norm, x, x.bfloat16(), w, cols, z, 3.0, 1e-5, BF16, False),
-        "rms_norm of all": (R._rms_norm, randn(2, 9), None, w, None, None, 9.0, 1e-5, F32, False),
-        "rms_norm_backward": (R._rms_norm_backward, x, x, x, torch.rand(5), w, cols, z, 3.0, F32, BF16),
+        "rms_norm": (R._rms_norm, x, x.bfloat16(), w, cols, z, 3.0, 1e-5, BF16),
+        "rms_norm_backward": (R._rms_norm_backward, x, x, x, torch.rand(5), [w, cols, z], 3.0, F32, BF16),
         "rope": (O._rope, randn(1, 3, 2, 6), randn(1, 3, 1, 6), *tables),
-        "linear_cross_entropy": (L._linear_cross_entropy, h, head, targets, True, False),
-        "linear_cross_entropy unfused": (L._linear_cross_entropy, h, head, targets, False, False),
-        "linear_cross_entropy_backward": (
-            L._linear_cross_entropy_backward,
-            torch.rand(3),
-            h,
-            head,
-            targets,
-            torch.rand(3),
-            True,
-        ),
+        "loss": (find.linear_cross_entropy.default, *loss),
+        "loss_backward": (find.linear_cross_entropy_backward.default, torch.rand(3), *loss, torch.rand(3)),
+        "reference loss": (find.linear_cross_entropy_reference.default, *loss),
     }
 
 
 @pytest.mark.parametrize("example", op_examples())
 def test_custom_ops_keep_their_contract(example):
     op, *arguments = op_examples()[example]
-    if op._backward_fn:
+    if not example.startswith("unpack") and not example.endswith(("backward", "dx")):
         floats = [isinstance(t, Tensor) and t.is_floating_point() for t in arguments]
         arguments = [t.clone().requires_grad_(g) if g else t for t, g in zip(arguments, floats, strict=True)]
     opcheck(op, arguments)
 
 
-@pytest.mark.parametrize("op", WAYS)
-def test_ops_compile_without_a_graph_break_to_the_same_bits(op):
-    compiled = torch.compile(WAYS[op][0], fullgraph=True, backend="aot_eager")
-    assert_same(evaluate(compiled, inputs_of(op, RICH[op], MIXED), BF16), once(op))
-
-
-SOURCE = llama.LlamaConfig(70, 80, 72, 1, 4, 2, 6, family="qwen2")
-TARGET = target_config(SOURCE, hidden_size=40, intermediate_size=40, n_layers=1, n_heads=2)
-
-
-def model_outcome(way=lambda model: model):
-    """Loss and gradients of a small model in which about half of everything is alive, masks included."""
-    model, tokens = llama.Llama(SOURCE), torch.tensor([[3, 69, 14]])
-    model.init_weights(0)
-    masks = Masks(SOURCE, TARGET, 0)
-    with torch.no_grad():
-        for log_alpha in masks.log_alpha.values():
-            log_alpha.copy_(torch.linspace(-2, 2, log_alpha.numel()).view_as(log_alpha))
-    alive = subnetwork(SOURCE, masks.sample(0, 0, 0), "cpu", 8)
-    loss = way(model)(tokens[:, :-1], tokens[:, 1:], alive)
-    loss.sum().backward()
-    gradients = {name: p.grad for name, p in model.named_parameters()}
-    return {"loss": loss.detach(), "gradient of the masks": alive.z_device.grad, **gradients}
-
-
-@pytest.fixture(scope="module")
-def torch_outcome():
-    dispatch.use("torch", "cpu")
-    return model_outcome()
-
-
-def assert_close(found, expected):
-    for name, t in expected.items():
-        assert relative_error(found[name], t.double()) < 1e-5, name
-
-
-@pytest.mark.usefixtures("large_tiles")
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_subnetwork_of_a_model_is_the_same_on_kernels_compiled_or_not(compiled, torch_outcome):
-    dispatch.use("triton", "cpu")
-    whole = partial(torch.compile, fullgraph=True, backend="aot_eager")
-    assert_close(model_outcome(whole) if compiled else model_outcome(), torch_outcome)
-
-
-# ---- the loss never holds the logits
-
-
-class Watch(TorchDispatchMode):
-    """The largest tensor that any operation returns, in elements, and the peak of the bytes that live at once.
-
-    What a custom op does inside is hidden from a dispatch mode, so its Python body is run under the mode instead.
-    """
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that an operation returns, inside our custom ops too."""
 
     def __init__(self):
         super().__init__()
-        file = FILES["linear_cross_entropy"]
-        ops = (file._linear_cross_entropy, file._linear_cross_entropy_backward)
-        self.bodies = {op._opoverload: op._init_fn for op in ops}
-        self.largest = self.live = self.peak = 0
-        self.storages = weakref.WeakSet()
+        found = torch._library.custom_ops.OPDEFS
+        self.bodies = {op._opoverload: op._init_fn for name, op in found.items() if "cross_entropy" in name}
+        self.elements = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in self.bodies:
             with self:
                 return self.bodies[func](*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
-        for t in tree_leaves(result):
-            if isinstance(t, Tensor):
-                self.largest = max(self.largest, t.numel())
-                self.follow(t.untyped_storage())
+        sizes = [t.numel() for t in tree_leaves(result) if isinstance(t, Tensor) and t.is_floating_point()]
+        self.elements = max(self.elements, *sizes, 0)
         return result
 
-    def follow(self, storage):
-        if storage not in self.storages:
-            self.storages.add(storage)
-            self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self.free, storage.nbytes())
 
-    def free(self, nbytes):
-        self.live -= nbytes
-
-
-def watched(way, N, V):
-    h, weight, targets = torch.randn(N, 16).requires_grad_(), torch.randn(V, 16).requires_grad_(), torch.arange(N) % V
-    with Watch() as watch:
-        way(h, weight, targets).sum().backward()
-    assert h.grad.count_nonzero() > 0.9 * h.numel()
-    return watch
+@pytest.mark.parametrize("way", [linear_cross_entropy, reference.linear_cross_entropy])
+def test_the_loss_never_makes_a_tensor_as_large_as_the_logits(way):
+    N, V, D, largest = 16, 4100, 1, {}
+    for name, loss in {"ours": way, "plain": loss_exact}.items():
+        h, weight = torch.randn(N, D).requires_grad_(), torch.randn(V, D).requires_grad_()
+        with Largest() as seen:
+            loss(h, weight, torch.arange(N)).sum().backward()
+        largest[name] = seen.elements
+    assert largest["plain"] == N * V
+    assert N * V / 20 < largest["ours"] < N * V / 10  # a chunk
 
 
-@pytest.mark.parametrize("V", [32_000, pytest.param(152_064, marks=pytest.mark.full)])
-def test_the_loss_never_makes_a_tensor_as_large_as_the_logits(V):
-    largest = watched(loss_unfused, 4096, V).largest
-    assert 4096 * V / 20 < largest < 4096 * V / 10  # a chunk: the watch sees inside the op
-
-
-def test_the_loss_needs_an_eighth_of_the_memory_of_the_plain_one_whose_logits_are_seen():
-    plain, ours = watched(loss_exact, 512, 32_000), watched(loss_unfused, 512, 32_000)
-    assert plain.largest == 512 * 32_000
-    assert plain.peak > 2 * 4 * 512 * 32_000
-    assert 0 < ours.peak <= plain.peak / 8
-
-
-@pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("fused", [True, False])
-def test_each_token_has_its_own_upstream_gradient_and_small_ones_are_kept(fused):
-    """One gradient is 1e-12, one 0; some words have a probability of 1e-8 and less: every row is right by itself."""
-    torch.manual_seed(0)
-    h, weight, targets = torch.randn(4, 20), torch.randn(130, 20), torch.tensor([5, 64, 129, 64])
-    for upstream in ([1.0, -2.0, 0.0, 0.5], [0.0, 0.0, 0.0, 1e-12], [1e-12, 3e5, 0.0, 1.0]):
-        grad = torch.tensor(upstream)
-        leaves = [t.clone().requires_grad_() for t in (h, weight)]
-        loss = linear_cross_entropy(*leaves, targets, fused=fused)
-        found = torch.autograd.grad(loss, leaves, grad)
-        exact = [t.double().requires_grad_() for t in (h, weight)]
-        expected = torch.autograd.grad(loss_exact(*exact, targets), exact, grad.double())
-        for ours, theirs in zip(found, expected, strict=True):
-            for row, exact_row in zip(ours, theirs, strict=True):
-                assert relative_error(row, exact_row) < 2e-5
-
-
-# ---- what cannot be computed is refused before a kernel starts
-
-
-GOOD = {
-    "pack": pack_inputs(130, 300, n=63, m=129, s_out=True, s_in=True),
-    "packed_linear": linear_inputs((74,), 130, 300, 63, 129, bias=True, s_out=True, s_in=True),
-    "masked_linear": linear_inputs((74,), 130, 300, 63, 129, bias=True, s_out=True, s_in=True),
-    "masked_swiglu": swiglu_inputs(21, 63),
-    "rms_norm": rms_norm_inputs((10,), 100, 63, delta=True, scale=True),
-    "rope": rope_inputs(2, 5, 3, 1, 10),
-    "loss": loss_inputs((6,), 20, 330),
-}
-
-
-def bad(op, change, *expected):
-    return pytest.param(op, change, expected, id=f"{op}: {' '.join(expected)}")
-
-
-def x(*shape):
-    return torch.zeros(shape)
-
-
-BAD = [
-    bad("pack", {"weight": x(130, 300).long()}, "weight must be float32", "(130, 300)", "int64"),
-    bad("pack", {"weight": x(130, 300).double()}, "weight must be float32", "float64"),
-    bad("pack", {"weight": x(300, 130).T}, "weight must be contiguous", "(130, 300)"),
-    bad("pack", {"weight": x(300)}, "two axes", "(300,)"),
-    bad("pack", {"rows": torch.arange(63) - 1}, "rows holds -1 .. 61", "0 .. 129", "(63,)", "(130, 300)"),
-    bad("pack", {"rows": torch.arange(63) + 68}, "rows holds 68 .. 130", "(63,)", "(130, 300)"),
-    bad("pack", {"cols": torch.arange(129) - 2}, "cols holds -2 .. 126", "(129,)", "(130, 300)"),
-    bad("pack", {"cols": torch.arange(129) + 172}, "cols holds 172 .. 300", "(129,)", "(130, 300)"),
-    bad("pack", {"rows": torch.arange(63).int()}, "rows must be", "int64", "int32", "(63,)", "(130, 300)"),
-    bad("pack", {"cols": torch.arange(129)[None]}, "cols must be one", "(1, 129)", "(130, 300)"),
-    bad("pack", {"cols": torch.arange(258)[::2]}, "cols must be one contiguous", "(129,)", "(130, 300)"),
-    bad("pack", {"rows": torch.arange(63).flip(0)}, "rows must ascend", "(63,)", "(130, 300)"),
-    bad("pack", {"cols": torch.arange(129) // 2 * 2}, "cols must ascend", "(129,)", "(130, 300)"),
-    bad("pack", {"row_scale": x(62)}, "row_scale must have 63", "(62,)", "(130, 300)"),
-    bad("pack", {"col_scale": x(1, 129)}, "col_scale must have 129", "(1, 129)", "(130, 300)"),
-    bad("pack", {"col_scale": x(129).double()}, "col_scale must be float32", "(129,)", "float64"),
-    bad("masked_linear", {"x": x(74, 128)}, "x must have 129 channels", "(74, 128)", "(130, 300)"),
-    bad("masked_linear", {"x": x(129, 74).T}, "x must be contiguous", "(74, 129)"),
-    bad("masked_linear", {"x": x(74, 129).long()}, "x must be float32", "(74, 129)", "int64"),
-    bad("masked_linear", {"weight": x(130, 300).double()}, "weight must be float32", "(130, 300)"),
-    bad("masked_linear", {"weight": x(300)}, "two axes", "(300,)"),
-    bad("masked_linear", {"rows": torch.arange(63) + 68}, "rows holds 68 .. 130", "(63,)", "(130, 300)"),
-    bad("masked_linear", {"cols": torch.arange(129) - 1}, "cols holds -1 .. 127", "(129,)", "(130, 300)"),
-    bad("masked_linear", {"bias": x(130)}, "bias must have 63", "(130,)", "(130, 300)"),
-    bad("masked_linear", {"row_scale": x(130)}, "row_scale must have 63", "(130,)", "(130, 300)"),
-    bad("packed_linear", {"x": x(74, 128)}, "x must have 129 channels", "(74, 128)", "(130, 300)"),
-    bad("packed_linear", {"bias": x(130)}, "bias must have 63", "(130,)", "(130, 300)"),
-    bad("packed_linear", {"rows": torch.arange(63) + 68}, "rows holds 68 .. 130", "(63,)", "(130, 300)"),
-    bad("packed_linear", {"col_scale": x(128)}, "col_scale must have 129", "(128,)", "(130, 300)"),
-    bad("masked_swiglu", {"gate": x(21, 62)}, "one shape", "(21, 62)", "(21, 63)"),
-    bad("masked_swiglu", {"gate": x(3, 7, 63), "up": x(7, 3, 63)}, "one shape", "(3, 7, 63)", "(7, 3, 63)"),
-    bad("masked_swiglu", {"gate": x(21, 63).half()}, "one shape and dtype", "float16", "float32"),
-    bad("masked_swiglu", {"gate": x(63, 21).T}, "gate must be contiguous", "(21, 63)"),
-    bad("masked_linear", {"x": x(129)}, "at least one token axis", "(129,)"),
-    bad("masked_swiglu", {"gate": x(63), "up": x(63)}, "at least one token axis", "(63,)"),
-    bad("rms_norm", {"x": x(63), "delta": None}, "at least one token axis", "(63,)"),
-    bad("loss", {"h": x(20), "targets": torch.tensor(1)}, "at least one token axis", "(20,)"),
-    bad("masked_swiglu", {"z": x(62)}, "z must have 63", "(62,)", "(21, 63)"),
-    bad("masked_swiglu", {"up": x(21, 63).long()}, "up must be float32", "(21, 63)", "int64"),
-    bad("rms_norm", {"x": x(10, 62), "delta": x(10, 62)}, "x must have 63 channels", "(10, 62)", "(100,)"),
-    bad("rms_norm", {"x": x(63, 10).T}, "x must be contiguous", "(10, 63)"),
-    bad("rms_norm", {"x": x(10, 63).double()}, "x must be float32", "float64"),
-    bad("rms_norm", {"delta": x(9, 63)}, "delta must have the shape of x", "(9, 63)", "(10, 63)"),
-    bad("rms_norm", {"x": x(2, 5, 63), "delta": x(5, 2, 63)}, "delta must have", "(2, 5, 63)", "(5, 2, 63)"),
-    bad("rms_norm", {"weight": x(100, 1)}, "weight", "(10, 63)", "(100, 1)"),
-    bad("rms_norm", {"rows": torch.arange(63) + 38}, "rows holds 38 .. 100", "(63,)", "(100,)"),
-    bad("rms_norm", {"rows": torch.arange(63) - 1}, "rows holds -1 .. 61", "(63,)", "(100,)"),
-    bad("rms_norm", {"rows": torch.arange(63.0)}, "rows must be one", "int64", "(63,)", "(100,)"),
-    bad("rms_norm", {"scale": x(62)}, "scale must have 63", "(62,)", "(100,)"),
-    bad("rms_norm", {"fill": 0.0}, "living channels must be positive", "(10, 63)"),
-    bad("rope", {"q": x(2, 5, 3, 9), "k": x(2, 5, 1, 9)}, "even", "(2, 5, 3, 9)", "(2, 5, 1, 9)"),
-    bad("rope", {"k": x(2, 4, 1, 10)}, "alike but for the heads", "(2, 5, 3, 10)", "(2, 4, 1, 10)"),
-    bad("rope", {"q": x(5, 3, 10)}, "(B, T, heads, K)", "(5, 3, 10)", "(2, 5, 1, 10)"),
-    bad("rope", {"q": x(2, 3, 5, 10).transpose(1, 2)}, "q must be contiguous", "(2, 5, 3, 10)"),
-    bad("rope", {"cos": x(4, 5)}, "cos and sin must be (5, 5)", "(4, 5)", "(2, 5, 3, 10)"),
-    bad("rope", {"sin": x(5, 5).half()}, "cos and sin must be (5, 5) float32", "float16"),
-    bad("loss", {"h": x(6, 19)}, "h must be (N, D) and weight (V, D)", "(6, 19)", "(330, 20)"),
-    bad("loss", {"h": x(6, 20).double(), "weight": x(330, 20).double()}, "h must be float32", "(6, 20)"),
-    bad("loss", {"weight": x(20, 330).T}, "weight must be contiguous", "(330, 20)"),
-    bad("loss", {"targets": torch.arange(5)}, "targets must be int64, one a token", "(5,)", "(6, 20)"),
-    bad("loss", {"h": x(2, 3, 20), "targets": x(3, 2).long()}, "one a token", "(2, 3, 20)", "(3, 2)"),
-    bad("loss", {"targets": torch.arange(6.0)}, "targets must be int64", "(6,)", "(6, 20)"),
-    bad("loss", {"targets": torch.arange(6) + 325}, "targets hold 325 .. 330", "0 .. 329", "(6,)", "(330, 20)"),
-    bad("loss", {"targets": torch.arange(6) - 1}, "targets hold -1 .. 4", "(6,)", "(330, 20)"),
-]
-
-
-@pytest.mark.parametrize(("op", "change", "expected"), BAD)
-def test_bad_input_is_refused_with_the_op_and_the_shapes_before_a_kernel_starts(op, change, expected, monkeypatch):
+@pytest.mark.parametrize(
+    ("op", "change"),
+    [
+        ("pack", {"weight": torch.zeros(60, 50).T}),
+        ("pack", {"row_scale": torch.zeros(34)}),
+        ("pack", {"col_scale": torch.zeros(1, 43)}),
+        ("masked_linear", {"x": torch.zeros(74, 42)}),
+        ("masked_linear", {"bias": torch.zeros(50)}),
+        ("masked_swiglu", {"gate": torch.zeros(3, 7, 62)}),
+        ("masked_swiglu", {"z": torch.zeros(62)}),
+        ("rms_norm", {"x": torch.zeros(2, 5, 62)}),
+        ("rms_norm", {"delta": torch.zeros(2, 4, 63)}),
+        ("rms_norm", {"scale": torch.zeros(62)}),
+        ("rope", {"q": torch.zeros(2, 5, 3, 9), "k": torch.zeros(2, 5, 1, 9)}),
+        ("rope", {"k": torch.zeros(2, 4, 1, 10)}),
+        ("rope", {"cos": torch.zeros(4, 5)}),
+        ("loss", {"targets": torch.arange(5)}),
+    ],
+)
+def test_a_launch_that_would_reach_foreign_memory_is_refused(op, change, monkeypatch):
     for file in FILES.values():
-        monkeypatch.setattr(file, "launch", lambda *_, **__: pytest.fail("a kernel was started"))
-    with pytest.raises(KernelError) as caught:
-        WAYS[op][0](*(GOOD[op](F32, F32) | change).values())
-    name = {"loss": "linear_cross_entropy", "packed_linear": "pack"}.get(op, op)
-    assert str(caught.value).startswith(name)
-    assert "\n" not in str(caught.value)
-    for part in expected:
-        assert part in str(caught.value)
-
-
-@pytest.mark.parametrize("op", [op for op in WAYS if op != "loss_unfused"])
-def test_kernels_refuse_tensors_that_they_cannot_reach(op, monkeypatch):
-    monkeypatch.setattr(import_module("kernels.shared"), "ON_CPU", False)
-    with pytest.raises(KernelError, match="Triton kernels need a GPU, not cpu"):
-        evaluate(WAYS[op][0], inputs_of(op, "one of everything", "float32"), F32)
-
-
-def test_an_index_is_not_read_where_the_caller_has_checked_it(monkeypatch):
-    """Reading it would make the host wait for the device in every layer."""
-    rows, weight, x = torch.tensor([0, 2]), torch.randn(3, 4), torch.randn(2, 4)
-    for file in FILES.values():
-        monkeypatch.setattr(file, "launch", lambda *_, **__: None)
-    for name in ("__bool__", "__int__", "item", "tolist"):
-        monkeypatch.setattr(Tensor, name, lambda *_: pytest.fail("values were read"))
-    pack(weight, rows, checked=True)
-    packed_linear(x, weight, None, rows, checked=True)
-    masked_linear(x, weight, None, rows, checked=True)
-    rms_norm(x[:, :2].contiguous(), None, weight[0], rows, checked=True)
-    linear_cross_entropy(x, weight, rows, checked=True)
+        monkeypatch.setattr(file, "launch", lambda *_, **__: pytest.fail("a kernel was started"), raising=False)
+    with pytest.raises(ValueError, match=r"shapes that do not fit|targets"):
+        WAYS[op][0](*(rich(op, F32, F32) | change).values())
 
 
 # ---- which of them run
 
 
 def test_triton_on_a_cpu_is_refused_without_the_interpreter(monkeypatch):
-    monkeypatch.setattr(dispatch, "INTERPRETED", False)
-    with pytest.raises(KernelError, match=r"kernels = 'triton' on cpu: Triton needs a GPU"):
-        dispatch.use("triton", "cpu")
-    assert dispatch.use("triton", "cuda:0")
+    monkeypatch.setattr(import_module("kernels.shared"), "INTERPRETED", False)
+    with pytest.raises(UserError, match="kernels = 'triton' on cpu: needs a GPU"):
+        ops.use("triton", "cpu")
+    assert ops.use("triton", "cuda:0")
 
 
-@pytest.mark.parametrize(
-    ("kernels", "device", "fused"),
-    [
-        ("auto", "cpu", False),
-        ("auto", "cuda:1", True),
-        ("torch", "cuda", False),
-        ("torch", "cpu", False),
-        ("triton", "cpu", True),
-    ],
-)
-def test_use_sets_every_op(kernels, device, fused):
-    dispatch.use("torch" if fused else "triton", "cpu")
-    assert dispatch.use(kernels, device) is fused
-    assert vars(dispatch.ops) == (dispatch.TRITON if fused else dispatch.TORCH)
+def test_use_sets_every_op():
+    choices = {("auto", "cpu"): False, ("auto", "cuda:1"): True, ("torch", "cuda"): False, ("triton", "cpu"): True}
+    for choice, on_triton in choices.items():
+        ops.use("torch" if on_triton else "triton", "cpu")
+        assert ops.use(*choice) is on_triton
+        assert vars(ops.ops) == (fused.TRITON if on_triton else ops.TORCH)
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None  # importing it raises
+import torch
+import model
+from kernels import ops
+llama = model.Llama(model.LlamaConfig(70, 16, 24, 1, 2, 2, 4))
+assert not ops.use("auto", "cuda")
+ops.find_spec = lambda name: True  # installed, and still not touched
+assert not ops.use("auto", "cpu")
+llama(torch.tensor([[3, 5]]), torch.tensor([[5, 6]])).sum().backward()
+"""
+
+
+def test_a_model_runs_on_a_cpu_without_triton_and_does_not_import_it_where_it_is():
+    run = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
 
 
 def test_a_linear_layer_runs_what_was_fastest_at_its_shape_and_cublas_where_nothing_is_gathered():
-    dispatch.use("triton", "cpu")
-    rows, x, weight = torch.tensor([0, 1]), torch.randn(2, 4), torch.randn(3, 4)
-    dispatch.fastest[3, 4] = lambda *_, checked: "measured"
-    dispatch.fastest[dispatch.ELSE] = lambda *_, checked: "not measured"
-    assert dispatch.ops.linear(x, weight, None, rows, None, None, None) == "measured"
-    assert dispatch.ops.linear(x, torch.randn(5, 4), None, rows, None, None, None) == "not measured"
-    assert torch.equal(dispatch.ops.linear(x, weight, None, None, None, None, None), F.linear(x, weight))
-    dispatch.use("triton", "cpu")
-    assert dispatch.fastest == {dispatch.ELSE: packed_linear}
+    ops.use("triton", "cpu")
+    rows, x, weight, none = torch.tensor([0, 1]), torch.randn(2, 4), torch.randn(3, 4), [None] * 3
+    fused.fastest[3, 4] = lambda *_: "measured"
+    fused.fastest[fused.ELSE] = lambda *_: "not measured"
+    assert ops.ops.linear(x, weight, None, rows, *none) == "measured"
+    assert ops.ops.linear(x, torch.randn(5, 4), None, rows, *none) == "not measured"
+    assert torch.equal(ops.ops.linear(x, weight, None, None, *none), F.linear(x, weight))
+    ops.use("triton", "cpu")
+    assert fused.fastest == {fused.ELSE: packed_linear}
 
 
-def self_check(dtype=F32):
-    return dispatch.self_check(SOURCE, TARGET, 1, 2, dtype, "cpu")
+# ---- a model on them, and the trial before a run
+
+SOURCE = llama.LlamaConfig(70, 24, 16, 1, 4, 2, 6, family="qwen2")
+TARGET = target_config(SOURCE, hidden_size=12, intermediate_size=8, n_layers=1, n_heads=2)
 
 
-def warnings_in(lines):
-    return [line for line in lines if line.startswith("warning")]
+def model_outcome():
+    """Loss and gradients of a small model in which about half of everything is kept, masks included."""
+    model, tokens = llama.Llama(SOURCE), torch.tensor([[3, 69, 14]])
+    model.init_weights(0)
+    masks = Masks(SOURCE, TARGET, 0)
+    with torch.no_grad():
+        for log_alpha in masks.log_alpha.values():
+            log_alpha.copy_(torch.linspace(-2, 2, log_alpha.numel()).view_as(log_alpha))
+    sample = subnetwork(SOURCE, masks.sample(0, 0, 0), "cpu", 8)
+    loss = model(tokens[:, :-1], tokens[:, 1:], sample)
+    loss.sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    return {"loss": loss.detach(), "gradient of the masks": sample.z_device.grad, **gradients}
 
 
-SHAPES_OF_LINEARS = ((24, 80), (12, 80), (80, 24), (72, 80), (80, 72))  # q, v, o, gate, down
+def assert_like_torch():
+    found = model_outcome()
+    ops.use("torch", "cpu")
+    for name, t in model_outcome().items():
+        assert relative_error(found[name], t.double()) < 1e-5, name
 
 
 @pytest.mark.usefixtures("large_tiles")
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_the_self_check_finds_nothing_wrong(dtype, monkeypatch):
-    monkeypatch.setattr(dispatch, "milliseconds", lambda case, dtype: 1.0)
-    dispatch.use("triton", "cpu")
-    assert not warnings_in(self_check(dtype))
-    assert vars(dispatch.ops) == dispatch.TRITON
+def test_a_subnetwork_of_a_model_is_the_same_on_kernels():
+    ops.use("triton", "cpu")
+    assert_like_torch()
+
+
+def self_check(dtype=F32, target=TARGET):
+    lines = ops.self_check(SOURCE, target, 1, 2, dtype, "cpu")
+    return lines, [line for line in lines if line.startswith("warning")]
 
 
 @pytest.mark.usefixtures("large_tiles")
-def test_the_self_check_of_a_model_that_is_not_pruned_finds_nothing_wrong():
-    dispatch.use("triton", "cpu")
-    assert not warnings_in(dispatch.self_check(SOURCE, None, 1, 2, F32, "cpu"))
+@pytest.mark.parametrize(("dtype", "target"), [(F32, TARGET), (BF16, TARGET), (F32, None)])
+def test_the_self_check_finds_nothing_wrong(dtype, target, monkeypatch):
+    monkeypatch.setattr(fused, "milliseconds", lambda case, dtype: 1.0)
+    ops.use("triton", "cpu")
+    assert not self_check(dtype, target)[1]
+    assert vars(ops.ops) == fused.TRITON
 
 
 def test_the_faster_linear_is_chosen_for_each_shape(monkeypatch):
     def milliseconds(case, dtype):
         return 1.0 if (case.fused is masked_linear) == (case.shape[0] > case.shape[1]) else 2.0
 
-    monkeypatch.setattr(dispatch, "fault", lambda case, dtype: None)
-    monkeypatch.setattr(dispatch, "milliseconds", milliseconds)
-    dispatch.use("triton", "cpu")
-    lines = self_check()
-    faster = {shape: masked_linear if shape[0] > shape[1] else packed_linear for shape in SHAPES_OF_LINEARS}
-    assert dispatch.fastest == faster | {dispatch.ELSE: packed_linear}
-    assert "down_proj (80, 72): packed_linear 2.00 ms, masked_linear 1.00 ms: masked_linear" in lines
-
-
-def test_a_time_is_that_of_forward_and_backward(monkeypatch):
-    def slow(case, inputs, dtype):
-        time.sleep(0.002)
-
-    monkeypatch.setattr(dispatch, "outcome", slow)
-    case = next(case for case in dispatch.cases(SOURCE, TARGET, 1, 2, F32, "cpu") if case.fused is masked_linear)
-    assert 2.0 <= dispatch.milliseconds(case, F32) < 2000.0
-
-
-@pytest.fixture
-def one_case_a_kernel(monkeypatch):
-    def some(*arguments):
-        return list({case.fused: case for case in every(*arguments)}.values())
-
-    every = dispatch.cases
-    monkeypatch.setattr(dispatch, "cases", some)
+    monkeypatch.setattr(fused, "fault", lambda case, dtype: None)
+    monkeypatch.setattr(fused, "milliseconds", milliseconds)
+    ops.use("triton", "cpu")
+    lines, _ = self_check()
+    expected = {(12, 24): packed_linear, (16, 24): packed_linear, (24, 16): masked_linear, (24, 24): packed_linear}
+    assert fused.fastest == expected | {fused.ELSE: packed_linear}
+    assert "down_proj (24, 16): packed_linear 2.00 ms, masked_linear 1.00 ms: masked_linear" in lines
 
 
 def add_seven(t):
     t.view(-1)[5] += 7
-
-
-def scaled(t):
-    t.mul_(1.1)
 
 
 def to_nan(t):
@@ -938,23 +636,19 @@ def raising(_):
     raise RuntimeError("no kernel image is available\nand a second line")
 
 
-LINEAR_NAMES = ["packed_linear", "masked_linear"]
 BROKEN = {  # file, kernel, the argument that is spoilt and how: the kernels that go, and what is said of the first
     "raises": ("rmsnorm", "_forward_kernel", "y", raising, ["rms_norm"], "RuntimeError: no kernel image is available:"),
-    "output": ("rope", "_rotate_kernel", "q_out", add_seven, ["rope"], "output 0 differs most at [0, 0, 0, 5] of"),
-    "gradient": ("masked_swiglu", "_backward_kernel", "dup", add_seven, ["masked_swiglu"], "gradient of up differs"),
-    "nan": ("rmsnorm", "_backward_kernel", "dx", to_nan, ["rms_norm"], "most at [0, 0, 5] of [1, 2, 64], by inf"),
-    "loss": ("linear_cross_entropy", "_gradient_kernel", "dlogits", scaled, ["linear_cross_entropy"], "gradient of h"),
-    "one linear": ("masked_linear", "_dx_kernel", "dx", add_seven, ["masked_linear"], "[0, 0, 5] of [1, 2, 64], by 7"),
-    "packing": ("pack", "_pack_kernel", "small", scaled, ["pack", "packed_linear"], "error 0.1, allowed 0.002"),
-    "unpacking": ("pack", "_unpack_kernel", "dweight", scaled, ["pack", *LINEAR_NAMES], "gradient of weight differs"),
+    "output": ("rope", "_rotate_kernel", "q_out", add_seven, ["rope"], "output 0: relative error"),
+    "nan": ("rmsnorm", "_backward_kernel", "dx", to_nan, ["rms_norm"], "gradient of argument 0: relative error nan"),
+    "a linear": ("masked_linear", "_product_kernel", "y", add_seven, ["masked_linear"], "output 0"),
+    "unpacking": ("pack", "_unpack_kernel", "dweight", add_seven, ["pack", "packed_linear", "masked_linear"], "argum"),
 }
-OP = {"masked_swiglu": "swiglu", "packed_linear": "linear", "masked_linear": "linear"}
+OP = {"packed_linear": "linear", "masked_linear": "linear"}
 
 
-@pytest.mark.usefixtures("large_tiles", "one_case_a_kernel")
+@pytest.mark.usefixtures("large_tiles")
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_kernel_that_fails_is_replaced_and_the_others_stay(case, monkeypatch, torch_outcome):
+def test_a_kernel_that_fails_is_replaced_and_the_others_stay(case, monkeypatch):
     file, kernel, argument, spoil, gone, what = BROKEN[case]
     launch = FILES[file].launch
 
@@ -963,18 +657,19 @@ def test_a_kernel_that_fails_is_replaced_and_the_others_stay(case, monkeypatch, 
         if k is getattr(FILES[file], kernel):
             spoil(arguments[list(inspect.signature(k.fn).parameters).index(argument)])
 
+    def one_case_a_kernel(*arguments):
+        return list({case.fused: case for case in cases.cases(*arguments)}.values())
+
+    monkeypatch.setattr(fused, "cases", one_case_a_kernel)
     monkeypatch.setattr(FILES[file], "launch", spoiling)
-    monkeypatch.setattr(dispatch, "milliseconds", lambda case, dtype: 1.0)
-    dispatch.use("triton", "cpu")
-    said = warnings_in(self_check())
+    monkeypatch.setattr(fused, "milliseconds", lambda case, dtype: 1.0)
+    ops.use("triton", "cpu")
+    _, said = self_check()
     assert [line.split()[2] for line in said] == gone
     assert what in said[0]
-    assert all("\n" not in line and line.endswith(": PyTorch takes its place in this run") for line in said)
-    assert " (" in said[0]
-    linears = [way for way in (packed_linear, masked_linear) if way.__name__ not in gone]
-    replaced = {OP.get(name, name) for name in gone} - ({"linear"} if linears else set())
-    for op, way in vars(dispatch.ops).items():
-        assert way is (dispatch.TORCH if op in replaced else dispatch.TRITON)[op], op
-    if linears:
-        assert set(dispatch.fastest.values()) <= set(linears)
-    assert_close(model_outcome(), torch_outcome)
+    assert all("\n" not in line and line.endswith(": PyTorch takes its place") for line in said)
+    linear_stays = len(OP.keys() & set(gone)) < 2
+    replaced = {OP.get(name, name) for name in gone} - ({"linear"} if linear_stays else set())
+    for op, way in vars(ops.ops).items():
+        assert way is (ops.TORCH if op in replaced else fused.TRITON)[op], op
+    assert_like_torch()
