@@ -99,8 +99,11 @@ class Out:
         there = [f.name for f in files if f.exists()]
         if there and not self.cfg.resume:
             raise UserError(f"{self.folder} holds a run ({', '.join(there)}): add --resume or choose another out_dir")
+        headers = read_metrics(self.log.path)[:1]
+        if set(there) - {"metrics.jsonl"} and not headers:
+            raise UserError(f"{self.folder} holds {', '.join(there)} of an unknown run: choose another out_dir")
         self.lock.take()
-        for header in read_metrics(self.log.path)[:1]:
+        for header in headers:
             self._same_run({**self.identity, "config": header["config"]}, self.log.path)
 
     def _same_run(self, saved: dict, where: Path) -> None:
