@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from configurator import UserError
-from data.shards import HEADER_BYTES, check_shard, read_meta
+from data.shards import check_shard, open_shard, read_meta
 
 BLOCK = 8192  # places of the permutation computed at once, 64 KiB: only a matter of speed
 FIXED_KEY, BATCH_KEY = 1, 3  # keys of evaluation, whatever the run's seed, and of the batches
@@ -47,19 +47,19 @@ class Windows:
         return bisect_right(self.first, window) - 1
 
     def read(self, window: int, out_T: np.ndarray) -> None:
-        """Copy a window's tokens. Raises UserError for a shard that changed under the run, naming it.
-
-        The file is mapped for this one read: numpy compares its size with what is asked for, and nothing stays open.
-        """
+        """Copy a window's tokens. Raises UserError, with the shard's name, when the shard was cut short or removed."""
         shard = self.shard_of(window)
-        path, dtype = self.paths[shard], self.dtypes[shard]
-        start = HEADER_BYTES + (window - self.first[shard]) * self.length * dtype.itemsize
-        try:
-            out_T[:] = np.memmap(path, dtype, "r", start, self.length)
-        except (OSError, ValueError) as error:  # numpy's for a file that is too short
-            raise UserError(f"{path}: became shorter or left while in use ({error}): prepare it again") from None
+        path, start = self.paths[shard], (window - self.first[shard]) * self.length
+        file = os.stat(path) if os.path.exists(path) else os.stat_result([0] * 10)
+        out_T[:] = mapped(path, file.st_ino, file.st_size, file.st_mtime_ns)[start : start + self.length]
         if (top := out_T.max()) >= self.vocab_size:
             raise UserError(f"{path}: token {top} is not of the {self.vocab_size}: prepare the data set again")
+
+
+@lru_cache(maxsize=64)
+def mapped(path: str, *version: int) -> np.ndarray:
+    """A shard's memory map, kept while the file stays the same. A read behind the end of a cut file would crash."""
+    return open_shard(path)
 
 
 def mix_bits(x: np.ndarray, key: np.uint64) -> np.ndarray:
