@@ -1,0 +1,231 @@
+"""Ranks: what they say to each other, the gradients and checkpoints they have together, and how they end."""
+
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import checkpoint
+import configurator
+import parallel
+from configurator import UserError
+from model import Llama, LlamaConfig
+
+ROOT = Path(__file__).parents[1]
+SHAPE = LlamaConfig(
+    vocab_size=64, hidden_size=16, intermediate_size=32, n_layers=2, n_heads=2, n_kv_heads=2, head_dim=8
+)
+N_MICRO_BATCHES, ROUNDS = 4, 20
+torch.set_num_threads(1)
+
+# ---- on each rank
+
+
+def built(ranks):
+    with torch.device("meta"):
+        model = Llama(SHAPE)
+    if ranks.sharded:
+        parallel.shard(model, ranks, torch.float32)
+    else:
+        model.to_empty(device="cpu").tie()
+    model.init_weights(17, parallel.put)
+    return model
+
+
+def backward(network, ranks):
+    """The gradients of four micro-batches, shared by the ranks."""
+    tokens = torch.randint(0, 64, (N_MICRO_BATCHES, 2, 9), generator=torch.Generator().manual_seed(0))
+    for i in range(ranks.rank, N_MICRO_BATCHES, ranks.world_size):
+        with parallel.accumulating(network, ranks, is_last=i + ranks.world_size >= N_MICRO_BATCHES):
+            loss_BT = network(tokens[i, :, :-1], tokens[i, :, 1:])
+            (loss_BT.mean() * ranks.world_size / N_MICRO_BATCHES).backward()
+
+
+def whole_gradients(model):
+    return {name: parallel.whole(p.grad).clone() for name, p in model.named_parameters()}
+
+
+def problem_of(action, *arguments):
+    try:
+        action(*arguments)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def fail(message):
+    raise UserError(message)
+
+
+def said(ranks):
+    """What comes out of everything that the ranks say to each other."""
+    mean = [torch.full((2,), float(ranks.rank)), torch.full((1, 1), 4.0 * ranks.rank)]
+    parallel.average_over_ranks(mean, "cpu")
+    return {
+        "exchange": parallel.exchange({"rank": ranks.rank, "text": "\u00e4" * 100 * ranks.rank}),
+        "on_main": problem_of(parallel.on_main, lambda: fail("the dog ate it")),
+        "equal": problem_of(parallel.refuse_unequal, {"seed": 17}),
+        "unequal": problem_of(parallel.refuse_unequal, {"seed": 17 + ranks.rank}),
+        "mean": [m.flatten().tolist() for m in mean],
+    }
+
+
+def optimized(model):
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    optimizer.step()
+    return checkpoint.tensors({"model": model}, [optimizer])
+
+
+def saved_together(model, ranks, out):
+    """A checkpoint of both ranks; then one that the disk of rank 1 has no room for."""
+    named = optimized(model)
+    checkpoints = checkpoint.Checkpoints(out / "run", 2, dist.new_group(backend="gloo"))
+    checkpoints.save(1, {"step": 1}, named)
+    saved = checkpoints.finished(wait=True)
+    if ranks.rank == 1:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    checkpoints.save(2, {"step": 2}, named)
+    return [asdict(s) for s in saved + checkpoints.finished(wait=True)]
+
+
+def come_and_go(out):
+    """Without the first lines of parallel.close the ranks hang in one of these rounds."""
+    for i in range(ROUNDS):
+        store = dist.FileStore(str(out / f"store{i}"), 2)
+        dist.init_process_group("gloo", store=store, rank=int(os.environ["RANK"]), world_size=2)
+        ranks = parallel.Ranks(*parallel.position(), "cpu", "ddp")
+        network = parallel.wrap(built(ranks), ranks, find_unused=True)
+        backward(network, ranks)
+        parallel.close(network)
+
+
+def on_each_rank(kind, out):
+    ranks = parallel.setup(kind, "cpu")
+    model = built(ranks)
+    network = parallel.wrap(model, ranks, find_unused=False)
+    backward(network, ranks)
+    results = said(ranks)
+    gradients, together = whole_gradients(model), parallel.gather(model)
+    if ranks.is_main:
+        torch.save({"gradients": gradients, "weights": together.state_dict()}, out / "tensors.pt")
+    if ranks.sharded:
+        results["saved"] = saved_together(model, ranks, out)
+    parallel.close(network)
+    if not ranks.sharded:
+        come_and_go(out)
+    print(json.dumps(results))
+
+
+@dataclass(frozen=True)
+class Config:
+    kind: str = "ddp"
+    out: str = ""
+    fails: str = ""  # all | one | killed
+
+
+def main(cfg):
+    if not cfg.fails:
+        return on_each_rank(cfg.kind, Path(cfg.out))
+    ranks = parallel.setup(cfg.kind, "cpu")
+    network = parallel.wrap(built(ranks), ranks, find_unused=False)
+    for step in range(4):
+        backward(network, ranks)
+        if step == 2 and (cfg.fails == "all" or ranks.rank == 1):
+            os.kill(os.getpid(), signal.SIGKILL) if cfg.fails == "killed" else fail("the dog ate it")
+
+
+# ---- the tests
+
+FSDP = pytest.mark.parametrize("two", [pytest.param("fsdp", marks=pytest.mark.full)], indirect=True)
+
+
+def start(kind, out):
+    """Both ranks of this file's main, without torchrun; what each has printed."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    env |= {"LOCAL_WORLD_SIZE": "2", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, f"--kind={kind}", f"--out={out}"]
+    ranks = [subprocess.Popen(command, env=env | {"RANK": str(rank)}, stdout=subprocess.PIPE) for rank in range(2)]
+    try:
+        printed = [rank.communicate(timeout=200)[0] for rank in ranks]
+    finally:
+        [rank.kill() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    return [json.loads(text) for text in printed]
+
+
+@pytest.fixture(scope="module", params=["ddp", pytest.param("fsdp", marks=pytest.mark.full)])
+def two(request, tmp_path_factory):
+    """(kind, folder, what each rank found)"""
+    out = tmp_path_factory.mktemp(request.param)
+    return request.param, out, start(request.param, out)
+
+
+def test_every_rank_hears_what_each_one_said(two):
+    for rank in two[2]:
+        assert rank["exchange"] == [{"rank": 0, "text": ""}, {"rank": 1, "text": "\u00e4" * 100}]
+        assert rank["mean"] == [[0.5, 0.5], [2.0]]
+
+
+def test_an_error_of_rank_0_and_a_difference_between_ranks_are_raised_on_all_of_them(two):
+    assert [rank["on_main"] for rank in two[2]] == ["the dog ate it"] * 2
+    assert [rank["equal"] for rank in two[2]] == ["", ""]
+    assert all("rank 1 has seed = 18, rank 0 17" in rank["unequal"] for rank in two[2])
+
+
+def test_ranks_together_have_the_weights_and_gradients_of_one(two):
+    together = torch.load(two[1] / "tensors.pt", weights_only=True)
+    alone = parallel.Ranks(0, 1, "cpu", "ddp")
+    model = built(alone)
+    backward(parallel.wrap(model, alone, find_unused=False), alone)
+    for name, gradient in whole_gradients(model).items():
+        torch.testing.assert_close(together["gradients"][name], gradient)
+    assert all(torch.equal(together["weights"][name], value) for name, value in model.state_dict().items())
+
+
+@FSDP
+def test_a_checkpoint_of_two_ranks_is_read_by_one(two):
+    (folder, state), skipped = checkpoint.newest(two[1] / "run")
+    assert (state["step"], skipped, len(state["files"])) == (1, {}, 2)
+    model = built(parallel.Ranks(0, 1, "cpu", "ddp"))
+    model.init_weights(5)
+    named = optimized(model)
+    checkpoint.load(folder, named)
+    together = torch.load(two[1] / "tensors.pt", weights_only=True)
+    for name, gradient in together["gradients"].items():
+        torch.testing.assert_close(named[f"exp_avg.model.{name}"], 0.1 * gradient)
+
+
+@FSDP
+def test_a_rank_without_room_for_its_share_is_told_and_leaves_the_checkpoint_before(two):
+    for first, second in (rank["saved"] for rank in two[2]):
+        assert (first["step"], first["error"]) == (1, "")
+        assert "File too large" in second["error"]
+    assert [f.name for f in (two[1] / "run").iterdir()] == ["step_000001"]
+
+
+@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp", marks=pytest.mark.full)])
+@pytest.mark.parametrize("fails", ["one", *(pytest.param(f, marks=pytest.mark.full) for f in ("all", "killed"))])
+def test_a_rank_that_fails_ends_all_of_them_and_an_error_is_said_once(fails, kind):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    arguments = [f"--kind={kind}", f"--fails={fails}"]
+    done = subprocess.run([*command, *arguments], env=env, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("error: the dog ate it\n") == (fails != "killed")
+
+
+if __name__ == "__main__":
+    configurator.command(main, Config, speaks=parallel.first_to_say)
