@@ -79,12 +79,10 @@ def load_any(path: str | Path, device: str) -> Llama:
     with torch.device("meta"):
         model = Llama(LlamaConfig(**state["source"]))
     model.to_empty(device="cpu").tie()
-    learned = {"model": model}
-    if state["target"]:
-        learned["masks"] = Masks(model.config, LlamaConfig(**state["target"]), seed=0)
-    named = {name: p.detach() for prefix, module in learned.items() for name, p in module.named_parameters(prefix)}
-    checkpoint.load(folder, named)
-    return (extract(model, learned["masks"]) if state["target"] else model).to(device)
+    masks = Masks(model.config, LlamaConfig(**state["target"]), seed=0) if state["target"] else None
+    named = dict(model.named_parameters("model")) | (dict(masks.named_parameters("masks")) if masks else {})
+    checkpoint.load(folder, {name: p.detach() for name, p in named.items()})
+    return (extract(model, masks) if masks else model).to(device)
 
 
 @dataclass(frozen=True)
@@ -102,10 +100,7 @@ def main(cfg: Config, folder: str) -> None:
     model, domains = load_any(folder, cfg.device), cfg.domains or tuple(read_meta(cfg.data)["domains"])
     val = DomainLoader(cfg.data, domains, cfg.seq_len, seed=0, split="val")
     if val.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"{cfg.data}: vocabulary of {val.vocab_size}, the model's has {model.config.vocab_size}: "
-            "give --data=, a data set prepared with the model's own tokenizer"
-        )
+        raise UserError(f"{cfg.data}: has more tokens than the model: prepare it with the model's own tokenizer")
     loss_M = evaluate(model, val, cfg.sequences, cfg.batch_size, cfg.device)
     print(f"{folder} on {cfg.data}, validation, at most {cfg.sequences} windows of {cfg.seq_len} tokens a domain")
     columns = {"loss (nats)": loss_M, "perplexity": np.exp(loss_M), "bits/byte": bits_per_byte(loss_M, val)}

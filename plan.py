@@ -116,12 +116,9 @@ def plan(cfg, source: LlamaConfig, target: LlamaConfig | None) -> str:
     micro_batches, rest = divmod(cfg.batch_size // cfg.micro_batch_size, cfg.gpus)
     if rest:
         raise UserError(f"{cfg.gpus} gpus cannot share {micro_batches * cfg.gpus + rest} micro-batches a step evenly")
+    shapes = {"source": source} | ({"target": target} if target else {})
     with torch.device("meta"):
-        models = {"source": Llama(source)} | ({"target": Llama(target)} if target else {})
-    lines = [
-        f"{name}: {m.n_parameters():,} parameters, {m.n_parameters(embeddings=False):,} of them not embeddings"
-        for name, m in models.items()
-    ]
+        lines = [f"{name}: {Llama(shape).n_parameters():,} parameters" for name, shape in shapes.items()]
     nodes = f" in nodes of {NODE}" if cfg.parallel == "hsdp" else ""
     lines.append(f"memory of each of {cfg.gpus} GPUs, {cfg.parallel}{nodes}, GiB:")
     memory = memory_of(cfg, source, target)
@@ -142,7 +139,7 @@ def hours(cfg, source: LlamaConfig, target: LlamaConfig | None, micro_batches: i
         mean += flops_per_token(source, kept, cfg.seq_len, cfg.checkpoint_activations) / cfg.max_steps
     seconds = tokens * mean / (cfg.gpus * TFLOPS * 1e12 * MFU)
     lines = [
-        f"tokens: {tokens:,} in {cfg.max_steps:,} steps; {micro_batches} micro-batches a step and GPU",
+        f"tokens: {tokens:,} in {cfg.max_steps:,} steps of {micro_batches} micro-batches a GPU",
         f"FLOPs a token, mean of the stage: {mean:.3e}; every unit computed: {dense:.3e} ({mean / dense:.0%})",
         f"hours at {MFU:.0%} of {TFLOPS} TFLOP/s: {seconds / 3600:.2f}, evaluation not counted",
     ]
