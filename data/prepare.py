@@ -129,11 +129,9 @@ def sources_of(cfg: Config, words: tuple[str, ...]) -> tuple[tuple[str, ...], li
 
 
 def files_of(path: str) -> list[Path]:
-    """The file, the files that match the pattern, or those in the folder and below it, in sorted order."""
-    if os.path.isdir(path):
-        files = sorted(file for file in Path(path).rglob("*") if file.name.endswith(SUFFIXES))
-    else:
-        files = [Path(name) for name in ([path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True)))]
+    """The files in the folder and below it, or those that match the pattern, in sorted order."""
+    inside = [file for file in sorted(Path(path).rglob("*")) if file.name.endswith(SUFFIXES)]
+    files = inside or [Path(name) for name in sorted(glob.glob(path, recursive=True))]
     if not files or not all(file.is_file() for file in files):
         raise UserError(f"{path}: no such file: give a file, a pattern or a folder of *{', *'.join(SUFFIXES)}")
     return files
@@ -315,7 +313,6 @@ def append(folder: Path, name: str, shards: list[dict], tokens_N: np.ndarray, sh
 def seal(folder: Path, shard: dict, vocab_size: int) -> None:
     with open(folder / shard["file"], "r+b") as file:
         file.write(header(shard["tokens"], vocab_size))
-        file.truncate(HEADER_BYTES + shard["tokens"] * token_dtype(vocab_size).itemsize)
     shard["sha256"] = sha256(folder / shard["file"])
 
 

@@ -80,7 +80,7 @@ def inputs(tmp_path_factory, model):
     web, more, code = some_documents(250, 1), some_documents(150, 2), some_documents(300, 3)
     (folder / "web-0.jsonl").write_bytes(json_lines(web) + b"\n".join(BAD) + b"\n" + json_lines(web[:9]).rstrip(b"\n"))
     (folder / "web-1.jsonl.gz").write_bytes(gzip.compress(json_lines(more + web[200:]) + b"{}\n"))
-    halves = json_lines(code[:200] + web[:5]), json_lines(code[100:])  # two frames, as pzstd writes
+    halves = json_lines(code[:200] + more[:5]), json_lines(code[100:])  # two frames, as pzstd writes
     (folder / "code.jsonl.zst").write_bytes(b"".join(zstandard.compress(half) for half in halves))
     run(folder, model, "out")
     return types.SimpleNamespace(folder=folder, out=folder / "out", web=web + more, code=code)
@@ -88,7 +88,8 @@ def inputs(tmp_path_factory, model):
 
 def run(folder: Path, model: str, out: str, **settings) -> None:
     settings = {"val_fraction": 0.2, "shard_tokens": 1500, "processes": 1, "tokenizer": model} | settings
-    main(Config(out=str(folder / out), **settings), f"web={folder}/web-*", f"code={folder}/code.jsonl.zst")
+    words = f"web={folder}/web-0.jsonl", f"code={folder}/code*", f"web={folder}/web-1.jsonl.gz"
+    main(Config(out=str(folder / out), **settings), *words)
 
 
 # ---- what goes in and what comes out
@@ -292,9 +293,10 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_a_run_stopped_at_any_place_loses_and_repeats_nothing(inputs, model, monkeypatch, seed):
+@pytest.mark.parametrize(("seed", "max_tokens"), [(0, 0), (1, 0), (2, 4000), (3, 4000)])
+def test_a_run_stopped_at_any_place_loses_and_repeats_nothing(inputs, model, monkeypatch, seed, max_tokens):
     rng, left, out = random.Random(seed), iter(()), inputs.folder / f"stopped-{seed}"
+    run(inputs.folder, model, f"whole-{seed}", max_tokens=max_tokens)
 
     def stopping(function):
         def stops(*args, **kwargs):
@@ -308,16 +310,16 @@ def test_a_run_stopped_at_any_place_loses_and_repeats_nothing(inputs, model, mon
     places = (prepare, "take append seal save sha256 write_meta in_order"), (os, "replace")
     for owner, name in [(owner, name) for owner, names in places for name in names.split()]:
         monkeypatch.setattr(owner, name, stopping(getattr(owner, name)))
-    n_stops, steps = 0, 60
+    n_stops, steps = 0, 15 if max_tokens else 60
     while not (out / "meta.json").exists():
         monkeypatch.setattr(prepare, "CHUNK_CHARS", rng.randint(500, 5000))
         left = iter(range(rng.randint(0, steps), -1, -1))
-        steps += 40  # a stop that is always early would never let it finish
+        steps += 5 if max_tokens else 40  # a stop that is always early would never let it finish
         with contextlib.suppress(Stop):
-            run(inputs.folder, model, out.name)
+            run(inputs.folder, model, out.name, max_tokens=max_tokens)
         n_stops += 1
     assert n_stops > 3
-    assert content(out) == content(inputs.out)
+    assert content(out) == content(inputs.folder / f"whole-{seed}")
 
 
 def run_until_killed(folder: Path, model: str, place: str, n: int) -> None:
