@@ -66,7 +66,7 @@ def test_a_plan_says_what_is_needed_and_whether_it_fits(gpu_memory, verdict):
     text = plan.plan(config(gpus=1, gpu_memory=gpu_memory, mix="dro", eval_interval=10), SOURCE, TARGET)
     for part in ("weights", "gradients", "optimizer", "activations", "hours at 40% of 989 TFLOP/s", verdict):
         assert part in text
-    assert "mix: 11 updates, about 4 s (fits of 7 domains at 0.05 s)" in text
+    assert "mix: 11 updates, about 2 s (fits of 7 domains at 0.03 s)" in text
     assert "mix" not in plan.plan(config(gpus=1, mix="constant"), SOURCE, None)
 
 
