@@ -122,6 +122,7 @@ print(bytes_of("VmHWM") - before, 4 * ours.n_parameters())
 """
 
 
+@pytest.mark.full
 def test_loading_holds_the_model_once(tmp_path):
     hf.save(random_model(), tmp_path / "small")
     hf.save(random_model(2000, 512, 2048, 4, 8, 8, 64), tmp_path / "large")
