@@ -91,7 +91,7 @@ def _search(x_Xn, free, y, delta) -> Law:
     theta = np.r_[h_K[best], E_K[best], grid_KX[best]]
     bounds = np.r_[0.0, 0.0, LOWEST[free]], np.r_[np.inf, np.inf, np.full(len(free), EXPONENTS[-1])]
     for width in WIDTHS:
-        theta = least_squares(residuals, theta, jacobian, bounds, loss="huber", f_scale=width * delta, max_nfev=100).x
+        theta = least_squares(residuals, theta, jacobian, bounds, loss="huber", f_scale=width * delta, max_nfev=60).x
     h, E, exponents[free] = theta[0], theta[1], theta[2:]
     top = (-theta[2:] @ x_Xn).max()
     A = max(h * np.exp(np.clip(-top, -LOG_MAX, LOG_MAX)), TINY)

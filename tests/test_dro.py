@@ -92,8 +92,10 @@ def test_the_mix_does_not_depend_on_the_scale_of_the_excess(case, scale):
     assert np.allclose(once_M, scaled_M, atol=1e-6)
 
 
-def test_equal_excess_losses_leave_the_reference_ratio():
+def test_equal_excess_losses_leave_the_reference_ratio_and_those_equal_but_for_rounding_share():
     assert np.allclose(chi_square_ratio([3.0, 4.0, 5.0], [2.0, 3.0, 4.0], [0.5, 0.3, 0.2]), [0.5, 0.3, 0.2])
+    q_M = chi_square_ratio([0.3, 0.1 + 0.2, 0.0], [0.0] * 3, [1 / 3] * 3, rho=10.0)
+    assert q_M[0] == pytest.approx(q_M[1])
 
 
 @pytest.mark.parametrize("largest", [0.76, 0.9, 0.99])
@@ -146,18 +148,18 @@ def mix(kind="dro", **options):
     return Mix(("a", "b", "c"), np.array([0.5, 0.3, 0.2]), kind, **options)
 
 
-def run(m, losses=lambda t: np.array([2 + t**-0.5, 3 + t**-0.2, 1 + 0.2 * t**-0.5]), evaluations=30):
-    """(evaluation, text) of each warning of a run."""
+def run(m, losses=lambda t: np.array([2 + t**-0.5, 3 + t**-0.2, 1 + 0.2 * t**-0.5]), evaluations=30, of=30):
+    """(evaluation, text) of each warning of the first evaluations of a run."""
     said = []
     for i in range(1, evaluations + 1):
-        t = i / evaluations
+        t = i / of
         said += [(i, text) for text in m.update(losses(t), 1e5 * t * np.array([0.5, 0.3, 0.2]), t)]
     return said
 
 
 def test_a_constant_mix_never_moves_and_still_predicts_reference_losses():
     m = mix("constant")
-    assert run(m) == []
+    assert run(m, evaluations=15) == []
     assert np.array_equal(m.ratio_M, m.initial_ratio_M)
     assert np.allclose(m.reference_loss_M, [3.0, 4.0, 1.2], atol=0.01)
 
@@ -167,7 +169,7 @@ def test_without_reference_losses_the_mix_waits_for_the_first_fit(kind):
     m = mix(kind)
     run(m, evaluations=10)  # ten points are not more than ten
     assert np.array_equal(m.ratio_M, m.initial_ratio_M)
-    run(m, evaluations=10)
+    run(m, evaluations=11)
     assert not np.array_equal(m.ratio_M, m.initial_ratio_M)
 
 
