@@ -51,7 +51,7 @@ def small_tiles(monkeypatch):
         "masked_linear": {"TOKENS": 32, "UNITS": 32, "STEP": 32},
         "masked_swiglu": {"TOKENS": 4, "CHANNELS": 32, "A_PROGRAM": 8},
         "rmsnorm": {"A_PROGRAM": 4},
-        "linear_cross_entropy": {"BLOCK": 32},
+        "linear_cross_entropy": {"BLOCK": 64},
     }
     for name, constants in sizes.items():
         for constant, value in constants.items():
@@ -199,7 +199,7 @@ WAYS = {  # op: ours, plain PyTorch, the formula
     "reference loss": (reference.linear_cross_entropy, loss_exact, loss_exact),
 }
 LINEARS = {
-    "gathered": linear_inputs((2, 37), 50, 60, 35, 43, bias=True, s_out=True, s_in=True),
+    "gathered": linear_inputs((1, 35), 40, 60, 33, 43, bias=True, s_out=True, s_in=True),
     "one of everything": linear_inputs((1,), 1, 1, bias=True),
     "dense": linear_inputs((63,), 40, 1000),
     "one row, one column": linear_inputs((63,), 70, 45, n=1, m=1, s_out=True),
@@ -208,7 +208,7 @@ LINEARS = {
     "no tokens": linear_inputs((2, 0), 7, 9, n=4, m=5, bias=True, s_out=True, s_in=True),
 }
 LOSSES = {
-    "rich": loss_inputs((2, 3), 20, 330),
+    "rich": loss_inputs((2, 2), 20, 200),
     "one of everything": loss_inputs((1,), 1, 1),
     "one token": loss_inputs((1,), 1000, 63),
     "no tokens": loss_inputs((2, 0), 20, 70),
@@ -218,23 +218,23 @@ SHAPES = {  # the first is the richest: of several tiles where they are small
     "packed_linear": {name: LINEARS[name] for name in ("gathered", "no columns", "no tokens")},
     "masked_linear": LINEARS,
     "masked_swiglu": {
-        "rich": swiglu_inputs(3, 7, 63),
+        "rich": swiglu_inputs(3, 3, 63),
         "one of everything": swiglu_inputs(1, 1),
-        "without z": swiglu_inputs(3, 5, 63, z=False),
+        "without z": swiglu_inputs(7, 63, z=False),
         "one token": swiglu_inputs(1, 1000),
         "no channels": swiglu_inputs(3, 0),
         "no tokens": swiglu_inputs(2, 0, 5),
     },
     "rms_norm": {
-        "gathered": rms_norm_inputs((2, 5), 100, 63, delta=True, scale=True, fill=0.7),
+        "gathered": rms_norm_inputs((2, 3), 100, 63, delta=True, scale=True, fill=0.7),
         "one of everything": rms_norm_inputs((1,), 1, delta=True),
         "dense": rms_norm_inputs((3,), 1000),
-        "rows alone": rms_norm_inputs((7,), 100, 63, fill=0.5),
-        "scale alone": rms_norm_inputs((7,), 63, scale=True, delta=True),
+        "rows alone": rms_norm_inputs((3,), 100, 63, fill=0.5),
+        "scale alone": rms_norm_inputs((3,), 63, scale=True, delta=True),
         "no tokens": rms_norm_inputs((2, 0), 100, 63, delta=True, scale=True),
     },
     "rope": {
-        "rich": rope_inputs(2, 5, 3, 1, 10),
+        "rich": rope_inputs(2, 2, 3, 1, 10),
         "one of everything": rope_inputs(1, 1, 1, 1, 2),
         "63 heads": rope_inputs(1, 2, 63, 7, 6),
         "long heads": rope_inputs(1, 2, 1, 1, 1002),
@@ -333,14 +333,16 @@ def test_both_linears_compute_in_the_dtype_of_x_where_there_is_no_autocast():
 
 
 def test_more_tiles_than_a_band_of_them_holds_are_all_computed(monkeypatch):
-    for constant, value in {"TOKENS": 16, "UNITS": 32, "STEP": 32}.items():  # 10 tiles of tokens; a band is 8
+    for constant, value in {"TOKENS": 16, "UNITS": 32, "STEP": 32}.items():  # 9 tiles of tokens; a band is 8
         monkeypatch.setattr(FILES["masked_linear"], constant, value)
-    assert_exact("masked_linear", linear_inputs((150,), 63, 20)(F32, F32), F32)
+    assert_exact("masked_linear", linear_inputs((129,), 40, 20)(F32, F32), F32)
 
 
 @pytest.mark.parametrize("op", ["pack", "masked_linear"])
 def test_any_of_rows_columns_and_scales_may_be_left_out(op, small_tiles):
     for rows, cols, s_out, s_in in itertools.product((False, True), repeat=4):
+        if op == "masked_linear" and s_out != rows:  # unpack is that of pack, and has seen them all
+            continue
         make = linear_inputs((5,), 13, 21, 11 if rows else None, 17 if cols else None, s_out=s_out, s_in=s_in)
         assert_exact(op, (pack_of(make) if op == "pack" else make)(F32, F32), F32)
 
@@ -491,19 +493,19 @@ def test_the_loss_never_makes_a_tensor_as_large_as_the_logits(way):
 @pytest.mark.parametrize(
     ("op", "change"),
     [
-        ("pack", {"weight": torch.zeros(60, 50).T}),
-        ("pack", {"row_scale": torch.zeros(34)}),
+        ("pack", {"weight": torch.zeros(60, 40).T}),
+        ("pack", {"row_scale": torch.zeros(32)}),
         ("pack", {"col_scale": torch.zeros(1, 43)}),
-        ("masked_linear", {"x": torch.zeros(74, 42)}),
-        ("masked_linear", {"bias": torch.zeros(50)}),
-        ("masked_swiglu", {"gate": torch.zeros(3, 7, 62)}),
+        ("masked_linear", {"x": torch.zeros(35, 42)}),
+        ("masked_linear", {"bias": torch.zeros(40)}),
+        ("masked_swiglu", {"gate": torch.zeros(3, 3, 62)}),
         ("masked_swiglu", {"z": torch.zeros(62)}),
-        ("rms_norm", {"x": torch.zeros(2, 5, 62)}),
-        ("rms_norm", {"delta": torch.zeros(2, 4, 63)}),
+        ("rms_norm", {"x": torch.zeros(2, 3, 62)}),
+        ("rms_norm", {"delta": torch.zeros(2, 2, 63)}),
         ("rms_norm", {"scale": torch.zeros(62)}),
-        ("rope", {"q": torch.zeros(2, 5, 3, 9), "k": torch.zeros(2, 5, 1, 9)}),
-        ("rope", {"k": torch.zeros(2, 4, 1, 10)}),
-        ("rope", {"cos": torch.zeros(4, 5)}),
+        ("rope", {"q": torch.zeros(2, 2, 3, 9), "k": torch.zeros(2, 2, 1, 9)}),
+        ("rope", {"k": torch.zeros(2, 1, 1, 10)}),
+        ("rope", {"cos": torch.zeros(1, 5)}),
         ("loss", {"targets": torch.arange(5)}),
     ],
 )
