@@ -200,7 +200,7 @@ def command(
         if not words[0] <= len(given) <= words[1]:
             raise UserError(f"{len(given)} arguments beside the settings, expected {words[0]} or more: see --help")
         main(load(config_class, [a for a in arguments if a not in given]), *given)
-    except UserError as error:
+    except (UserError, OSError) as error:  # a full disk, a file that is not there
         if speaks(str(error)):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -153,20 +153,9 @@ class Out:
             self.log.warn(step, text, now=False)
         worst = int(np.nanargmax(loss_M)) if np.isfinite(loss_M).any() else 0
         self.log.say(f"step {step}: mean {loss_M.mean():.4f}, worst {mix.domains[worst]} {loss_M[worst]:.4f}")
-        return self.log.record(
-            {
-                "kind": "eval",
-                "step": step,
-                "val_loss": loss_M,
-                "ratio": mix.ratio_M,
-                "reference_ratio": mix.reference_ratio_M,
-                "reference_loss": mix.reference_loss_M,
-                "tokens": progress.tokens_M,
-                **masks,
-                **seconds,
-                "memory_bytes": memory_bytes(self.ranks.device),
-            }
-        )
+        record = {"kind": "eval", "step": step, "val_loss": loss_M, "tokens": progress.tokens_M, "ratio": mix.ratio_M}
+        record |= {"reference_ratio": mix.reference_ratio_M, "reference_loss": mix.reference_loss_M}
+        return self.log.record({**record, **masks, **seconds, "memory_bytes": memory_bytes(self.ranks.device)})
 
     def log_train(self, progress: Progress, loss_M: np.ndarray, count_M: np.ndarray, step_s: float, more: dict) -> None:
         """loss_M: summed over the tokens of each domain; count_M: those tokens, none where the step was skipped."""
@@ -179,20 +168,9 @@ class Out:
         mean_M = np.divide(loss_M, count_M, out=np.full(len(loss_M), np.nan), where=count_M > 0)
         self.bar.set_postfix_str(f"loss {loss or math.nan:.3f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
         self.bar.update()
-        self.log.record(
-            {
-                "kind": "train",
-                "step": progress.step,
-                "loss": loss,
-                "domain_loss": mean_M,
-                "ratio": self.mix.ratio_M,
-                "tokens": progress.tokens_M,
-                "skipped": progress.skipped,
-                **more,
-                "step_s": step_s,
-                "tokens_per_s": tokens_per_s,
-            }
-        )
+        record = {"kind": "train", "step": progress.step, "loss": loss, "domain_loss": mean_M, "step_s": step_s}
+        record |= {"tokens_per_s": tokens_per_s, "tokens": progress.tokens_M, "ratio": self.mix.ratio_M}
+        self.log.record({**record, "skipped": progress.skipped, **more})
 
     def log_extracted(self, last: dict, loss_M: np.ndarray, masks) -> dict:
         """last: the record of the last evaluation, which was masked. loss_M: that of the extracted model."""
@@ -226,14 +204,9 @@ class Out:
         self.wait_for_save(progress.step)
         if not (self.ranks.is_main or self.ranks.sharded):
             return
-        state = {
-            **self.identity,
-            **self.shapes,
-            "step": progress.step,
-            "progress": {**vars(progress), "tokens_M": progress.tokens_M.tolist()},
-            "mix": self.mix.state_dict(),
-            "loader": self.loader.state_dict(),
-        }
+        state = {**self.identity, **self.shapes, "step": progress.step, "mix": self.mix.state_dict()}
+        state |= {"progress": {**vars(progress), "tokens_M": progress.tokens_M.tolist()}}
+        state |= {"loader": self.loader.state_dict()}
         self.checkpoints.save(progress.step, state, checkpoint.tensors(self.learned, self.optimizers))
 
     def stop(self, progress: Progress) -> None:

@@ -377,20 +377,17 @@ def introduce(cfg: Config, ranks: parallel.Ranks, model: Llama, shapes: dict, va
     n_parameters = {"all": model.n_parameters(), "non_embedding": model.n_parameters(embeddings=False)}
     out.log.say(f"{cfg.stage}: {n_parameters['all']:,} parameters, {n_parameters['non_embedding']:,} not embeddings")
     out.log.say(configurator.differing(cfg))
-    out.log.record(
-        {
-            "kind": "run",
-            "config": asdict(cfg),
-            "domains": list(val.domains),
-            **shapes,
-            "n_parameters": n_parameters,
-            "bytes_per_token": [w.bytes_per_token for w in val.windows],
-            "world_size": ranks.world_size,
-            "device": torch.cuda.get_device_name() if ranks.device.startswith("cuda") else "cpu",
-            "threads": torch.get_num_threads(),
-            "versions": parallel.versions(),
-        }
-    )
+    record = {
+        "kind": "run",
+        "config": asdict(cfg),
+        "domains": list(val.domains),
+        **shapes,
+        "n_parameters": n_parameters,
+    }
+    record |= {"bytes_per_token": [w.bytes_per_token for w in val.windows], "world_size": ranks.world_size}
+    device = torch.cuda.get_device_name() if ranks.device.startswith("cuda") else "cpu"
+    record |= {"device": device, "threads": torch.get_num_threads(), "versions": parallel.versions()}
+    out.log.record(record)
     n_fits = (cfg.max_steps - cfg.sparsity_warmup * cfg.law_after_ramp) // cfg.eval_interval - dro.FIT_MORE_THAN
     if cfg.mix != "constant" and cfg.dynamic_reference and n_fits < 1:
         out.log.warn(0, "no reference loss will be predicted, too few evaluations: choose a smaller eval_interval")
