@@ -1,8 +1,8 @@
 """The data mix: distributionally robust optimisation over domains, its baselines, and the state of a run.
 
-Given how far each domain's loss lies above its reference loss, choose the ratios that train on it next. METHOD's
-sections 5 and 6. Sources: DRPruning (Deng et al. 2025, arXiv 2411.14055) for the robust mix and the dynamic reference
-ratio, Sheared LLaMA (Xia et al. 2024, arXiv 2310.06694) for `sheared`. Suffix _M: one float64 per domain.
+Given how far each domain's loss lies above its reference loss, choose the ratios that train on it next. Sources:
+DRPruning (Deng et al. 2025, arXiv 2411.14055) for the robust mix and the dynamic reference ratio, Sheared LLaMA (Xia et
+al. 2024, arXiv 2310.06694) for `sheared`. Suffix _M: one float64 per domain.
 """
 
 from collections.abc import Callable
@@ -47,7 +47,7 @@ def excess_loss(loss_M: np.ndarray, reference_loss_M: np.ndarray) -> np.ndarray:
 
 
 def chi_square_ratio(loss_M, reference_loss_M, reference_ratio_M, rho=0.1, floor=0.2, clamp_to_min=True) -> np.ndarray:
-    """The most robust mix in a chi-square ball around the reference ratio p (METHOD, section 5).
+    """The most robust mix in a chi-square ball around the reference ratio p.
 
         max_q sum_m q_m e_m   s.t.  1/2 sum_m p_m (q_m / p_m - 1)^2 <= rho
         q_m(eta) = p_m max(relu(e_m - eta) / sum_k p_k relu(e_k - eta), floor), renormalised
@@ -172,7 +172,7 @@ class Mix:
             self.reference_ratio_M = next_reference_ratio(self.reference_ratio_M, self.ratio_M, self.initial_ratio_M)
 
     def _predict_reference(self, progress: float, final_sparsity: float) -> None:
-        """reference <- the scaling law's loss at the end of the run, fitted to the history (METHOD, section 6)."""
+        """reference <- the scaling law's loss at the end of the run, fitted to the history."""
         spread_out = np.unique(np.linspace(0, len(self.history) - 1, FIT_POINTS).round().astype(int))
         tokens_PM, loss_PM, sparsity_P = map(np.array, zip(*(self.history[i] for i in spread_out), strict=True))
         before_M = np.full(len(self.domains), np.nan) if self.reference_loss_M is None else self.reference_loss_M

@@ -1,6 +1,6 @@
 """Reference losses: a scaling law fitted to a domain's own validation losses, to be read at the end of training.
 
-    L(T, S) = A T^-alpha S^-beta + E        T tokens of the domain seen so far, S expected sparsity (METHOD, section 6)
+    L(T, S) = A T^-alpha S^-beta + E        T tokens of the domain seen so far, S expected sparsity
 
 The fit minimises the mean Huber loss of the residuals over A, E > 0, 0 <= alpha <= 10, |beta| <= 10; beta < 0 where
 pruning costs loss. delta = 1e-3 nats is about the noise of an evaluation, so that this is nearly least absolute

@@ -35,7 +35,6 @@ FINAL_LR = 0.1  # the cosine ends at this share of lr
 SHAPE = ("n_layers", "hidden_size", "intermediate_size", "n_heads", "n_kv_heads", "head_dim")
 CHOICES = {
     "stage": ("pretrain", "prune", "continue"),
-    "mix": tuple(dro.RULES),
     "mix_loss": ("val", "train"),
     "dtype": ("float32", "bfloat16"),
     "kernels": ("auto", "torch", "triton"),
@@ -105,7 +104,7 @@ class Config:
 
 def check(cfg: Config) -> None:
     """What can be known before any data or device is touched. Raises UserError."""
-    for name, allowed in CHOICES.items():
+    for name, allowed in {**CHOICES, "mix": tuple(dro.RULES)}.items():
         if getattr(cfg, name) not in allowed:
             raise UserError(f"{name} = {getattr(cfg, name)!r}: must be one of {', '.join(allowed)}")
     for name, least in AT_LEAST.items():
