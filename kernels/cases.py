@@ -45,6 +45,9 @@ class Maker:
     def uniform(self, *shape: int) -> Tensor:
         return torch.rand(shape, generator=self.generator, device=self.device)
 
+    def scale(self, n: int, there: bool) -> Tensor | None:
+        return self.uniform(n).requires_grad_() if there else None
+
     def units(self, full: int, kept: int) -> Tensor | None:
         """Indices of kept units spread evenly over the full ones; None where all are kept."""
         return None if kept == full else torch.arange(kept, device=self.device) * full // kept
@@ -54,10 +57,8 @@ def linear(make: Maker, tokens: tuple, where: str, full: tuple, kept: tuple, bia
     """pack, packed_linear and masked_linear of a weight of full (R, C), of which kept (n, m) are."""
 
     def packed() -> tuple:
-        scales = (
-            make.uniform(k).requires_grad_() if there else None for k, there in zip(kept, (s_out, s_in), strict=True)
-        )
-        return make.weight(*full), *map(make.units, full, kept), *scales
+        scales = zip(kept, (s_out, s_in), strict=True)
+        return make.weight(*full), *map(make.units, full, kept), *(make.scale(*scale) for scale in scales)
 
     def inputs() -> tuple:
         weight, *units = packed()
@@ -76,15 +77,23 @@ def cases(
     d, I = (-(-n // multiple) * multiple for n in (kept.hidden_size, kept.intermediate_size))
     d, I, K, D, V = min(d, c.hidden_size), min(I, c.intermediate_size), c.head_dim, c.hidden_size, c.vocab_size
 
-    def scale(n: int) -> Tensor | None:
-        return make.uniform(n).requires_grad_() if target else None
-
     def norm(first: bool) -> tuple:
         x, delta = make.weight(*tokens, d), None if first else make.random(*tokens, d)
-        return x, delta, make.weight(D), make.units(D, d), scale(d), kept.hidden_size / d, c.norm_eps
+        return (
+            x,
+            delta,
+            make.weight(D),
+            make.units(D, d),
+            make.scale(d, target is not None),
+            kept.hidden_size / d,
+            c.norm_eps,
+        )
 
     def head_norm() -> tuple:
         return make.random(*tokens, kept.n_heads, K), None, make.weight(K), None, None, 1.0, c.norm_eps
+
+    def swiglu() -> tuple:
+        return make.random(*tokens, I), make.random(*tokens, I), make.scale(I, target is not None)
 
     def rotary() -> tuple:
         q, k = (make.random(*tokens, heads, K) for heads in (kept.n_heads, kept.n_kv_heads))
@@ -99,21 +108,17 @@ def cases(
         Case("rms_norm", "first norm", rms_norm, lambda: norm(True)),
         *([Case("rms_norm", "q_norm", rms_norm, head_norm)] if c.qk_norm else []),
         Case("rope", "attention", rope, rotary),
-        Case("swiglu", "mlp", masked_swiglu, lambda: (make.random(*tokens, I), make.random(*tokens, I), scale(I))),
+        Case("swiglu", "mlp", masked_swiglu, swiglu),
         Case("linear_cross_entropy", "lm_head", linear_cross_entropy, loss),
     ]
-    q, kv, channels, bias = (
-        (c.n_heads * K, kept.n_heads * K),
-        (c.n_kv_heads * K, kept.n_kv_heads * K),
-        (c.intermediate_size, I),
-        c.qkv_bias,
-    )
-    layers = {  # (R, n), (C, m) and what there is
-        "q_proj": (q, (D, d), {"bias": bias}),
-        "v_proj": (kv, (D, d), {"bias": bias, "s_out": True}),
-        "o_proj": ((D, d), q, {"s_out": True}),
-        "gate_proj": (channels, (D, d), {}),
-        "down_proj": ((D, d), channels, {"s_out": True}),
+    hidden, channels = (D, d), (c.intermediate_size, I)  # full, kept
+    q, kv = ((heads * K, n * K) for heads, n in ((c.n_heads, kept.n_heads), (c.n_kv_heads, kept.n_kv_heads)))
+    layers = {  # rows, columns and what there is beside the weight
+        "q_proj": (q, hidden, {"bias": c.qkv_bias}),
+        "v_proj": (kv, hidden, {"bias": c.qkv_bias, "s_out": True}),
+        "o_proj": (hidden, q, {"s_out": True}),
+        "gate_proj": (channels, hidden, {}),
+        "down_proj": (hidden, channels, {"s_out": True}),
     }
     for where, (rows, cols, options) in layers.items() if target else ():
         found += linear(make, tokens, where, *zip(rows, cols, strict=True), **options)

@@ -17,7 +17,7 @@ from kernels.cases import Case, cases
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.masked_linear import packed_linear
 from kernels.masked_swiglu import masked_swiglu
-from kernels.ops import TORCH, ops
+from kernels.ops import NAMES, TORCH, ops
 from kernels.pack import pack
 from kernels.rmsnorm import rms_norm
 from kernels.rope import rope
@@ -36,14 +36,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *units: Tensor | None
     return fastest.get(tuple(weight.shape), fastest[ELSE])(x, weight, bias, *units)
 
 
-TRITON = {
-    "pack": pack,
-    "linear": linear,
-    "swiglu": masked_swiglu,
-    "rms_norm": rms_norm,
-    "rope": rope,
-    "linear_cross_entropy": linear_cross_entropy,
-}
+TRITON = dict(zip(NAMES, (pack, linear, masked_swiglu, rms_norm, rope, linear_cross_entropy), strict=True))
 
 
 def fresh_ops() -> dict[str, Callable]:

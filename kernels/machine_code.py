@@ -140,9 +140,7 @@ def compiled(arch: int, runs: dict = RUNS) -> list[tuple[str, str, str, Code]]:
 
 
 def faults(kernel: str, code: Code, chip: Chip) -> list[str]:
-    found = []
-    if code.spills or code.stack:
-        found.append(f"spills ({code.spills} instructions, {code.stack} bytes of stack)")
+    found = [f"spills ({code.spills} instructions, {code.stack} bytes of stack)"] if code.spills or code.stack else []
     if kernel in PRODUCTS and not code.tensor_core:
         found.append("does not use the tensor cores")
     if code.shared > chip.shared - 1024:
