@@ -10,7 +10,8 @@ import configurator
 from train import Config
 
 ROOT = Path(__file__).parents[1]
-CONSTANT = {"mix": "constant", "dynamic_reference": False, "dynamic_ratio": False}
+FIXED = {"dynamic_reference": False, "dynamic_ratio": False}
+CONSTANT = {"mix": "constant", **FIXED}
 COMMON = Config(seq_len=128, batch_size=8, micro_batch_size=8, eval_sequences=4, device="cpu", **CONSTANT)
 PRETRAIN = replace(
     replace(COMMON, batch_size=32, micro_batch_size=16, max_steps=1600),  # 32 * 128 = 4,096 tokens a step
@@ -24,16 +25,20 @@ CONTINUE = replace(COMMON, stage="continue", max_steps=384, lr=2e-3, lr_warmup=1
 SHAPE = ("n_layers", "hidden_size", "intermediate_size", "n_heads")
 
 
+def shape(*sizes: int) -> dict:
+    return dict(zip(SHAPE, sizes, strict=True))
+
+
 @dataclass(frozen=True)
 class Source:
     """A model to prune: trained by `pretrain`, or already in `folder`."""
 
-    data: str  # a prepared data set
-    prune: Config
-    go_on: Config
     targets: dict[str, dict]  # settings of the shape, by size
     pretrain: Config | None = None
     folder: str = ""
+    data: str = "data/embedded"  # a prepared data set
+    prune: Config = PRUNE
+    go_on: Config = CONTINUE
     windows: int = 128  # held-out windows a domain
     corrupted_windows: int = 48
 
@@ -50,40 +55,29 @@ class Arm:
     damping: float = 1.0  # of the Lagrangian
 
 
-def shape(*sizes: int) -> dict:
-    return dict(zip(SHAPE, sizes, strict=True))
-
-
 SMOLLM2 = replace(
     configurator.load(Config, [str(ROOT / "config/prune_smollm2.py")]), device="cpu", eval_interval=5, **CONSTANT
 )
 SOURCES = {
     "A": Source(
-        "data/embedded",
-        PRUNE,
-        CONTINUE,
         {"4th": shape(4, 96, 160, 2), "8th": shape(3, 64, 160, 2), "16th": shape(2, 64, 104, 2)},
         replace(PRETRAIN, **shape(6, 128, 320, 4), n_kv_heads=2, head_dim=32, seed=1),
     ),
     "B": Source(
-        "data/embedded",
-        PRUNE,
-        CONTINUE,
         {"4th": shape(2, 112, 224, 3)},
         replace(PRETRAIN, **shape(3, 160, 448, 5), n_kv_heads=5, head_dim=32, tied_embeddings=True, seed=2),
     ),
     "smollm2": Source(
-        SMOLLM2.data,
-        SMOLLM2,
-        replace(SMOLLM2, stage="continue", max_steps=480, lr_warmup=10, eval_interval=10, **shape(0, 0, 0, 0)),
         {"4th": {name: getattr(SMOLLM2, name) for name in SHAPE}},
         folder=SMOLLM2.init_from,
+        data=SMOLLM2.data,
+        prune=SMOLLM2,
+        go_on=replace(SMOLLM2, stage="continue", max_steps=480, lr_warmup=10, eval_interval=10, **shape(0, 0, 0, 0)),
         windows=16,
         corrupted_windows=8,
     ),
 }
 
-FIXED = {"dynamic_reference": False, "dynamic_ratio": False}
 DYNAMIC = {"mix": "dro", "dynamic_reference": True, "dynamic_ratio": True}
 ARMS = {
     "constant": Arm({}),
@@ -122,8 +116,7 @@ STUDIES = {  # source: arms and the number of their seeds
 def runs(study: str, at_most: int = 99) -> list[str]:
     """The names of a study's runs, as A/paper/3: seed by seed, so that a part of them can be compared already."""
     arms = [(source, arm, seeds) for source, arms in STUDIES[study].items() for arm, seeds in arms.items()]
-    named = [(seed, f"{source}/{arm}/{seed}") for source, arm, n in arms for seed in range(1, min(n, at_most) + 1)]
-    return [name for _, name in sorted(named, key=lambda item: item[0])]
+    return [f"{source}/{arm}/{seed}" for seed in range(1, at_most + 1) for source, arm, n in arms if seed <= n]
 
 
 def stages(name: str, out: str, domains: tuple[str, ...] = (), reference: tuple[float, ...] = ()) -> list[Config]:
@@ -132,7 +125,7 @@ def stages(name: str, out: str, domains: tuple[str, ...] = (), reference: tuple[
     domains: of the run's view of the data. reference: losses for the arms that need any, nats, one a domain.
     """
     source_name, arm_name, *seed = name.split("/")
-    source, folder, start_folder = SOURCES[source_name], f"{out}/{name}", source_folder(source_name, out)
+    source, folder, start = SOURCES[source_name], f"{out}/{name}", source_folder(source_name, out)
     if arm_name == "source":
         data = f"{out}/{source_name}/views/plain"
         return [replace(source.pretrain, data=data, out_dir=folder, resume=True)] if source.pretrain else []
@@ -156,18 +149,15 @@ def stages(name: str, out: str, domains: tuple[str, ...] = (), reference: tuple[
     if arm.start in ("oneshot", "oneshot_same"):
         steps = all_steps if arm.start == "oneshot" else source.go_on.max_steps
         return [stage(source.go_on, "continue", f"{folder}/oneshot", 2, max_steps=steps)]
-    if arm.start == "only_masks":
-        return [stage(source.prune, "prune", start_folder, 1, max_steps=all_steps, **target)]
-    return [
-        stage(source.prune, "prune", start_folder, 1, **target, damping=arm.damping),
-        stage(source.go_on, "continue", f"{folder}/prune/model", 2),
-    ]
+    steps = all_steps if arm.start == "only_masks" else source.prune.max_steps
+    prune = stage(source.prune, "prune", start, 1, **target, max_steps=steps, damping=arm.damping)
+    return (
+        [prune] if arm.start == "only_masks" else [prune, stage(source.go_on, "continue", f"{prune.out_dir}/model", 2)]
+    )
 
 
 def shortened(cfg: Config, by: int) -> Config:
     """For rehearsals: as many evaluations as `by` steps fewer allow."""
-    if by == 1:
-        return cfg
     fewer = {name: getattr(cfg, name) // by for name in ("max_steps", "lr_warmup", "sparsity_warmup")}
     return replace(cfg, **fewer, eval_interval=max(1, cfg.eval_interval // by))
 

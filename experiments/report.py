@@ -19,71 +19,100 @@ from scipy import stats
 import configurator
 from configurator import UserError
 from dro import chi_square_ratio
+from experiments import arms
 from experiments.arms import ARMS, HEADLINE, STUDIES
 from experiments.run import read_results
 from experiments.views import CORRUPTIONS
 
 RESAMPLES = 10_000
 RHO = 0.1  # radius of the chi-square ball of the worst mix
-PAPER_UPDATES, PAPER_HOURS = 64, 0.6  # of its pruning stage; hours of `train.py config/prune.py --plan`
 OVER = {"mean of domains": np.mean, "worst domain": np.max}
 REFERENCES = {"True": "published clip", "False": "no clip"}  # clip_reference: its name
 TIMES = ("step_s", "eval_s", "mix_s")  # what a stage takes: training, evaluation, mix with fits
-PRUNING, ALL_STAGES = slice(1), slice(None)
+DECIDING = ("paper - sheared", "paper - constant", "sheared - constant", "paper - uniform")  # and two controls
+EXPLORATORY = (
+    *("dro_dynamic - dro_fixed", "paper - dro_dynamic", "paper_noclip - paper", "paper_train_loss - paper"),
+    *("paper_often - paper", "paper_seldom - paper", "bandit - paper", "sheared_law - sheared"),
+    *("random_paper - random", "constant_damped - oneshot_384", "constant_damped - oneshot"),
+)
+PAGE = """# Results
 
-INTRODUCTION = """Made by `make report` from results.jsonl; PLAN.md says what was asked and how a verdict is found.
-Differences are arm minus arm, paired by seed: below zero is better. The plan's bootstrap covers less than its 95 %
-where seeds are few (of normal values about 80 % with 3 seeds, 88 % with 5, 90 % with 8): a verdict that the interval of
-Student's t does not share says so, (not by t)."""
-PAPER = """The paper's own figures, at its scale and not re-run here: perplexity -5.59 % and downstream +1.52 % on
-average against Sheared LLaMA re-run, a 55.4 % win rate after instruction tuning, multilingual downstream +2.95 %."""
-SHIFTS = "Loss after continuing, nats a token. Corrupted text has tokens of its own: compare arms on it, not texts."
-EXPLORATORY = """All but the headline's differences are exploratory: of three seeds an interval is about the range, and
-of dozens of comparisons some are off zero by chance. Compare arms on the same seeds."""
-QUESTIONED = "Loss after continuing, nats a token. Exploratory, as said above."
-COSTS = """Of the runs whose commit is that of constant's of the same seed: others were timed on another day. Ratios are
-of pairs; seconds are means over each arm's own seeds."""
-REFERENCE = """Loss that the law predicts for the end of the stage minus the loss reached there, nats a token, mean over
-the histories of constant and paper, seeds 1 to 3."""
-QUESTIONS = {  # arms and what each is compared with, in loss after continuing
-    "Smaller targets": "constant_8th - random, paper_8th - random, constant_16th - random, paper_16th - random, "
-    "paper_8th - constant_8th, paper_16th - constant_16th",
-    "The mix when pretraining from scratch": "random_paper - random",
-    "Domains merged or split": "paper_merged - paper, paper_split - paper, paper_merged - constant, "
-    "paper_split - constant",
-    "The mix updated more and less often": "paper_often - paper, paper_seldom - paper",
-    "Parts of the method": "dro_fixed - constant, dro_dynamic - dro_fixed, paper - dro_dynamic, "
-    "paper_train_loss - paper, paper_noclip - paper",
-    "Other updates": "bandit - sheared, bandit - paper, sheared_law - sheared, sheared_law - constant, "
-    "paper - sheared_law",
-    "Robust, or merely flatter": "paper - uniform, uniform - constant",
-    "Pruning itself": "constant - random, constant - oneshot, constant - oneshot_384, oneshot - oneshot_384, "
-    "constant - masks_only",
-    "The Lagrangian damped": "constant_damped - constant, paper_damped - paper, paper_damped - constant_damped, "
-    "constant_damped - oneshot",
-}
+`make report` makes this page from results.jsonl. PLAN.md says what was asked and how a verdict is found.
+
+Losses are in nats a token, on held-out text, after continued training. A difference is one arm minus another, paired by
+seed: below zero is better. Brackets hold the plan's 95 % interval, a bootstrap over seeds. It is too narrow where seeds
+are few: of normal values it covers about 80 % with 3 seeds, 88 % with 5 and 90 % with 8. "Not by t" means that the
+interval of Student's t holds zero all the same. Verdicts are those of the loss.
+
+## Headline
+
+{claims}
+
+{deciding}
+
+The first two differences of a source decide. The others are controls; the metric favours uniform shares, because it
+weighs domains equally. The paper reports a perplexity 5.59 % below that of Sheared LLaMA re-run, at its own scale.
+
+## All arms
+
+All differences but the headline's are exploratory. With three seeds an interval is about the range, and of dozens of
+comparisons some are off zero by chance. Compare arms on the same seeds. The figures show source A.
+
+{arms}
+
+![Loss of every mix minus that of a constant one](figures/arms.png)
+![Shares of the domains over training](figures/mix.png)
+
+## Loss by domain, under other mixes and on corrupted text
+
+The second column is the source's loss before it was pruned. The training mix is in proportion to the text; the worst
+mix is within a chi-square divergence of 0.1 from it. Corrupted text has other tokens: compare arms on it, not texts.
+
+{texts}
+
+## Error of the law
+
+The error is the loss that the law predicts for the end of a stage minus the loss reached there. The table has its mean
+size over domains and over the histories of constant and paper, seeds 1 to 3, and its signed mean at the end.
+
+{law}
+
+## Costs, and the largest share of a domain
+
+Only runs at the commit of the same seed's constant count: the others ran on another day. The ratio to constant is a
+median over pairs. Seconds and memory are those of all stages. Evaluations and the mix with its fits are shares of the
+first stage. The last column is the largest share of the tokens that a domain had, over all stages and seeds.
+
+{costs}
+
+## Runs
+
+The page counts {n_runs} runs. Of the planned ones these are missing: {missing}. With their sources they took {hours}
+hours of training and evaluation, each on one thread. Their commits are {commits}. They ran with {versions}.
+"""
 
 Metric = Callable[[dict], float]  # of a run's record
+Runs = dict[int, dict]  # an arm's records by seed
+Pair = tuple[str, Runs, Runs]  # what one arm minus another is called, and their runs
 
 
-def bootstrap(values: list[float], resamples: int = RESAMPLES) -> tuple[float, float]:
+def bootstrap(values: list[float]) -> tuple[float, float]:
     """95 % interval of the mean: percentile bootstrap, widened by sqrt(n / (n - 1)) (Hesterberg 2015)."""
     n = len(values)
     if n < 2:
         return math.nan, math.nan
-    mean, draws = np.mean(values), np.random.default_rng(0).integers(n, size=(resamples, n))
+    mean, draws = np.mean(values), np.random.default_rng(0).integers(n, size=(RESAMPLES, n))
     means = mean + (np.asarray(values)[draws].mean(axis=1) - mean) * math.sqrt(n / (n - 1))
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(low), float(high)
+    return tuple(np.quantile(means, (0.025, 0.975)))
 
 
 class Difference:
-    """Arm minus arm, paired by seed: mean, 95 % interval, verdict, and all of it as text."""
+    """One arm minus another, over the seeds that both have: mean, 95 % interval, verdict, and all of it as text."""
 
-    def __init__(self, values: list[float]) -> None:
-        self.values = values
-        self.mean = float(np.mean(values)) if values else math.nan
-        self.low, self.high = bootstrap(values)
+    def __init__(self, ours: Runs, theirs: Runs, metric: Metric) -> None:
+        self.values = [metric(ours[seed]) - metric(theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+        self.mean = float(np.mean(self.values)) if self.values else math.nan
+        self.low, self.high = bootstrap(self.values)
 
     @property
     def verdict(self) -> str:
@@ -91,33 +120,27 @@ class Difference:
             return "one seed" if self.values else "missing"
         return "better" if self.high < 0 else "worse" if self.low > 0 else "no difference seen"
 
-    @property
-    def verdict_and_t(self) -> str:
-        """The plan's verdict, and whether the 95 % interval of Student's t holds zero all the same."""
-        if self.verdict not in ("better", "worse"):
-            return self.verdict
-        half = stats.t.ppf(0.975, len(self.values) - 1) * stats.sem(self.values)
-        return self.verdict + " (not by t)" * bool(abs(self.mean) <= half)
-
     def text(self, form: Callable = "{:+.4f}".format, unit: str = "") -> str:
-        if not self.values:
-            return "-"
         mean, low, high = map(form, (self.mean, self.low, self.high))
-        return f"{mean}{unit}" + f" [{low}, {high}]" * (len(self.values) > 1)
-
-    @property
-    def in_perplexity(self) -> str:
-        """A difference of losses in nats as a change of the perplexity."""
-        return self.text(lambda nats: f"{100 * math.expm1(nats):+.2f}", " %")
+        return f"{mean}{unit}" + f" [{low}, {high}]" * (len(self.values) > 1) if self.values else "-"
 
     @property
     def judged(self) -> list[str]:
-        return [self.text(), self.verdict_and_t]
+        """Its text; and the verdict, with a note where the 95 % interval of Student's t holds zero all the same."""
+        verdict = self.verdict
+        if verdict in ("better", "worse"):
+            half = stats.t.ppf(0.975, len(self.values) - 1) * stats.sem(self.values)
+            verdict += " (not by t)" * bool(abs(self.mean) <= half)
+        return [self.text(), verdict]
 
 
-def loss_of(when: str = "final", text: str = "heldout", over: Callable = np.mean, scale_M=1.0) -> Metric:
-    """Loss times scale over the domains; NaN for a run that was not evaluated then."""
-    return lambda r: float(over(np.multiply(r["loss"][when][text], scale_M))) if when in r["loss"] else math.nan
+def loss_of(over: Callable = np.mean, scale_M=1.0, text: str = "heldout", when: str = "final") -> Metric:
+    """Loss times scale over the domains."""
+    return lambda r: float(over(np.multiply(r["loss"][when][text], scale_M)))
+
+
+def average(runs: Runs, metric: Metric) -> float:
+    return float(np.mean([metric(r) for r in runs.values()])) if runs else math.nan
 
 
 def worst_mix(p0_M: list[float]) -> Callable:
@@ -127,382 +150,149 @@ def worst_mix(p0_M: list[float]) -> Callable:
 
 @dataclass(frozen=True)
 class Results:
-    """The records of one source: the source's own, and those of its runs by arm and seed."""
+    """One source's own record, and those of its runs by arm and seed."""
 
-    source: dict | None
-    runs: dict[str, dict[int, dict]]
+    source: dict
+    runs: dict[str, Runs]  # of every arm; an empty one where there are none
 
-    @property
-    def bits_M(self) -> np.ndarray:
-        """What makes nats a token bits per byte, domain by domain."""
-        return 1 / math.log(2) / np.array(self.source["bytes_per_token"])
+    def pairs(self, names: Iterable[str]) -> list[Pair]:
+        return [(name, *(self.runs[arm] for arm in name.split(" - "))) for name in names]
 
-    def arms(self) -> list[str]:
-        return [arm for arm in ARMS if self.runs[arm]]
-
-    def where(self, keep: Callable[[dict], bool]) -> "Results":
-        return Results(self.source, {arm: {s: r for s, r in of.items() if keep(r)} for arm, of in self.runs.items()})
-
-    def common(self, arms: list[str]) -> list[int]:
-        """Seeds that all these arms have."""
-        return sorted(set.intersection(*(set(self.runs[arm]) for arm in arms)))
-
-    def on(self, seeds: list[int]) -> "Results":
-        return self.where(lambda r: r["seed"] in seeds)
-
-    def timed(self) -> "Results":
-        """The runs whose commit is that of constant's of the same seed: others were timed on another day."""
-        commits = {seed: r["commit"] for seed, r in self.runs["constant"].items()}
-        return self.where(lambda r: r["commit"] == commits.get(r["seed"]))
-
-    def rows(self) -> list[tuple[str, str, "Results"]]:
-        """Label, arm and results of every arm with all its seeds, and again with those that all arms have."""
-        common, rows = self.common(self.arms()), []
-        for arm in self.arms():
-            rows.append((arm, arm, self))
-            if common and list(self.runs[arm]) != common:
-                rows.append((f"{arm}, seeds {', '.join(map(str, common))}", arm, self.on(common)))
-        return rows
-
-    def mean(self, arm: str, metric: Metric) -> float:
-        return float(np.mean([metric(r) for r in self.runs[arm].values()])) if self.runs[arm] else math.nan
-
-    def means(self, arm: str, *when: str, scale_M=1.0) -> list[float]:
-        """Mean and worst domain's loss."""
-        return [self.mean(arm, loss_of(*when, over=over, scale_M=scale_M)) for over in OVER.values()]
-
-    def difference(self, arm: str, base: str, metric: Metric) -> Difference:
-        pairs = [(self.runs[arm][s], self.runs[base][s]) for s in self.common([arm, base])]
-        return Difference([metric(ours) - metric(theirs) for ours, theirs in pairs])
-
-    def differences(self, arm: str, base: str, *when: str, scale_M=1.0) -> list[Difference]:
-        """Those of the mean's and the worst domain's loss."""
-        return [self.difference(arm, base, loss_of(*when, over=over, scale_M=scale_M)) for over in OVER.values()]
+    def against_constant(self) -> list[Pair]:
+        """Every other arm: on all its seeds, and again on those that all arms have."""
+        there, pairs = {arm: runs for arm, runs in self.runs.items() if runs}, []
+        common = sorted(set.intersection(*map(set, there.values())))
+        for arm in (arm for arm in there if arm != "constant"):
+            pairs += self.pairs([f"{arm} - constant"])
+            if common and list(there[arm]) != common:
+                some = {seed: there[arm][seed] for seed in common}
+                pairs.append((f"{arm} - constant, seeds {', '.join(map(str, common))}", some, self.runs["constant"]))
+        return pairs
 
 
-def results_of(records: dict[str, dict], source: str) -> Results:
-    runs: dict = {arm: {} for arm in ARMS}
-    mine = (r for r in records.values() if r["source"] == source and r.get("arm") in ARMS)
-    for r in sorted(mine, key=lambda r: r["seed"]):
-        runs[r["arm"]][r["seed"]] = r
-    return Results(records.get(f"{source}/source"), runs)
-
-
-# ---- tables
+def results_of(records: dict[str, dict]) -> dict[str, Results]:
+    """The results of every source, by its name. A source without runs is left out."""
+    found = {}
+    for name in (name for study in STUDIES.values() for name in study):
+        mine = sorted((r for r in records.values() if r["source"] == name and "arm" in r), key=lambda r: r["seed"])
+        if mine and f"{name}/source" in records:
+            runs = {arm: {r["seed"]: r for r in mine if r["arm"] == arm} for arm in ARMS}
+            found[name] = Results(records[f"{name}/source"], runs)
+    return found
 
 
 def table(head: str, rows: Iterable[Iterable]) -> str:
     """In Markdown. head: the columns' names, with | between them."""
-
-    def text(x) -> str:
-        return str(x) if not isinstance(x, float) else "-" if math.isnan(x) else f"{x:.4f}"
-
-    lines = [head, "---" + " | ---" * head.count("|"), *(" | ".join(map(text, row)) for row in rows)]
-    return "\n".join(f"| {line} |" for line in lines)
+    texts = (" | ".join(f"{x:.4f}" if isinstance(x, float) else str(x) for x in row) for row in rows)
+    lines = [head, "---" + " | ---" * head.count("|"), *texts]
+    return "\n".join(f"| {line} |" for line in lines).replace("| nan", "| -")
 
 
-def claim(on_mean: list[str], on_worst: list[str]) -> str:
-    """PLAN.md's rule."""
-    if {"missing", "one seed"} & set(on_mean):
-        return "too few seeds, nothing can be concluded"
-    if set(on_mean) == {"better"} and "worse" not in on_worst:
+def claim(results: Results) -> str:
+    """What PLAN.md's rule makes of paper's differences to the other two mixes."""
+    pairs = [pair[1:] for pair in results.pairs(DECIDING[:2])]
+    on_mean, on_worst = ({Difference(*pair, loss_of(over)).verdict for pair in pairs} for over in OVER.values())
+    if {"missing", "one seed"} & on_mean:
+        return "there are too few seeds, and nothing can be concluded"
+    if on_mean == {"better"} and "worse" not in on_worst:
         return "the paper's claim holds at this scale"
     if "worse" in on_mean:
         return "the paper's claim fails at this scale"
     return "the paper's claim as a whole is neither confirmed nor refuted at this scale"
 
 
-def conclusion(results: Results) -> str:
-    against = [results.differences("paper", base) for base in ("sheared", "constant")]
-    return claim(*([d.verdict for d in over] for over in zip(*against, strict=True)))
-
-
-def headline_table(sources: dict[str, Results]) -> str:
-    """Paper against its two bases, and two controls: the bases against each other; and uniform, a constant mix that
-    the metric, which weighs domains equally, favours as well."""
-    pairs = [("paper", "sheared"), ("paper", "constant"), ("sheared", "constant"), ("paper", "uniform")]
+def differences_table(sources: dict[str, Results], pairs_of: Callable[[Results], list[Pair]]) -> str:
     rows = []
-    for (name, results), (number, (arm, base)) in product(sources.items(), enumerate(pairs)):
-        mean, worst = results.differences(arm, base)
-        label = f"{name}: {arm} - {base}" + " (control)" * (number > 1)
-        if mean.values or number < 2:
-            rows.append([label, len(mean.values), mean.text(), mean.in_perplexity, mean.verdict_and_t, *worst.judged])
-    return table(
-        "source: difference after continuing | seeds | mean of domains, nats a token [95 %] | perplexity [95 %] | "
-        "verdict | worst domain, nats a token [95 %] | verdict",
-        rows,
-    )
+    for source, label, ours, theirs in ((source, *pair) for source, r in sources.items() for pair in pairs_of(r)):
+        if seeds := ours.keys() & theirs.keys():
+            two_stages = all(len(r["stages"]) == 2 for r in (*ours.values(), *theirs.values()))
+            pruned = Difference(ours, theirs, loss_of(when="pruned")).text() if two_stages else "-"
+            row = [f"{source}: {label}", len(seeds), pruned]
+            bits_M = 1 / math.log(2) / np.array(sources[source].source["bytes_per_token"])
+            for over in OVER.values():
+                d, bits = (Difference(ours, theirs, loss_of(over, scale_M)) for scale_M in (1.0, bits_M))
+                row += [*d.judged, d.text(lambda nats: f"{100 * math.expm1(nats):+.2f}", " %"), bits.text()]
+            rows.append(row)
+    measures = (f"{over} | verdict | perplexity | bits per byte" for over in OVER)
+    return table(f"difference [95 %] | seeds | mean after pruning | {' | '.join(measures)}", rows)
 
 
-def measures_table(results: Results, when: str) -> str:
-    """Paper against its two bases in loss, perplexity and bits per byte; the verdict is the loss's."""
+def texts_table(sources: dict[str, Results]) -> str:
+    """The loss on every domain, over all of them, under other mixes and on corrupted text."""
     rows = []
-    for base in ("sheared", "constant"):
-        bits = results.differences("paper", base, when, scale_M=results.bits_M)
-        for over, d, b in zip(OVER, results.differences("paper", base, when), bits, strict=True):
-            what = [f"paper - {base}", over, d.text(), d.in_perplexity, b.text()]
-            rows.append([*what, len(d.values), d.verdict_and_t])
-    return table(
-        "difference | over | loss, nats a token [95 %] | perplexity [95 %] | bits per byte [95 %] | seeds | "
-        "verdict on loss",
-        rows,
-    )
+    for source, results in sources.items():
+        p0_M, names = results.source["p0"], results.source["domains"]
+        over = {domain: lambda loss_M, m=m: loss_M[m] for m, domain in enumerate(names)} | OVER
+        over |= {"training mix": lambda loss_M, p0_M=p0_M: np.dot(p0_M, loss_M), "worst mix": worst_mix(p0_M)}
+        metrics = {name: loss_of(function) for name, function in over.items()}
+        metrics |= {f"{name} text, mean of domains": loss_of(text=name) for name in CORRUPTIONS}
+        for name, metric in metrics.items():
+            row = [f"{source}: {name}", metric(results.source)]
+            row += [average(results.runs[arm], metric) for arm in HEADLINE]
+            for _, ours, theirs in results.pairs(DECIDING[:2]):
+                row += Difference(ours, theirs, metric).judged
+            rows.append(row)
+    return table(f"text | source | {' | '.join(HEADLINE)} | {' | verdict | '.join(DECIDING[:2])} | verdict", rows)
 
 
-def worst_domains(results: Results, arm: str, scale_M=1.0) -> str:
-    """The domains whose loss times its scale is the largest after continuing, in one seed or another."""
-    losses = (r["loss"]["final"]["heldout"] for r in results.runs[arm].values())
-    worst = {int(np.argmax(np.multiply(loss_M, scale_M))) for loss_M in losses}
-    return " or ".join(results.source["domains"][m] for m in sorted(worst))
-
-
-def largest_miss(runs: dict[int, dict]) -> str:
-    """The largest |expected - target sparsity| of all masks and seeds at the end of pruning."""
-    gaps = [(stage["sparsity_gap"], s) for s, r in runs.items() for stage in r["stages"][:1] if "sparsity_gap" in stage]
-    return "{:.3f} (seed {})".format(*max(gaps)) if gaps else "-"
-
-
-def largest_share(runs: dict[int, dict]) -> str:
-    """The largest share of the tokens that a domain had, over all stages and seeds."""
-    stages = [(stage, seed) for seed, r in runs.items() for stage in r["stages"]]
-    share, domain, stage, seed = max(
-        (share, domain, stage["stage"], seed)
-        for stage, seed in stages
-        for domain, share in zip(stage["domains"], stage["largest_share_M"], strict=True)
-    )
-    return f"{100 * share:.0f} % {domain} (seed {seed}, {stage})"
-
-
-def arms_table(results: Results) -> str:
+def law_table(sources: dict[str, Results]) -> str:
     rows = []
-    for label, arm, r in results.rows():
-        (mean, worst), bits = r.means(arm), r.means(arm, scale_M=r.bits_M)
-        columns = [
-            *(r.means(arm, "pruned") if ARMS[arm].start == "masks" else ("-", "-")),
-            mean,
-            f"{worst:.4f} {worst_domains(r, arm)}",
-            f"{math.exp(mean):.2f} / {math.exp(worst):.2f}",
-            f"{bits[0]:.4f} / {bits[1]:.4f} {worst_domains(r, arm, r.bits_M)}",
-        ]
-        rows.append([label, len(r.runs[arm]), *columns, largest_share(r.runs[arm]), largest_miss(r.runs[arm])])
-    source = results.source["loss"]["final"]["heldout"]
-    all_runs = [r for of_arm in results.runs.values() for r in of_arm.values()]
-    tokens = sorted({int(sum(stage["tokens"] for stage in r["stages"])) for r in all_runs})
-    return (
-        f"Loss in nats a token; the source has mean {np.mean(source):.4f}, worst {np.max(source):.4f}. "
-        f"Training tokens of an arm: {', '.join(f'{n:,}' for n in tokens)}.\n\n"
-    ) + table(
-        "arm | seeds | pruned: mean | worst | continued: mean | worst | perplexity, mean / worst | "
-        "bits per byte, mean / worst | largest share of a domain | largest miss of a target",
-        rows,
-    )
+    for (source, results), stage, (clip, name) in product(sources.items(), ("prune", "continue"), REFERENCES.items()):
+        errors: dict = {}  # predicted - reached loss of every history, nats (M,), by the share seen
+        for record in (r for runs in results.runs.values() for r in runs.values() if stage in r.get("law", ())):
+            law = record["law"][stage][clip]
+            for share, loss_M in law["predicted"]:
+                errors.setdefault(share, []).append(np.subtract(loss_M, law["reached"]))
+        if errors:
+            nearest = [errors[min(errors, key=lambda share: abs(share - seen))] for seen in (0.25, 0.5, 0.75, 1.0)]
+            row = [f"{source}: {stage}", name, f"{100 * min(errors):.0f} %", *(np.abs(e).mean() for e in nearest)]
+            rows.append([*row, f"{np.mean(nearest[-1]):+.4f}"])
+    return table("stage | reference | first fit at | 25 % seen | 50 % seen | 75 % seen | 100 % seen | signed", rows)
 
 
-def differences_table(results: Results) -> str:
-    """Every arm minus constant, after pruning and after continuing."""
+def seconds(record: dict) -> float:
+    return sum(stage[key] for stage in record["stages"] for key in TIMES)
+
+
+def cost_table(sources: dict[str, Results]) -> str:
     rows = []
-    for label, arm, r in (row for row in results.rows() if row[1] != "constant"):
-        mean, worst = r.differences(arm, "constant")
-        pruned = [d.text() for d in r.differences(arm, "constant", "pruned")]
-        rows.append([label, len(mean.values), *(pruned if ARMS[arm].start == "masks" else ("-", "-"))])
-        rows[-1] += [*mean.judged, *worst.judged]
-    head = "arm - constant | seeds | pruned: mean [95 %] | worst | continued: mean [95 %] | verdict | worst | verdict"
-    return table(head, rows)
-
-
-def shifts(results: Results) -> dict[str, Metric]:
-    domains, p0_M = results.source["domains"], results.source["p0"]
-    mixes = {f"{domain} alone": lambda loss_M, m=m: loss_M[m] for m, domain in enumerate(domains)}
-    mixes |= {"uniform": np.mean, "training mix": lambda loss_M: np.dot(p0_M, loss_M)}
-    mixes[f"worst mix within {RHO} of it"] = worst_mix(p0_M)
-    metrics = {name: loss_of(over=over) for name, over in mixes.items()}
-    return metrics | {f"{name} text, mean of domains": loss_of(text=name) for name in CORRUPTIONS}
-
-
-def shift_table(results: Results) -> str:
-    rows = []
-    for name, metric in shifts(results).items():
-        against = [results.difference("paper", base, metric).judged for base in ("sheared", "constant")]
-        rows.append([name, *(results.mean(arm, metric) for arm in HEADLINE), *against[0], *against[1]])
-    head = f"evaluated on | {' | '.join(HEADLINE)} | paper - sheared | verdict | paper - constant | verdict"
-    return table(head, rows)
-
-
-def shifts_of_arms(results: Results) -> str:
-    metrics = shifts(results)
-    rows = [[label, *(r.mean(arm, m) for m in metrics.values())] for label, arm, r in results.rows()]
-    return table(" | ".join(["arm", *metrics]), rows)
-
-
-def reference_errors(results: Results, stage: str, clip: str) -> tuple[np.ndarray, np.ndarray]:
-    """Shares of the stage seen (n,), and predicted - reached loss in nats (n, histories, domains); nan: no law yet."""
-    all_runs = [r for of_arm in results.runs.values() for r in of_arm.values()]
-    laws = [r["law"][stage][clip] for r in all_runs if stage in r.get("law", ())]
-    shares = np.array([share for share, _ in max((law["predicted"] for law in laws), key=len, default=[])])
-    errors = np.full((len(shares), len(laws), len(results.source["domains"])), np.nan)
-    for history, law in enumerate(laws):
-        for share, loss_M in law["predicted"]:
-            errors[np.abs(shares - share).argmin(), history] = np.subtract(loss_M, law["reached"])
-    return shares, errors
-
-
-def reference_table(results: Results) -> str:
-    rows = []
-    for stage, (clip, name) in product(("prune", "continue"), REFERENCES.items()):
-        shares, errors = reference_errors(results, stage, clip)
-        for seen in (0.25, 0.5, 0.75, 1.0) if len(shares) else ():
-            error = errors[np.abs(shares - seen).argmin()]  # (histories, domains)
-            what = [f"{stage}, first fit at {100 * shares[0]:.0f} %", name, f"{100 * seen:.0f} %"]
-            rows.append([*what, np.nanmean(np.abs(error)), *(f"{x:+.4f}" for x in np.nanmean(error, axis=0))])
-    head = f"stage | reference | seen | mean size of the error | {' | '.join(results.source['domains'])}"
-    return table(head, rows) if rows else "No histories yet."
-
-
-def total(keys: Iterable[str], stages: slice, per: str = "") -> Metric:
-    """What these keys of some stages sum up to, in all or for each of `per`."""
-
-    def summed(record: dict, key: str) -> float:
-        return sum(stage[key] for stage in record["stages"][stages])
-
-    return lambda r: sum(summed(r, key) for key in keys) / (summed(r, per) if per else 1)
-
-
-def memory(stages: slice) -> Metric:
-    """Peak of the process in MiB; nan for a stage that was resumed, since the process did not do all of it."""
-    return lambda r: math.nan if any(r["resumed"][stages]) else max(r["peak_bytes"][stages]) / 2**20
-
-
-def ratio_to_constant(results: Results, arm: str, metric: Metric) -> str:
-    ours, theirs = results.runs[arm], results.runs["constant"]
-    ratios = [metric(ours[s]) / metric(theirs[s]) for s in results.common([arm, "constant"])]
-    ratios = [r for r in ratios if not math.isnan(r)]
-    return f"{np.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})" if ratios else "-"
-
-
-def cost_table(results: Results, stages: slice) -> str:
-    """What these stages cost, arm by arm; only arms that start with masks have PRUNING and continued training apart."""
-    results, rows = results.timed(), []
-    all_s, token_s, peak = total(TIMES, stages), total(["step_s"], stages, "tokens"), memory(stages)
-    for arm in (a for a in results.arms() if stages == ALL_STAGES or ARMS[a].start == "masks"):
-        took, mix_s = results.mean(arm, all_s), results.mean(arm, total(["mix_s"], stages))
-        peaks = [mib for r in results.runs[arm].values() if not math.isnan(mib := peak(r))]
-        columns = [
-            f"{took:.0f}",
-            ratio_to_constant(results, arm, all_s),
-            f"{1e6 * results.mean(arm, token_s):.0f}",
-            ratio_to_constant(results, arm, token_s),
-            f"{100 * results.mean(arm, total(['eval_s'], stages)) / took:.1f} %",
-            f"{1e3 * results.mean(arm, total(['mix_s'], stages, 'updates')):.1f}",
-            f"{100 * mix_s / took:.2f} %",
-            f"{np.mean(peaks):.0f}" if peaks else "-",
-            ratio_to_constant(results, arm, peak),
-        ]
-        rows.append([arm, len(results.runs[arm]), *columns])
-    return table(
-        "arm | seeds | seconds | of constant's, median (range) | us a training token | of constant's | "
-        "evaluation, share | mix and fits, ms each | share | peak memory, MiB | of constant's",
-        rows,
-    )
-
-
-def cost_sentence(results: Results) -> str:
-    """Is the mix under 1 % here, and would it be at the paper's size, where an update costs the same?"""
-    if not results.runs["paper"]:
-        return ""
-    share = results.mean("paper", total(["mix_s"], PRUNING)) / results.mean("paper", total(TIMES, PRUNING))
-    there = PAPER_UPDATES * results.mean("paper", total(["mix_s"], PRUNING, "updates")) / (3600 * PAPER_HOURS)
-    return (
-        f"Mix and fits take {100 * share:.2f} % of paper's pruning time here, {'under' if share < 0.01 else 'over'} "
-        f"1 %. An update costs the same at any model's size: the published {PAPER_UPDATES} would take "
-        f"{100 * there:.2f} % of the {PAPER_HOURS} h that `--plan` gives its pruning stage on 8 H100."
-    )
-
-
-def questions(results: Results) -> str:
-    parts = []
-    for question, pairs in QUESTIONS.items():
-        rows = []
-        for pair in pairs.split(", "):
-            mean, worst = results.differences(*pair.split(" - "))
-            rows.append([pair, len(mean.values), *mean.judged, *worst.judged])
-        head = "difference | seeds | mean of domains [95 %] | verdict | worst domain [95 %] | verdict"
-        parts += [f"### {question}", table(head, rows)]
-        parts += [collapsed(results)] if question == "Smaller targets" and results.runs["random"] else []
-    return "\n\n".join(parts)
-
-
-def collapsed(results: Results) -> str:
-    """The targets whose loss is not below that of a model with a quarter's size and no source."""
-    level = results.mean("random", loss_of())
-    targets = (f"{arm}{size}" for size in ("", "_8th", "_16th") for arm in ("constant", "paper"))
-    fallen = [arm for arm in targets if results.mean(arm, loss_of()) >= level]
-    return f"Collapsed, by the plan's rule: {', '.join(fallen) or 'none'}."
-
-
-# ---- figures
+    for (source, results), arm in product(sources.items(), ARMS):
+        constant = results.runs["constant"]
+        both = [(r, constant[seed]) for seed, r in results.runs[arm].items() if seed in constant]
+        timed = [(r, c) for r, c in both if r["commit"] == c["commit"] and not any(r["resumed"] + c["resumed"])]
+        if timed:  # in one go, and on the day of constant's
+            first = [r["stages"][0] for r, _ in timed]
+            spent = np.sum([[stage[key] for key in TIMES] for stage in first], axis=0)
+            _, evaluations, mix = 100 * spent / spent.sum()
+            stages = [stage for r in results.runs[arm].values() for stage in r["stages"]]
+            share, domain = max(max(zip(s["largest_share_M"], s["domains"], strict=True)) for s in stages)
+            took, peak = np.mean([(seconds(r), max(r["peak_bytes"]) / 2**20) for r, _ in timed], axis=0)
+            ratio = np.median([seconds(r) / seconds(c) for r, c in timed])
+            row = [f"{source}: {arm}", len(timed), f"{took:.0f}", f"{ratio:.3f}", f"{peak:.0f}"]
+            rows.append([*row, f"{evaluations:.1f} %", f"{mix:.2f} %", f"{100 * share:.0f} % {domain}"])
+    head = "arm | seeds | seconds | to constant's | peak memory, MiB | evaluations | mix and fits"
+    return table(f"{head} | largest share", rows)
 
 
 def plot_arms(results: Results):
     """Each mix minus constant, pruned in the same way to the same target: seeds, mean and interval."""
-    of_a_mix = [a for a, arm in ARMS.items() if (arm.start, arm.target, arm.damping) == ("masks", "4th", 1.0)]
-    rows = [row for row in results.rows() if row[1] in of_a_mix[1:]][::-1]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 1.9 + 0.28 * len(rows)), sharey=True, layout="constrained")
+    mixes = [a for a, arm in ARMS.items() if (arm.start, arm.target, arm.damping) == ("masks", "4th", 1.0)]
+    pairs = [(label.replace(" - constant", ""), *of) for label, *of in results.against_constant()]
+    pairs = [pair for pair in pairs if pair[0].partition(",")[0] in mixes][::-1]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 1.9 + 0.28 * len(pairs)), sharey=True, layout="constrained")
     for axis, (what, over) in zip(axes, OVER.items(), strict=True):
-        for y, (_, arm, r) in enumerate(rows):
-            d = r.difference(arm, "constant", loss_of(over=over))
+        for y, (_, ours, theirs) in enumerate(pairs):
+            d = Difference(ours, theirs, loss_of(over))
             colour = {"better": "C2", "worse": "C3"}.get(d.verdict, "0.4")
             axis.plot(d.values, [y] * len(d.values), ".", color=colour, alpha=0.4, ms=6)
             axis.errorbar(d.mean, y, xerr=[[d.mean - d.low], [d.high - d.mean]], fmt="o", color=colour, capsize=3, ms=4)
         axis.axvline(0, color="k", lw=0.8)
         axis.set_title(what)
         axis.set_xlabel("nats per token, arm minus constant (left: better)")
-    labels = [label if "," in label else f"{label} ({len(r.runs[arm])})" for label, arm, r in rows]
-    axes[0].set_yticks(range(len(rows)), labels, fontsize=9)
+    labels = [label if "," in label else f"{label} ({len(runs)})" for label, runs, _ in pairs]
+    axes[0].set_yticks(range(len(pairs)), labels, fontsize=9)
     title = "Loss after continuing: seeds (dots, their number in brackets), mean, 95 % interval; "
     figure.suptitle(title + "green: better, red: worse, grey: no difference seen", fontsize=10)
-    return figure
-
-
-def plot_reference(results: Results):
-    """Predicted minus reached loss by domain: median and range over the histories."""
-    domains = results.source["domains"]
-    figure, axes = plt.subplots(2, len(domains), figsize=(12, 5), sharex=True, sharey="row", layout="constrained")
-    for row, stage in zip(axes, ("prune", "continue"), strict=True):
-        for clip, name in REFERENCES.items():
-            shares, errors = reference_errors(results, stage, clip)
-            for m, axis in enumerate(row if len(shares) else ()):
-                low, middle, high = np.nanquantile(errors[:, :, m], (0, 0.5, 1), axis=1)
-                (line,) = axis.plot(100 * shares, middle, label=f"{name}: median and range")
-                axis.fill_between(100 * shares, low, high, color=line.get_color(), alpha=0.2, lw=0)
-        for axis in row:
-            axis.axhline(0, color="k", lw=0.8)
-        row[0].set_ylabel(f"{stage}: nats per token")
-    for top, bottom, domain in zip(*axes, domains, strict=True):
-        top.set_title(domain)
-        bottom.set_xlabel("% of the stage seen")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
-    figure.suptitle("Loss predicted for the end of the stage, minus the loss reached there", fontsize=11)
-    return figure
-
-
-def plot_targets(results: Results):
-    """Loss against the target's size, on the seeds that all of these arms have."""
-    sizes = {"": 1 / 4, "_8th": 1 / 8, "_16th": 1 / 16}
-    arms = {name: [f"{name}{s}" for s in sizes if results.runs[f"{name}{s}"]] for name in ("constant", "paper")}
-    results = results.on(results.common(["constant", *arms["constant"], *arms["paper"]]))
-    figure, axis = plt.subplots(figsize=(7, 5), layout="constrained")
-    for (name, style), (colour, over) in product((("constant", "o-"), ("paper", "s--")), enumerate(OVER)):
-        shares = [sizes[arm.removeprefix(name)] for arm in arms[name]]
-        losses = [results.means(arm)[colour] for arm in arms[name]]
-        axis.plot(shares, losses, style, color=f"C{colour}", label=f"{name}, {over}")
-    for colour, what in enumerate(("mean", "worst") if results.runs["random"] else ()):
-        label = f"quarter, from random weights, {what}"
-        axis.axhline(results.means("random")[colour], color=f"C{colour}", ls=":", label=label)
-    axis.set_xscale("log", base=2)
-    axis.set_xticks([1 / 16, 1 / 8, 1 / 4], ["1/16", "1/8", "1/4"])
-    axis.set_xlabel("target's share of the source's parameters that are not embeddings")
-    axis.set_ylabel("loss after continuing (nats per token)")
-    figure.legend(loc="outside lower center", ncols=2, fontsize=9)
     return figure
 
 
@@ -526,68 +316,25 @@ def plot_mix(results: Results):
     return figure
 
 
-# ---- the page
-
-
-def missing(records: dict[str, dict]) -> str:
-    lines = []
-    for source, arms in (item for study in STUDIES.values() for item in study.items()):
-        runs = results_of(records, source).runs
-        gone = [f"{arm} {n - len(runs[arm])}" for arm, n in arms.items() if len(runs[arm]) < n]
-        lines += [f"- source {source}: seeds missing of {', '.join(gone)}"] if gone else []
-    return "\n".join(lines) or "Nothing."
-
-
-def provenance(records: dict[str, dict]) -> str:
-    def listed(texts: Iterable[str]) -> str:
-        return ", ".join(sorted(set(texts)))
-
-    runs = records.values()
-    sources, hours = sum("arm" not in r for r in runs), sum(total(TIMES, ALL_STAGES)(r) for r in runs) / 3600
-    return (
-        f"{len(runs) - sources} runs and {sources} sources, {hours:.1f} hours of training with its evaluations, "
-        f"at {listed(str(stage['threads']) for r in runs for stage in r['stages'])} thread(s) a run; "
-        f"commits {listed(r['commit'] for r in runs)}; "
-        f"{listed(' '.join(f'{name} {v}' for name, v in r['versions'].items()) for r in runs)}; "
-        f"source weights {listed(r['source'] + ': ' + r['hashes']['source'][:12] for r in runs)}."
-    )
-
-
-def section(results: Results, source: str) -> list[str]:
-    """What RESULTS.md says about one source; source A's has figures and the open questions, too."""
-    title, is_A = f"## Source {source}: ", source == "A"
-    parts = [f"{title}the headline in every measure", "After continuing:", measures_table(results, "final")]
-    parts += ["After pruning, before continuing:", measures_table(results, "pruned")]
-    parts += [f"{title}all arms", arms_table(results), EXPLORATORY, differences_table(results)]
-    parts += ["![Every arm against constant](figures/arms.png)", "![The mix](figures/mix.png)"] if is_A else []
-    parts += [f"{title}shifts", SHIFTS, shift_table(results), shifts_of_arms(results)]
-    parts += [f"{title}reference losses", REFERENCE, reference_table(results)]
-    parts += ["![Error of the reference losses](figures/reference.png)"] if is_A else []
-    parts += [f"{title}costs", COSTS, "Pruning, the first stage:", cost_table(results, PRUNING)]
-    parts += [cost_sentence(results), "All stages:", cost_table(results, ALL_STAGES)]
-    parts += ["## Open questions", QUESTIONED, questions(results), "![Sizes](figures/targets.png)"] if is_A else []
-    return parts
-
-
 def page(records: dict[str, dict]) -> str:
     """RESULTS.md."""
-    sources = {source: results_of(records, source) for source in ("A", "B", "smollm2")}
-    sources = {source: results for source, results in sources.items() if results.source and results.arms()}
-    parts = ["# Results", INTRODUCTION, "## Headline"]
-    parts += [f"**Source {source}: {conclusion(results)}.**" for source, results in sources.items()]
-    parts += [headline_table(sources), PAPER]
-    parts += [part for source, results in sources.items() for part in section(results, source)]
-    parts += ["## Missing", missing(records), "## Made with", provenance(records)]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def draw(results: Results, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for plot in (plot_arms, plot_mix, plot_targets, plot_reference):
-        with plt.rc_context({"axes.grid": True, "grid.alpha": 0.3, "axes.titlesize": 10}):
-            figure = plot(results)
-        figure.savefig(folder / f"{plot.__name__.removeprefix('plot_')}.png", dpi=120)
-        plt.close(figure)
+    sources, runs = results_of(records), records.values()
+    facts = {
+        "missing": (name for study in STUDIES for name in arms.runs(study) if name not in records),
+        "commits": (r["commit"] for r in runs),
+        "versions": (f"{name} {version}" for r in runs for name, version in r["versions"].items()),
+    }
+    return PAGE.format(
+        claims="\n".join(f"- **On source {source} {claim(results)}.**" for source, results in sources.items()),
+        deciding=differences_table(sources, lambda r: r.pairs(DECIDING)),
+        arms=differences_table(sources, lambda r: r.against_constant() + r.pairs(EXPLORATORY)),
+        texts=texts_table(sources),
+        law=law_table(sources),
+        costs=cost_table(sources),
+        n_runs=sum("arm" in r for r in runs),
+        hours=f"{sum(map(seconds, runs)) / 3600:.1f}",
+        **{fact: ", ".join(sorted(set(texts))) or "none" for fact, texts in facts.items()},
+    )
 
 
 @dataclass(frozen=True)
@@ -597,11 +344,15 @@ class Options:
 
 def main(opt: Options) -> None:
     records, out = read_results(opt.results), Path(opt.results).parent
-    if not records:
+    if not (sources := results_of(records)):
         raise UserError(f"{opt.results}: no results yet: make evidence makes them")
     (out / "RESULTS.md").write_text(page(records))
-    if (source_A := results_of(records, "A")).runs["constant"]:
-        draw(source_A, out / "figures")
+    (out / "figures").mkdir(exist_ok=True)
+    for plot in (plot_arms, plot_mix):
+        with plt.rc_context({"axes.grid": True, "grid.alpha": 0.3, "axes.titlesize": 10}):
+            figure = plot(next(iter(sources.values())))
+        figure.savefig(out / "figures" / f"{plot.__name__.removeprefix('plot_')}.png", dpi=120)
+        plt.close(figure)
     print(out / "RESULTS.md")
 
 

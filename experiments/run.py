@@ -4,10 +4,8 @@
     python -m experiments.run --study=smollm2       # the real model
     python -m experiments.run --shorten=32 --seeds=1 --out=out/short   # a rehearsal
 
-Records go to results.jsonl in --out; the published ones are experiments/results.jsonl.
-
-Each run is a process with one thread. Its stages are train.py's, its record is one JSON line. Weights are deleted when
-a run is recorded; the sources' weights and every stage's metrics.jsonl stay in --out.
+Each run is a process with one thread. Its stages are train.py's; its record is one JSON line of results.jsonl in --out.
+Weights are deleted when a run is recorded. The sources' weights and every stage's metrics.jsonl stay.
 """
 
 import ctypes
@@ -17,8 +15,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -49,6 +47,7 @@ HISTORY = 16  # points of the mix's course that are recorded for a stage
 LAW_SEEDS = 3  # the seeds of constant and paper whose histories the law is fitted to afterwards
 FOUND_OUT = MAY_CHANGE_ON_RESUME | {"domains", "ratios", "reference_losses", "init_from"}  # the run sets these
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
+ANEW = "begin anew with another --out"
 
 
 @dataclass(frozen=True)
@@ -70,9 +69,6 @@ def settings(configs: list[train.Config]) -> list[dict]:
     """What shapes a run's stages, as it comes back from JSON; the data is named by its view."""
     kept = [{k: v for k, v in asdict(cfg).items() if k not in FOUND_OUT} for cfg in configs]
     return json.loads(json.dumps([{**cfg, "data": Path(cfg["data"]).name} for cfg in kept]))
-
-
-# ---- one run
 
 
 def loader(view: Path, seq_len: int, split: str = "val", seed: int = 0) -> DomainLoader:
@@ -101,26 +97,17 @@ def summary(cfg: train.Config) -> dict:
     """What metrics.jsonl says about a stage, in few numbers."""
     header, steps, evals = read_stage(cfg)
     points = np.unique(np.linspace(0, len(evals) - 1, HISTORY).round().astype(int))
-    record = {
+    return {
         "stage": cfg.stage,
         "domains": header["domains"],
         "tokens": sum(evals[-1]["tokens"]),
-        "tokens_M": evals[-1]["tokens"],
         "steps": len(steps),
-        "updates": len(evals) - 1,
-        "threads": header["threads"],
-        "n_parameters": header["n_parameters"],
         "step_s": sum(r["step_s"] for r in steps),
-        "median_step_s": float(np.median([r["step_s"] for r in steps])),
         "eval_s": sum(r["eval_s"] for r in evals),
         "mix_s": sum(r["mix_s"] for r in evals),
         "largest_share_M": np.max([r["ratio"] for r in evals], axis=0).round(4).tolist(),
         "ratio": [[evals[i]["step"], np.round(evals[i]["ratio"], 4).tolist()] for i in points],
     }
-    if cfg.stage == "prune":
-        gaps = [abs(s - steps[-1]["target_sparsity"][m]) for m, s in steps[-1]["sparsity"].items()]
-        record |= {"sparsity_gap": max(gaps), "final_sparsity": steps[-1]["overall_sparsity"]}
-    return record
 
 
 def predictions(cfg: train.Config, clip: bool) -> dict:
@@ -172,7 +159,6 @@ def arm_record(name: str, opt: Options, data: Path) -> dict:
     loss, peaks, resumed, carried = {}, [], [], {}
     if arm.start.startswith("oneshot"):
         prune_at_once(configs[0], start, source.targets[arm.target], data)
-        loss["pruned"] = measured(configs[0].init_from, data, val.seq_len, ("heldout",))
     for cfg in configs:
         resumed.append(Path(cfg.out_dir, "metrics.jsonl").exists())
         train.main(replace(cfg, **carried))
@@ -182,8 +168,8 @@ def arm_record(name: str, opt: Options, data: Path) -> dict:
         if arm.carries_mix:
             carried = {"ratios": tuple(read_stage(cfg)[2][-1]["ratio"])}
     loss["final"] = measured(f"{configs[-1].out_dir}/model", data, val.seq_len, views.EVALUATION)
-    record = {"arm": arm_name, "seed": int(seed), "reference_losses": reference, "loss": loss, "peak_bytes": peaks}
-    record |= {"resumed": resumed, "stages": [summary(cfg) for cfg in configs]}
+    record = {"arm": arm_name, "seed": int(seed), "reference_losses": reference, "loss": loss}
+    record |= {"peak_bytes": peaks, "resumed": resumed, "stages": [summary(cfg) for cfg in configs]}
     if arm_name in ("constant", "paper") and int(seed) <= LAW_SEEDS:
         record["law"] = {cfg.stage: {str(clip): predictions(cfg, clip) for clip in (True, False)} for cfg in configs}
     return record
@@ -191,34 +177,27 @@ def arm_record(name: str, opt: Options, data: Path) -> dict:
 
 def execute(name: str, opt: Options) -> dict:
     """Do one run from wherever it stands; returns its record."""
-    (source, rest), begun = name.split("/", 1), time.time()
+    source, rest = name.split("/", 1)
     data, configs, start = Path(opt.out, source, "views"), planned(name, opt), source_folder(source, opt.out)
     record = {"run": name, "source": source, "commit": commit(), "config": settings(configs)}
     record["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
     record |= (source_record if rest == "source" else arm_record)(name, opt, data)
-    files = {"data": data / "plain/meta.json", "heldout": data / "heldout/meta.json"}
-    for what, folder in (("source", start), ("model", start if rest == "source" else f"{configs[-1].out_dir}/model")):
-        files[what] = min(Path(folder).glob("*.safetensors"))
-    record["hashes"] = {what: sha256(file) for what, file in files.items()}
-    return record | {"seconds": time.time() - begun, "cpu_s": time.process_time()}
+    folders = {"source": start, "model": start if rest == "source" else f"{configs[-1].out_dir}/model"}
+    files = {what: min(Path(folder).glob("*.safetensors")) for what, folder in folders.items()}
+    files |= {what: data / view / "meta.json" for what, view in (("data", "plain"), ("heldout", "heldout"))}
+    return record | {"hashes": {what: sha256(file) for what, file in files.items()}}
 
 
 def peak_bytes() -> int:
     """This process's peak so far. getrusage's begins at the peak of the process that started this one."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) * 1024
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def commit() -> str:
     """The code's commit, with a + where files differ from it; "" outside a repository."""
-
-    def git(*args: str) -> str:
-        return subprocess.run(["git", *args], capture_output=True, text=True, check=False).stdout.strip()
-
-    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "*.py") else "")
-
-
-# ---- all runs
+    commands = ("git", "rev-parse", "--short", "HEAD"), ("git", "status", "--porcelain", "--", "*.py")
+    head, changed = (subprocess.run(c, capture_output=True, text=True, check=False).stdout.strip() for c in commands)
+    return head + "+" * bool(changed)
 
 
 def read_results(path: str | Path) -> dict[str, dict]:
@@ -227,22 +206,15 @@ def read_results(path: str | Path) -> dict[str, dict]:
     return {record["run"]: record for record in map(json.loads, lines)}
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Whoever reads the file, or kills its writer, finds all of it or none."""
-    tmp = path.with_suffix(".tmp")
-    tmp.write_text(text)
-    os.replace(tmp, path)
-
-
 def in_own_process(name: str, opt: Options) -> dict | None:
     """The record of a run, None where it failed; what it said is in its log."""
     folder, options = Path(opt.out, name), [f"--only={name}", f"--out={opt.out}", f"--shorten={opt.shorten}"]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "record.json").unlink(missing_ok=True)
+    (record := folder / "record.json").unlink(missing_ok=True)
     with open(folder / "log.txt", "a") as log:
         command, env = [sys.executable, "-m", "experiments.run", *options], {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run(command, stdout=log, stderr=log, env=env, check=False)
-    return json.loads((folder / "record.json").read_text()) if (folder / "record.json").exists() else None
+        ended = subprocess.run(command, stdout=log, stderr=log, env=env, check=False)
+    return json.loads(record.read_text()) if record.exists() and not ended.returncode else None
 
 
 def end_with_parent() -> None:
@@ -251,33 +223,24 @@ def end_with_parent() -> None:
 
 
 def forget_weights(folder: Path) -> None:
-    for models in ("model", "oneshot", "step_*"):
-        for made in list(folder.rglob(models)):
-            shutil.rmtree(made, ignore_errors=True)
+    for made in [path for models in ("model", "oneshot", "step_*") for path in folder.rglob(models)]:
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def check_recorded(done: dict[str, dict], names: list[str], opt: Options) -> None:
     """Raises UserError for a record of other settings; one that either side does not have is no difference."""
     for name in (name for name in names if name in done):
         now, then = settings(planned(name, opt)), done[name]["config"]
-        if len(now) != len(then) or any(
-            old.get(k, v) != v for new, old in zip(now, then, strict=True) for k, v in new.items()
-        ):
-            raise UserError(
-                f"{opt.out}/results.jsonl: {name} was made with other settings than "
-                "experiments/arms.py has: give another --out, or delete its line"
-            )
+        pairs = [(value, old.get(k, value)) for new, old in zip(now, then, strict=False) for k, value in new.items()]
+        if len(now) != len(then) or any(new != old for new, old in pairs):
+            raise UserError(f"{opt.out}: {name} was made with other settings than experiments/arms.py has: {ANEW}")
 
 
 def check_source(record: dict, done: dict[str, dict]) -> None:
     """Raises UserError where a run did not start from the same weights and text as the source's others."""
-    for other in (other for other in done.values() if other["source"] == record["source"]):
-        for what in ("source", "data", "heldout"):
-            if record["hashes"][what] != other["hashes"][what]:
-                raise UserError(
-                    f"{record['run']}: its {what} is not that of {other['run']}: the text or the machine changed: "
-                    "begin anew with another --out"
-                )
+    others = (other["hashes"] for other in done.values() if other["source"] == record["source"])
+    if any(record["hashes"][what] != hashes[what] for hashes in others for what in ("source", "data", "heldout")):
+        raise UserError(f"{record['run']}: its source or text is not that of the recorded runs: {ANEW}")
 
 
 def make(names: list[str], done: dict[str, dict], opt: Options) -> None:
@@ -292,11 +255,11 @@ def make(names: list[str], done: dict[str, dict], opt: Options) -> None:
                 continue
             check_source(record, done)
             done.setdefault(name, record)
-            write_whole(out / "results.jsonl", "".join(json.dumps(r) + "\n" for r in done.values()))
+            (out / "results.tmp").write_text("".join(json.dumps(r) + "\n" for r in done.values()))
+            (out / "results.tmp").replace(out / "results.jsonl")  # a killed runner leaves all of it
             if not name.endswith("/source"):
                 forget_weights(out / name)
-            loss = np.mean(record["loss"]["final"]["heldout"])
-            tqdm.write(f"{name}: {record['seconds']:.0f} s, loss {loss:.4f}")
+            tqdm.write(f"{name}: loss {np.mean(record['loss']['final']['heldout']):.4f}")
     finally:
         pool.shutdown(cancel_futures=True)  # no other run is begun once this one has to stop
 
@@ -306,7 +269,7 @@ def run_all(opt: Options) -> None:
     out, done = Path(opt.out), read_results(Path(opt.out, "results.jsonl"))
     arms, sources = runs(opt.study, opt.seeds), [f"{name}/source" for name in STUDIES[opt.study]]
     check_recorded(done, sources + arms, opt)
-    for name in (name for name in arms if name in done):
+    for name in done.keys() & set(arms):
         forget_weights(out / name)  # of a run that ended just before the runner was killed
     for name in STUDIES[opt.study]:
         source = SOURCES[name]
@@ -328,14 +291,11 @@ def main(opt: Options) -> None:
     if opt.only:
         end_with_parent()
         torch.set_num_threads(1)
-        write_whole(Path(opt.out, opt.only, "record.json"), json.dumps(execute(opt.only, opt)))
+        Path(opt.out, opt.only, "record.json").write_text(json.dumps(execute(opt.only, opt)))
         return
-    lock = Lock(Path(opt.out))
-    lock.take()
-    try:
+    with closing(Lock(Path(opt.out))) as lock:
+        lock.take()
         run_all(opt)
-    finally:
-        lock.close()
 
 
 if __name__ == "__main__":

@@ -27,23 +27,18 @@ Text = tuple[np.ndarray, float]  # tokens (n,), and UTF-8 bytes a token
 def build(data: str, out: Path, seq_len: int, windows: int, corrupted_windows: int) -> None:
     """Write every view of the data set into folders below out, once. Raises UserError where out holds others."""
     made_of, meta, rng = out / "made_of.json", read_meta(data), np.random.default_rng(0)
-    settings = {
-        "data": sha256(Path(data, "meta.json")),
-        "seq_len": seq_len,
-        "windows": [windows, corrupted_windows],
-        "constants": json.loads(json.dumps([STEERING, MERGED, NOISE, RUN])),
-    }
+    sizes = (seq_len, windows, corrupted_windows)
+    settings = json.dumps([sha256(Path(data, "meta.json")), *sizes, STEERING, MERGED, NOISE, RUN])
     if made_of.exists():
-        if json.loads(made_of.read_text()) != settings:
+        if made_of.read_text() != settings:
             raise UserError(f"{out} was made of other text or with other settings: give another --out")
         return
     plain, heldout, few = {}, {}, {}
     for domain, splits in meta["domains"].items():
         text = {}
         for split in SPLITS:
-            part = splits[split]
-            tokens = np.concatenate([open_shard(Path(data, s["file"])) for s in part["shards"]])
-            text[split] = tokens, part["bytes"] / max(part["tokens"], 1)
+            tokens = np.concatenate([open_shard(Path(data, s["file"])) for s in splits[split]["shards"]])
+            text[split] = tokens, splits[split]["bytes"] / max(splits[split]["tokens"], 1)
         val, density = text["val"]
         cut = len(val) // STEERING
         plain[domain] = {"train": text["train"], "val": (val[:cut], density)}
@@ -56,9 +51,7 @@ def build(data: str, out: Path, seq_len: int, windows: int, corrupted_windows: i
         views[name] = {d: {"val": rewritten(w, corrupt, tokenizer, rng)} for d, (w, _) in few.items()}
     for name, domains in views.items():
         write_view(out / name, meta, domains)
-    tmp = made_of.with_suffix(".tmp")
-    tmp.write_text(json.dumps(settings))
-    tmp.replace(made_of)
+    made_of.write_text(settings)  # last: the views are whole
 
 
 def write_view(folder: Path, meta: dict, domains: dict[str, dict[str, Text]]) -> None:
@@ -100,8 +93,7 @@ def halves(plain: dict) -> dict:
 def rewritten(windows: np.ndarray, corrupt, tokenizer, rng: np.random.Generator) -> Text:
     """The windows' text, each corrupted, as one stream of tokens."""
     texts = [corrupt(tokenizer.decode(window.tolist()), rng) for window in windows]
-    encoded = [np.asarray(tokenizer.encode(text)) for text in texts]
-    tokens = np.concatenate(encoded)
+    tokens = np.concatenate([np.asarray(tokenizer.encode(text)) for text in texts])
     return tokens, sum(len(text.encode()) for text in texts) / len(tokens)
 
 
