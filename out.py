@@ -157,15 +157,17 @@ class Out:
         record |= {"reference_ratio": mix.reference_ratio_M, "reference_loss": mix.reference_loss_M}
         return self.log.record({**record, **masks, **seconds, "memory_bytes": memory_bytes(self.ranks.device)})
 
-    def log_train(self, progress: Progress, loss_M: np.ndarray, count_M: np.ndarray, step_s: float, more: dict) -> None:
-        """loss_M: summed over the tokens of each domain; count_M: those tokens, none where the step was skipped."""
+    def log_train(
+        self, progress: Progress, loss_sum_M: np.ndarray, count_M: np.ndarray, step_s: float, more: dict
+    ) -> None:
+        """loss_sum_M: summed over the tokens of each domain; count_M: those tokens, none where the step was skipped."""
         begun_M, self.begun_M = self.begun_M, self.loader.begun_M
         for m in np.flatnonzero(np.frexp(np.maximum(begun_M, 1))[1] < np.frexp(self.begun_M)[1]):  # the 2nd, 4th, ...
             again = f"the same {self.loader.size_M[m]} sequences in a new order"
             self.log.warn(progress.step, f"domain {self.mix.domains[m]} begins its epoch {self.begun_M[m]}, {again}")
         tokens_per_s = self.cfg.batch_size * self.cfg.seq_len / step_s
-        loss = loss_M.sum() / count_M.sum() if count_M.any() else None
-        mean_M = np.divide(loss_M, count_M, out=np.full(len(loss_M), np.nan), where=count_M > 0)
+        loss = loss_sum_M.sum() / count_M.sum() if count_M.any() else None
+        mean_M = np.divide(loss_sum_M, count_M, out=np.full(len(loss_sum_M), np.nan), where=count_M > 0)
         self.bar.set_postfix_str(f"loss {loss or math.nan:.3f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
         self.bar.update()
         record = {"kind": "train", "step": progress.step, "loss": loss, "domain_loss": mean_M, "step_s": step_s}

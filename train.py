@@ -73,18 +73,22 @@ class Config:
     max_steps: int = 1000  # optimizer steps
     lr: float = 1e-4  # of the weights, after the warm-up
     mask_lr: float = 1.0  # learning rate of log_alpha and the lambdas
-    damping: float = 1.0  # learning rate of lambda2 / that of lambda1; 1: published, 10: a quarter of its overshoot
+    damping: float = (
+        1.0  # the quadratic multiplier's rate / the linear one's; 1: published, overshoots; 10: a quarter of that
+    )
     lr_warmup: int = 0  # steps
     sparsity_warmup: int = 0  # steps until the full target sparsity is asked for
     seed: int = 17  # of random weights, masks and the order of the data
     # the mix: see dro.py
-    mix: str = "dro"  # constant | sheared | bandit | dro
+    mix: str = "dro"  # constant | sheared | bandit | dro, or another rule of dro.RULES
     mix_loss: str = "val"  # val | train: the loss that is compared with the reference
     dynamic_reference: bool = True  # reference losses by scaling law
     dynamic_ratio: bool = True  # the reference ratio follows the mix
     reference_losses: tuple[float, ...] = ()  # nats, one a domain; empty: the mix waits for the scaling law
-    clip_reference: bool = True  # reference losses never rise (as published)
-    law_after_ramp: bool = False  # the law sees only evaluations after sparsity_warmup, where T and S are not collinear
+    clip_reference: bool = True  # reference losses never rise: published, but it pins them while sparsity ramps up
+    law_after_ramp: bool = (
+        False  # the law sees only evaluations after sparsity_warmup: tokens and sparsity rise together before
+    )
     # evaluation and checkpoints
     eval_interval: int = 50  # steps between evaluations, each of which updates the mix
     eval_sequences: int = 16  # windows a domain
@@ -118,7 +122,8 @@ def check(cfg: Config) -> None:
     M = len(cfg.domains)
     for wrong, message in (
         (cfg.batch_size % cfg.micro_batch_size, "batch_size must be a multiple of micro_batch_size"),
-        (max(cfg.lr_warmup, cfg.sparsity_warmup) > cfg.max_steps, "a warm-up is longer than max_steps"),
+        (cfg.lr_warmup > cfg.max_steps, f"lr_warmup = {cfg.lr_warmup} is longer than max_steps = {cfg.max_steps}"),
+        (cfg.sparsity_warmup > cfg.max_steps, f"sparsity_warmup is longer than max_steps = {cfg.max_steps}"),
         (cfg.stage != "pretrain" and not cfg.init_from, f"stage = {cfg.stage!r} needs init_from, a model's folder"),
         (missing, f"stage = {cfg.stage!r} needs {', '.join(missing)}"),
         (extra, f"{', '.join(extra)}: stage = {cfg.stage!r} takes it from init_from; leave it out"),
@@ -249,9 +254,10 @@ def kept_by(masks: Masks | None, z: dict | None, device: str):
 
 
 def forward_backward(network, masks, train, batch, step: int, stop: bool, cfg: Config, ranks: parallel.Ranks):
-    """Gradients of one global batch, on every rank those of all. -> (sequences + 1,) float64 on the device.
+    """Leave the gradients of one global batch, averaged over ranks, in .grad. -> (sequences + 1,) float64 on the device.
 
-    The summed loss of each sequence's tokens and, last, how many ranks were asked to stop: all of them do, together.
+    The first values are the loss of each sequence, summed over its tokens. The last is above 0 where any rank was asked
+    to stop: then all ranks stop after this step.
     """
     n_micro_batches = cfg.batch_size // cfg.micro_batch_size
     loss_N = torch.zeros(cfg.batch_size + 1, dtype=torch.float64, device=ranks.device)
@@ -265,12 +271,12 @@ def forward_backward(network, masks, train, batch, step: int, stop: bool, cfg: C
         with parallel.accumulating(network, ranks, is_last=i + ranks.world_size >= n_micro_batches):
             with autocast(cfg, ranks.device):
                 loss_BT = network(tokens[:, :-1], tokens[:, 1:], kept)
-            (loss_BT.mean() * ranks.world_size / n_micro_batches).backward()  # ranks are averaged
+            (loss_BT.mean() * ranks.world_size / n_micro_batches).backward()  # the mean over ranks divides again
         loss_N[rows] = loss_BT.detach().double().sum(dim=1)
     if ranks.world_size > 1:
         dist.all_reduce(loss_N)
     if masks:
-        backward_to_masks(samples)
+        backward_to_masks(samples)  # the losses left dL/dz at each sample; this goes on from z to log_alpha, on the CPU
         if ranks.world_size > 1:
             parallel.average_over_ranks([a.grad for a in masks.log_alpha.values()], ranks.device)
         masks.lagrangian(sparsity_ramp(step, cfg)).backward()
@@ -296,7 +302,7 @@ def run(cfg: Config) -> dict:  # noqa: PLR0915 (the loop is read from top to bot
         model, masks = build(cfg, ranks, train.vocab_size)
         optimizers = Optimizers(cfg, model, masks)
         prepare_kernels(cfg, ranks, model, masks, out)
-        s = Progress(np.zeros(len(mix.domains)))
+        s = Progress(np.zeros(len(mix.domains)))  # step, tokens by domain, skipped steps
         shapes = {"source": asdict(model.config), "target": masks and asdict(masks.target)}
         learned = {"model": model} | ({"masks": masks} if masks else {})
         out.resume(s, shapes, learned, optimizers, mix, train)
@@ -314,13 +320,13 @@ def run(cfg: Config) -> dict:  # noqa: PLR0915 (the loop is read from top to bot
                 with autocast(cfg, ranks.device):
                     loss_M = evaluate(model, val, cfg.eval_sequences, cfg.micro_batch_size, ranks.device, kept)
                 evaluated = time.perf_counter()
-                said = []
+                warnings = []
                 if s.step:  # the mix of the next steps, for which the law may have to wait until the ramp is over
                     sparsity = (masks.overall_sparsity(), masks.overall_target()) if masks else ()
                     record = ramp == 1.0 or not cfg.law_after_ramp
-                    said = mix.update(loss_M, s.tokens_M, s.step / cfg.max_steps, *sparsity, record=record)
+                    warnings = mix.update(loss_M, s.tokens_M, s.step / cfg.max_steps, *sparsity, record=record)
                 seconds = {"eval_s": evaluated - start, "mix_s": time.perf_counter() - evaluated}
-                last = out.log_eval(s, loss_M, said, seconds, masks.record(ramp) if masks else {})
+                last = out.log_eval(s, loss_M, warnings, seconds, masks.record(ramp) if masks else {})
             if s.step == cfg.max_steps:
                 break
 
@@ -330,11 +336,11 @@ def run(cfg: Config) -> dict:  # noqa: PLR0915 (the loop is read from top to bot
             grad_norm = optimizers.clip()
             *loss_N, stop = loss_N.tolist()
             finite = all(map(math.isfinite, [*loss_N, grad_norm]))
-            loss_M = np.bincount(batch.domain_N, loss_N, len(mix.domains))
+            loss_sum_M = np.bincount(batch.domain_N, loss_N, len(mix.domains))
             count_M = np.bincount(batch.domain_N, minlength=len(mix.domains)) * cfg.seq_len * finite
             if finite:
                 optimizers.step(s.step)
-                mix.observe_training(loss_M, count_M)
+                mix.observe_training(loss_sum_M, count_M)
                 s.tokens_M += count_M
                 s.skipped_in_a_row = 0
             else:
@@ -344,7 +350,7 @@ def run(cfg: Config) -> dict:  # noqa: PLR0915 (the loop is read from top to bot
 
             more = {"lr": cfg.lr * learning_rate(s.step - 1, cfg), "grad_norm": grad_norm if finite else None}
             more |= masks.record(ramp) if masks else {}
-            out.log_train(s, loss_M, count_M, time.perf_counter() - start, more)
+            out.log_train(s, loss_sum_M, count_M, time.perf_counter() - start, more)
             if due(s.step, cfg.save_interval, cfg) or stop:
                 out.save(s)
             if stop and s.step < cfg.max_steps:
