@@ -254,7 +254,7 @@ def kept_by(masks: Masks | None, z: dict | None, device: str):
 
 
 def forward_backward(network, masks, train, batch, step: int, stop: bool, cfg: Config, ranks: parallel.Ranks):
-    """Leave the gradients of one global batch, averaged over ranks, in .grad. -> (sequences + 1,) float64 on the device.
+    """Leave the gradients of one global batch, averaged over ranks, in .grad. -> (sequences + 1,) float64.
 
     The first values are the loss of each sequence, summed over its tokens. The last is above 0 where any rank was asked
     to stop: then all ranks stop after this step.
