@@ -73,9 +73,7 @@ class Config:
     max_steps: int = 1000  # optimizer steps
     lr: float = 1e-4  # of the weights, after the warm-up
     mask_lr: float = 1.0  # learning rate of log_alpha and the lambdas
-    damping: float = (
-        1.0  # the quadratic multiplier's rate / the linear one's; 1: published, overshoots; 10: a quarter of that
-    )
+    damping: float = 1.0  # rate of the quadratic multiplier / the linear one: 1 overshoots (published), 10 hardly
     lr_warmup: int = 0  # steps
     sparsity_warmup: int = 0  # steps until the full target sparsity is asked for
     seed: int = 17  # of random weights, masks and the order of the data
@@ -86,16 +84,14 @@ class Config:
     dynamic_ratio: bool = True  # the reference ratio follows the mix
     reference_losses: tuple[float, ...] = ()  # nats, one a domain; empty: the mix waits for the scaling law
     clip_reference: bool = True  # reference losses never rise: published, but it pins them while sparsity ramps up
-    law_after_ramp: bool = (
-        False  # the law sees only evaluations after sparsity_warmup: tokens and sparsity rise together before
-    )
+    law_after_ramp: bool = False  # the law waits for the end of the ramp: tokens and sparsity rise together before
     # evaluation and checkpoints
     eval_interval: int = 50  # steps between evaluations, each of which updates the mix
     eval_sequences: int = 16  # windows a domain
     save_interval: int = 100  # steps between checkpoints
     keep_checkpoints: int = 2  # how many of the newest checkpoints stay
     # the machine
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # CUDA_VISIBLE_DEVICES chooses which
     dtype: str = "float32"  # float32 | bfloat16 (autocast; weights and optimizer stay float32)
     parallel: str = "ddp"  # ddp: every rank holds the model | fsdp: a share of it | hsdp: a share of its node's copy
     checkpoint_activations: bool = False  # compute each block again in backward: less memory, a third more time
