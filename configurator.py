@@ -205,7 +205,8 @@ def command(
             print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except Stopped as stopped:
-        print(stopped, flush=True)
+        if speaks(str(stopped)):
+            print(stopped, flush=True)
     except KeyboardInterrupt:
         sys.exit("interrupted")
 
