@@ -28,7 +28,7 @@ from torch import Tensor
 
 from kernels.pack import gathered, kept_sizes, pack, scale_of, unpack
 from kernels.reference import compute_dtype
-from kernels.shared import INTERPRETED, Maybe, check, launch, save_inputs, size
+from kernels.shared import INTERPRETED, Maybe, check, kernel_op, launch, save_inputs
 
 # Not tuned on a GPU; from the table of `make kernels`.
 TOKENS, UNITS, STEP = 256, 64, 32  # of a tile: tokens, units of the output, units summed over at a time
@@ -96,14 +96,14 @@ def _product(op: str, x: Tensor, weight: Tensor, bias: Maybe, *units: Maybe, tra
     return y
 
 
-@torch.library.custom_op("drpruning::masked_linear", mutates_args=())
+@kernel_op
 def _masked_linear(
     x: Tensor, weight: Tensor, bias: Maybe, rows: Maybe, cols: Maybe, row_scale: Maybe, col_scale: Maybe
 ) -> Tensor:
     return _product("masked_linear", x, weight, bias, rows, cols, row_scale, col_scale)
 
 
-@torch.library.custom_op("drpruning::masked_linear_dx", mutates_args=())
+@kernel_op
 def _masked_linear_dx(dy: Tensor, weight: Tensor, units: list[Maybe]) -> Tensor:
     return _product("masked_linear_dx", dy, weight, None, *units, transposed=True)
 
@@ -117,8 +117,6 @@ def _backward(ctx, dy):
     return dx, dweight, dbias, None, None, None if units[2] is None else drow, None if units[3] is None else dcol
 
 
-_masked_linear.register_fake(lambda x, weight, _, rows, *_units: x.new_empty(len(x), size(rows, weight.shape[0])))
-_masked_linear_dx.register_fake(lambda dy, weight, units: dy.new_empty(len(dy), size(units[1], weight.shape[1])))
 _masked_linear.register_autograd(_backward, setup_context=save_inputs)
 
 

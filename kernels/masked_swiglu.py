@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.shared import Maybe, check, empty_like, launch, save_inputs
+from kernels.shared import Maybe, check, kernel_op, launch, save_inputs
 
 # Not tuned on a GPU; from the table of `make kernels`.
 TOKENS, CHANNELS, WARPS = 4, 256, 4  # of a tile
@@ -61,7 +61,7 @@ def _backward_kernel(
         tl.store(dz_sums + tl.program_id(0).to(tl.int64) * I + c, dz, mask=c < I)
 
 
-@torch.library.custom_op("drpruning::masked_swiglu", mutates_args=())
+@kernel_op
 def _masked_swiglu(gate: Tensor, up: Tensor, z: Maybe) -> Tensor:
     (N, I), h = gate.shape, torch.empty_like(gate)
     check("masked_swiglu", gate.shape == up.shape and (z is None or z.shape == (I,)), gate, up, z)
@@ -70,7 +70,7 @@ def _masked_swiglu(gate: Tensor, up: Tensor, z: Maybe) -> Tensor:
     return h
 
 
-@torch.library.custom_op("drpruning::masked_swiglu_backward", mutates_args=())
+@kernel_op
 def _masked_swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor, z: Maybe) -> tuple[Tensor, Tensor, Tensor]:
     """dgate, dup and dz (empty without z)."""
     (N, I), dgate, dup = gate.shape, torch.empty_like(gate), torch.empty_like(up)
@@ -86,8 +86,6 @@ def _backward(ctx, dh):
     return dgate, dup, None if z is None else dz
 
 
-_masked_swiglu.register_fake(lambda gate, up, z: torch.empty_like(gate))
-_masked_swiglu_backward.register_fake(lambda dh, *inputs: tuple(empty_like(t, dh) for t in inputs))
 _masked_swiglu.register_autograd(_backward, setup_context=save_inputs)
 
 

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.reference import compute_dtype
-from kernels.shared import Maybe, check, empty_like, launch, save_inputs, size
+from kernels.shared import Maybe, check, kernel_op, launch, save_inputs, size
 
 # Not tuned on a GPU; from the table of `make kernels`: larger tiles spill where columns are gathered.
 BLOCK_R, BLOCK_C, WARPS = 8, 256, 8
@@ -102,7 +102,7 @@ def kept_sizes(op: str, weight: Tensor, rows: Maybe, cols: Maybe, row_scale: May
     return n, m
 
 
-@torch.library.custom_op("drpruning::pack", mutates_args=())
+@kernel_op
 def _pack(weight: Tensor, rows: Maybe, cols: Maybe, row_scale: Maybe, col_scale: Maybe, dtype: torch.dtype) -> Tensor:
     units = rows, cols, row_scale, col_scale
     n, m = kept_sizes("pack", weight, *units)
@@ -111,7 +111,7 @@ def _pack(weight: Tensor, rows: Maybe, cols: Maybe, row_scale: Maybe, col_scale:
     return small
 
 
-@torch.library.custom_op("drpruning::unpack", mutates_args=())
+@kernel_op
 def unpack(grad: Tensor, weight: Tensor, units: list[Maybe]) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of weight (R, C), row_scale and col_scale (empty where there is none) from that of small (n, m)."""
     (n, m), (R, C), (rows, cols, row_scale, col_scale) = grad.shape, weight.shape, units
@@ -138,12 +138,6 @@ def _backward(ctx, grad):
     return dweight, None, None, None if units[2] is None else drow, None if units[3] is None else dcol, None
 
 
-_pack.register_fake(
-    lambda weight, rows, cols, row_scale, col_scale, dtype: weight.new_empty(
-        (size(rows, weight.shape[0]), size(cols, weight.shape[1])), dtype=dtype
-    )
-)
-unpack.register_fake(lambda _, weight, units: tuple(empty_like(t, weight) for t in (weight, *units[2:])))
 _pack.register_autograd(_backward, setup_context=save_inputs)
 
 

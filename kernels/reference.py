@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Maybe = Tensor | None
 CHUNKS = 16  # the loss goes through the vocabulary in so many steps
 
 
@@ -42,27 +43,25 @@ class _Select(torch.autograd.Function):
         return grad, None, None
 
 
-def select(weight: Tensor, rows: Tensor | None, cols: Tensor | None = None) -> Tensor:
+def select(weight: Tensor, rows: Maybe, cols: Maybe = None) -> Tensor:
     """weight[rows][:, cols]; None: all of them."""
     return weight if rows is None and cols is None else _Select.apply(weight, rows, cols)
 
 
-def pack(
-    weight: Tensor, rows: Tensor | None, cols: Tensor | None, row_scale: Tensor | None, col_scale: Tensor | None
-) -> Tensor:
+def pack(weight: Tensor, rows: Maybe, cols: Maybe, row_scale: Maybe, col_scale: Maybe) -> Tensor:
     """row_scale * weight[rows][:, cols] * col_scale: the weight of the subnetwork, (n, m), in the weight's dtype."""
     small = select(weight, rows, cols)
     small = small if row_scale is None else small * row_scale[:, None]
     return small if col_scale is None else small * col_scale
 
 
-def pack_vector(vector: Tensor, index: Tensor | None, scale: Tensor | None) -> Tensor:
+def pack_vector(vector: Tensor, index: Maybe, scale: Maybe) -> Tensor:
     """vector[index] * scale: the bias or gain of the subnetwork, (n,)."""
     small = select(vector, index)
     return small if scale is None else small * scale
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *units: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Maybe, *units: Maybe) -> Tensor:
     """x (..., m), bias (n,) -> (..., n); units: the rows, cols, row_scale and col_scale of pack."""
     return F.linear(x, pack(weight, *units), bias)
 
@@ -81,14 +80,14 @@ class _SwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
-def swiglu(gate: Tensor, up: Tensor, z: Tensor | None = None) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor, z: Maybe = None) -> Tensor:
     """silu(gate) * up * z, (..., I); z (I,)."""
     h = _SwiGLU.apply(gate, up)
     return h if z is None else h * z.to(h.dtype)
 
 
 def rms_norm(
-    x: Tensor, delta: Tensor | None, weight: Tensor, rows: Tensor | None, scale: Tensor | None, fill: float, eps: float
+    x: Tensor, delta: Maybe, weight: Tensor, rows: Maybe, scale: Maybe, fill: float, eps: float
 ) -> tuple[Tensor, Tensor]:
     """h = x + delta, (..., d), and its norm, which comes first; gain weight[rows] * scale, fill: kept channels / d."""
     h = x if delta is None else x + delta
@@ -156,7 +155,7 @@ def chunked_loss(name: str, fold: Callable, gradient: Callable) -> Callable:
             dlogits = gradient(h @ part.t(), targets, first, lse, grad)
             dh += dlogits @ part
             torch.mm(dlogits.t(), h, out=dweight[first : first + len(part)])
-        return dh.to(h.dtype, copy=True) if dh.dtype != h.dtype else dh, dweight
+        return dh.to(h.dtype), dweight
 
     forward.register_fake(lambda h, weight, targets: tuple(h.new_empty(len(h), dtype=torch.float32) for _ in range(2)))
     backward.register_fake(lambda grad, h, weight, targets, lse: (torch.empty_like(h), torch.empty_like(weight)))

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kernels.pack import gathered, scale_of
 from kernels.reference import compute_dtype
-from kernels.shared import Maybe, check, empty_like, launch, size
+from kernels.shared import Maybe, check, kernel_op, launch, size
 
 A_PROGRAM = 16  # tokens of a program in backward; not tuned on a GPU
 
@@ -72,7 +72,7 @@ def _backward_kernel(
     tl.store(sums + program * d + c, dgain, mask=c < d)
 
 
-@torch.library.custom_op("drpruning::rms_norm", mutates_args=())
+@kernel_op
 def _rms_norm(
     x: Tensor, delta: Maybe, weight: Tensor, rows: Maybe, scale: Maybe, count: float, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,17 +80,13 @@ def _rms_norm(
     d = size(rows, len(weight))
     fits = x.shape[1] == d and (delta is None or delta.shape == x.shape) and (scale is None or scale.shape == (d,))
     check("rms_norm", fits, x, delta, weight, rows, scale)
-    y, h, rstd = _outputs(x, delta, dtype)
+    y, rstd = torch.empty_like(x, dtype=dtype), x.new_empty(len(x), dtype=torch.float32)
+    h = x.new_empty(0) if delta is None else torch.empty_like(x, dtype=torch.promote_types(x.dtype, delta.dtype))
     launch(_forward_kernel, (len(x),), x, delta, weight, rows, scale, y, h, rstd, d, count, eps, **_options(d))
     return y, h, rstd
 
 
-def _outputs(x: Tensor, delta: Maybe, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    h = x.new_empty(0) if delta is None else torch.empty_like(x, dtype=torch.promote_types(x.dtype, delta.dtype))
-    return torch.empty_like(x, dtype=dtype), h, x.new_empty(len(x), dtype=torch.float32)
-
-
-@torch.library.custom_op("drpruning::rms_norm_backward", mutates_args=())
+@kernel_op
 def _rms_norm_backward(
     dy: Tensor, dh: Tensor, h: Tensor, rstd: Tensor, gain: list[Maybe], count: float, x: torch.dtype, delta: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -108,12 +104,6 @@ def _rms_norm_backward(
     return dx, h.new_empty(0) if ddelta is None else ddelta, dweight, dscale
 
 
-@_rms_norm_backward.register_fake
-def _(dy, dh, h, rstd, gain, count, x, delta):
-    ddelta = h.new_empty(0) if delta == x else torch.empty_like(h, dtype=delta)
-    return torch.empty_like(h, dtype=x), ddelta, torch.empty_like(gain[0]), empty_like(gain[2], h)
-
-
 def _setup(ctx, inputs, output):
     x, delta, weight, rows, scale, ctx.count, _, _ = inputs
     ctx.save_for_backward(x if delta is None else output[1], output[2], weight, rows, scale)
@@ -129,7 +119,6 @@ def _backward(ctx, dy, dh, _):
     return dx, ddelta, dweight, None, None if gain[2] is None else dscale, None, None, None
 
 
-_rms_norm.register_fake(lambda x, delta, weight, rows, scale, count, eps, dtype: _outputs(x, delta, dtype))
 _rms_norm.register_autograd(_backward, setup_context=_setup)
 
 

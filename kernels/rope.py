@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.shared import check, launch
+from kernels.shared import check, kernel_op, launch
 
 WARPS = 4  # one program a token, all heads; not tuned on a GPU, from the table of `make kernels`
 
@@ -44,7 +44,7 @@ def _rotate_kernel(
     _rotate_heads(k, k_out, cos_c, sin_c, token, g, c, HALF, K_HEADS)
 
 
-@torch.library.custom_op("drpruning::rope", mutates_args=())
+@kernel_op
 def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     (B, T, h, K), g = q.shape, k.shape[2]
     check("rope", k.shape == (B, T, g, K) and cos.shape == sin.shape == (T, K // 2) and K % 2 == 0, q, k, cos, sin)
@@ -59,7 +59,6 @@ def _backward(ctx, dq, dk):
     return *_rope(dq.contiguous(), dk.contiguous(), cos, -sin), None, None
 
 
-_rope.register_fake(lambda q, k, cos, sin: (torch.empty_like(q), torch.empty_like(k)))
 _rope.register_autograd(_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[2:]))
 
 

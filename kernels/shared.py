@@ -1,11 +1,22 @@
 """What every kernel file needs around its launch."""
 
+from collections.abc import Callable
+
 import torch
 import triton
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from kernels.reference import Maybe
 
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on CPU tensors, one program at a time
-Maybe = Tensor | None
+
+
+def kernel_op(body: Callable) -> Callable:
+    """The body of a kernel's launch as a custom op of its name. On fake tensors it runs too, without the launch."""
+    op = torch.library.custom_op(f"drpruning::{body.__name__.strip('_')}", body, mutates_args=())
+    op.register_fake(body)
+    return op
 
 
 def check(op: str, fits: bool, *tensors: Maybe) -> None:
@@ -16,17 +27,13 @@ def check(op: str, fits: bool, *tensors: Maybe) -> None:
 
 
 def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
-    if all(grid):  # CUDA refuses a grid without programs; there is nothing to compute
+    fake = any(isinstance(t, FakeTensor) for t in args)  # it has a shape and no memory
+    if not fake and all(grid):  # CUDA refuses a grid without programs; there is nothing to compute
         kernel[grid](*args, **options)
 
 
 def size(t: Maybe, default: int) -> int:
-    return default if t is None else t.shape[0]
-
-
-def empty_like(t: Maybe, other: Tensor) -> Tensor:
-    """An op returns tensors only: an empty one stands for the gradient of what is not there."""
-    return other.new_empty(0) if t is None else torch.empty_like(t)
+    return default if t is None else len(t)
 
 
 def save_inputs(ctx, inputs: tuple, output) -> None:
