@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -111,19 +110,6 @@ def _unsupported(theirs: dict, family: str) -> str:
 # ---- reading
 
 
-class Stored(NamedTuple):
-    """A tensor that has not been read yet; key is its name in the file."""
-
-    path: Path
-    key: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    def read(self) -> Tensor:
-        with safe_open(self.path, framework="pt") as f:  # opened for each tensor: its pages are given back with it
-            return f.get_tensor(self.key)
-
-
 def load(folder: str | Path, device: str = "cpu") -> Llama:
     """The model in a folder, float32. Raises UserError."""
     with torch.device("meta"):
@@ -150,44 +136,46 @@ def tensors_of(folder: str | Path, config: LlamaConfig) -> Iterator[tuple[str, T
     """
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in Llama(config).named_parameters()}
-    stored = _stored(Path(folder))
-    for name, t in stored.items():
-        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tied_embeddings):
-            continue  # follow from the rest
-        if name not in shapes:
-            raise UserError(f"{t.path}: unexpected tensor {t.key}: the model that config.json describes has none")
-        if t.shape != shapes[name]:
-            raise UserError(f"{t.path}: {t.key} has shape {t.shape}, config.json makes it {shapes[name]}")
-        if t.dtype not in DTYPES:
-            raise UserError(f"{t.path}: {t.key} is {t.dtype}: expected one of {', '.join(DTYPES)}")
-    if missing := [name for name in shapes if name not in stored]:
+    places: dict[str, tuple[Path, str]] = {}  # file and key
+    for path in _safetensors_files(Path(folder)):
+        for key, (shape, dtype) in _header(path).items():
+            name = key.removeprefix("model.")
+            if name in places:
+                raise UserError(f"{path}: {key} is in {places[name][0]} too: remove the file of another model")
+            places[name] = path, key
+            if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tied_embeddings):
+                continue  # follow from the rest
+            if name not in shapes:
+                raise UserError(f"{path}: unexpected tensor {key}: the model that config.json describes has none")
+            if shape != shapes[name]:
+                raise UserError(f"{path}: {key} has shape {shape}, config.json makes it {shapes[name]}")
+            if dtype not in DTYPES:
+                raise UserError(f"{path}: {key} is {dtype}: expected one of {', '.join(DTYPES)}")
+    if missing := [name for name in shapes if name not in places]:
         raise UserError(f"{folder}: {len(missing)} tensors are missing, {missing[0]} among them: copy the folder again")
-    return ((name, stored[name].read()) for name in shapes)
+    return ((name, _read(*places[name])) for name in shapes)
 
 
-def _stored(folder: Path) -> dict[str, Stored]:
-    stored = {}
-    for path in _safetensors_files(folder):
-        try:
-            with safe_open(path, framework="pt") as f:
-                found = [(key, f.get_slice(key)) for key in f.keys()]  # noqa: SIM118 (not a dict)
-                found = [Stored(path, key, tuple(at.get_shape()), at.get_dtype()) for key, at in found]
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: not a readable safetensors file ({error}): copy it again") from None
-        for t in found:
-            name = t.key.removeprefix("model.")
-            if name in stored:
-                raise UserError(f"{path}: {t.key} is in {stored[name].path} too: remove the file of another model")
-            stored[name] = t
-    return stored
+def _read(path: Path, key: str) -> Tensor:
+    with safe_open(path, framework="pt") as f:  # opened for each tensor: its pages are given back with it
+        return f.get_tensor(key)
+
+
+def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and type of every tensor in a file, by its key."""
+    try:
+        with safe_open(path, framework="pt") as f:
+            stored = {key: f.get_slice(key) for key in f.keys()}  # noqa: SIM118 (not a dict)
+            return {key: (tuple(t.get_shape()), t.get_dtype()) for key, t in stored.items()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error}): copy it again") from None
 
 
 def _safetensors_files(folder: Path) -> list[Path]:
     """Those that the index names; without an index, all there are."""
     names = {path.name for path in folder.glob("*.safetensors")}
     if (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX, "copy it again from the model").get("weight_map")
-        names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+        names = set(read_json(folder / INDEX, "copy it again from the model").get("weight_map", {}).values())
     if not names:
         raise UserError(f"{folder}: no *.safetensors file, or an index that names none: copy the weights there")
     return [folder / name for name in sorted(names)]
@@ -211,25 +199,28 @@ def save(model: Llama, folder: str | Path, dtype: torch.dtype = torch.float32, t
         size += p.numel() * dtype.itemsize
     n = len(groups)
     names = ["model.safetensors"] if n == 1 else [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
-    files = dict(zip(names, groups, strict=True))
-    (folder / "config.json").write_text(json.dumps(to_hugging_face(model.config, dtype), indent=2) + "\n")
-    for left in set(folder.glob("model*.safetensors*")) - {folder / name for name in files}:
+    _write_json(folder / "config.json", to_hugging_face(model.config, dtype))
+    for left in set(folder.glob("model*.safetensors*")) - {folder / name for name in names}:
         left.unlink()  # of an earlier save into other files: tools would read those
-    for name, group in files.items():
+    for name, group in zip(names, groups, strict=True):
         tmp = folder / f"{name}.tmp"
         save_file({key: p.detach().to("cpu", dtype).contiguous() for key, p in group.items()}, tmp, {"format": "pt"})
         shutil.copymode(folder / "config.json", tmp)  # the library hides its files from other users
         os.replace(tmp, folder / name)
     if n > 1:
-        weight_map = {key: name for name, group in files.items() for key in group}
-        index = {"metadata": {"total_size": model.n_parameters() * dtype.itemsize}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        weight_map = {key: name for name, group in zip(names, groups, strict=True) for key in group}
+        size = model.n_parameters() * dtype.itemsize
+        _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
     copy_tokenizer(tokenizer, folder)
 
 
-def copy_tokenizer(sources: Sequence[str | Path], folder: Path) -> Path | None:
-    """The files of the first source that has a tokenizer, which is returned; tokenizer.json from a later one if need
-    be: a sentencepiece model, say, that a data set has in both forms."""
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def copy_tokenizer(sources: Sequence[str | Path], folder: Path) -> None:
+    """The files of the first source that has a tokenizer; tokenizer.json from a later one if need be: a sentencepiece
+    model, say, that a data set has in both forms."""
     homes = [Path(s) for s in sources if s and any(Path(s, name).is_file() for name in TOKENIZERS)]
     taken = {f.name: f for home in homes[:1] for pattern in CARRIED for f in home.glob(pattern)}
     if "tokenizer.json" not in taken:
@@ -238,4 +229,3 @@ def copy_tokenizer(sources: Sequence[str | Path], folder: Path) -> Path | None:
     for name, file in taken.items():
         if file.parent.resolve() != folder.resolve():
             shutil.copyfile(file, folder / name)
-    return homes[0] if homes else None
