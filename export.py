@@ -8,9 +8,9 @@ masks would extract now. The result loads with transformers' AutoModelForCausalL
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -31,60 +31,52 @@ class Config:
     dtype: str = "float32"  # float32: exactly what was trained | bfloat16: half the size
 
 
-class Stage(NamedTuple):
-    """A run behind a model: its record of itself, and its last evaluation that the model has seen."""
-
-    run: dict
-    evaluated: dict | None
-
-
-def stages(path: Path, step: float = math.inf) -> list[Stage]:
-    """The runs behind a model (up to `step` of the last), oldest first; [] where none is recorded beside it."""
+def stages(path: Path, step: float = math.inf) -> list[tuple[dict, dict]]:
+    """The runs behind a model (up to `step` of the last), oldest first, each as its run record and last evaluation."""
     records = read_metrics(path.parent / "metrics.jsonl")
-    if not records or records[0]["kind"] != "run":
-        return []
     evaluated = [r for r in records if r["kind"] in ("eval", "extracted") and r["step"] <= step]
+    if not evaluated:
+        return []
     began = records[0]["config"]["init_from"]
     before = stages(Path(began)) if began and Path(began).parent.resolve() != path.parent.resolve() else []
-    return [*before, Stage(records[0], evaluated[-1] if evaluated else None)]
+    return [*before, (records[0], evaluated[-1])]
 
 
-def markdown(columns: list[str], rows: list[list]) -> str:
-    """A table; numbers that are not whole with four digits after the point, a dash for what is not known."""
-    forms = {float: "{:.4f}", int: "{:,}", type(None): "-"}
-    text = [[forms.get(type(cell), "{}").format(cell) for cell in row] for row in rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [columns, ["---"] * len(columns), *text])
+def markdown(columns: list[str], rows: Iterable[Iterable]) -> str:
+    """A table: whole numbers with commas, others with four digits after the point, a dash for what is not known."""
+    texts = ([f"{x:,}" if type(x) is int else f"{x:.4f}" if isinstance(x, float) else str(x) for x in r] for r in rows)
+    lines = (f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *texts])
+    return "\n".join(lines).replace("| None", "| -").replace("| nan", "| -")
 
 
-def stage_card(stage: Stage) -> str:
+def stage_card(run: dict, e: dict) -> str:
     """What a run did: settings that differ from their default, and by domain tokens, final mix and losses."""
-    run, e = stage
     config, default = run["config"], json.loads(json.dumps(asdict(TrainConfig())))
     settings = "\n".join(f"    {key} = {value!r}" for key, value in config.items() if default.get(key) != value)
-    text = f"### {config['stage']}\n\nSettings that are not the default:\n\n{settings}\n"
-    if e is None:
-        return text
     rows = []
     for m, domain in enumerate(run["domains"]):
-        loss, row = e["val_loss"][m], [domain, int(e["tokens"][m]), e["ratio"][m]]
-        bits = loss / math.log(2) / run["bytes_per_token"][m] if loss and run["bytes_per_token"][m] else None
-        rows.append([*row, loss, loss and math.exp(min(loss, 700.0)), bits])  # a float ends at exp(709)
-    columns = ["domain", "tokens", "final ratio", "loss (nats)", "perplexity", "bits per byte"]
-    return (
-        f"{text}\nAfter {e['step']:,} of {config['max_steps']:,} steps and {int(sum(e['tokens'])):,} tokens "
-        f"(validation, {config['eval_sequences']} windows of {config['seq_len']:,} tokens a domain):\n\n"
-        f"{markdown(columns, rows)}\n"
-    )
+        loss, density = e["val_loss"][m], run["bytes_per_token"][m]
+        bits = loss / math.log(2) / density if loss and density else None
+        rows.append([domain, int(e["tokens"][m]), e["ratio"][m], loss, bits])
+    return f"""### {config["stage"]}
+
+Settings that are not the default:
+
+{settings}
+
+After {e["step"]:,} of {config["max_steps"]:,} steps and {int(sum(e["tokens"])):,} tokens, on {config["eval_sequences"]}
+validation windows of {config["seq_len"]:,} tokens a domain:
+
+{markdown(["domain", "tokens", "final ratio", "loss (nats)", "bits per byte"], rows)}
+"""
 
 
-def card(name: str, model: Llama, history: list[Stage], dtype: str) -> str:
+def card(name: str, model: Llama, history: list, dtype: str) -> str:
     """README.md of the folder."""
-    began = history[0].run["config"]["init_from"] if history else ""
-    came = f" from `{began}`" if began else ""
-    shape = [[size, getattr(model.config, size)] for size in SIZES]
-    if history:
-        shape = [[size, history[0].run["source"][size], here] for size, here in shape]
-    how = "\n".join(map(stage_card, history)) or "No record of a run was beside the model.\n"
+    first = history[0][0] if history else {"config": {"init_from": ""}, "source": {}}
+    came = first["config"]["init_from"] and f" from `{first['config']['init_from']}`"
+    shape = ([size, first["source"].get(size), getattr(model.config, size)] for size in SIZES)
+    how = "\n".join(stage_card(*stage) for stage in history) or "No record of a run was beside the model.\n"
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -97,7 +89,7 @@ of the source model holds for what was pruned from it.
 
 ## Shape
 
-{markdown(["", "source", "this model"] if history else ["", "this model"], shape)}
+{markdown(["", "source", "this model"], shape)}
 
 ## How it was made
 
@@ -111,9 +103,9 @@ def main(cfg: Config, source: str, target: str) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is there already: choose a folder that does not exist or is empty")
     model = load_any(path, "cpu")
-    state = checkpoint.read_state(path) if (path / checkpoint.STATE).is_file() else {"step": math.inf}
-    history = stages(path, state["step"])
-    runs = [stage.run["config"] for stage in reversed(history)]
+    step = checkpoint.read_state(path)["step"] if (path / checkpoint.STATE).is_file() else math.inf
+    history = stages(path, step)
+    runs = [run["config"] for run, _ in reversed(history)]
     folders = [path, *(run["init_from"] for run in runs), *(run["data"] for run in runs)]
     hf.save(model, out, getattr(torch, cfg.dtype), folders)
     (out / "README.md").write_text(card(out.name, model, history, cfg.dtype), encoding="utf-8")

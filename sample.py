@@ -88,13 +88,9 @@ def pieces(decode: Callable[[list[int]], str], prompt: list[int], generated: Ite
 def main(cfg: Config, folder: str, prompt: str) -> None:
     check_device(cfg.device)
     model, tokenizer = load_any(folder, cfg.device), tokenizer_of(Path(folder))
-    tokens, config = tokenizer.encode(prompt).ids, model.config
-    if not tokens:
-        raise UserError("the prompt is empty, and the tokenizer puts nothing before it: write something")
-    if max(tokens) >= config.vocab_size:
-        raise UserError(f"{folder}: the tokenizer has token {max(tokens)}, the model {config.vocab_size}: not its own")
-    if len(tokens) >= config.context:
-        raise UserError(f"the prompt has {len(tokens)} tokens, the model's context {config.context}: shorten it")
+    tokens, context = tokenizer.encode(prompt).ids, model.config.context
+    if not 0 < len(tokens) < context:
+        raise UserError(f"the prompt has {len(tokens)} tokens: 1 to {context - 1} fit into the model's context")
     print(prompt, end="", flush=True)
     for piece in pieces(tokenizer.decode, tokens, generate(model, tokens, cfg)):
         print(piece, end="", flush=True)
