@@ -89,7 +89,7 @@ PRESETS = {"slimpajama": tuple(SLIMPAJAMA.values()), "culturax": CULTURAX}
 
 class Source(NamedTuple):
     name: str
-    records: Callable[[], Iterator]  # lines as bytes, rows as dicts, or texts; their order never changes
+    records: Callable[[], Iterator]  # lines as bytes or rows as dicts; their order never changes
     domain: str | None  # of all its records; None: each says its own
 
 
@@ -150,10 +150,8 @@ def streamed(cfg: Config, part: str | None) -> list[Source]:
 # ---- records to tokens, in several processes
 
 
-def domain_and_text(record: bytes | dict | str, source_domain: str | None) -> tuple[str, str]:
+def domain_and_text(record: bytes | dict, source_domain: str | None) -> tuple[str, str]:
     """What is in a record. ValueError or RecursionError says why nothing is."""
-    if isinstance(record, str):
-        return source_domain, record
     if isinstance(record, bytes):
         record = json.loads(record.decode())
     text = record.get("text") if isinstance(record, dict) else None
@@ -398,9 +396,7 @@ def is_complete(folder: str | Path, settings: dict, force: bool = False) -> bool
     if meta.get("settings") == settings:
         print(f"{folder}: complete, domains {', '.join(meta['domains'])}; nothing to do (--force prepares it again)")
         return True
-    if unfinished.get("settings") == settings:
-        return False
-    if meta or unfinished or any(folder.glob("*.bin")):
+    if unfinished.get("settings") != settings and (meta or unfinished or any(folder.glob("*.bin"))):
         raise UserError(f"{folder}: holds another data set (other files or settings): choose another folder or --force")
     return False
 
@@ -417,7 +413,7 @@ def write_dataset(
     with locked(folder):
         if not is_complete(folder, settings, force):
             texts = collect()
-            sources = [Source(domain, partial(iter, texts[domain]), domain) for domain in texts]
+            sources = [Source(d, partial(map, lambda text: {"text": text}, texts[d]), d) for d in texts]
             entries = {domain: dict(zip(("source", "licence"), about[domain], strict=True)) for domain in texts}
             print(table(build(cfg, settings, sources, entries, partial(tokenizer, texts))))
 

@@ -139,8 +139,3 @@ def test_a_file_that_is_no_tokenizer_is_refused_by_name(tmp_path, content):
     (tmp_path / "a").write_bytes(content)
     with pytest.raises(UserError, match="/a: "):
         tok.install_tokenizer(tmp_path / "a", tmp_path)
-
-
-def test_too_little_text_to_train_on_is_refused(tmp_path):
-    with pytest.raises(UserError):
-        tok.train_tokenizer(["a few words only"], 9000, tmp_path)
