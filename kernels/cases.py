@@ -26,31 +26,37 @@ class Case:
     shape: tuple[int, int] | None = None  # of the full weight of a linear layer
 
 
+def call(way: Callable, inputs: tuple, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The outputs of way(*inputs), in dtype's autocast."""
+    with torch.autocast(inputs[0].device.type, dtype, enabled=dtype != torch.float32):
+        outputs = way(*inputs)
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
 @dataclass(frozen=True)
 class Maker:
     """Random tensors. filled: with random numbers, not with whatever memory holds."""
 
     dtype: torch.dtype
-    device: str
     filled: bool
-    generator: torch.Generator
+    generator: torch.Generator  # on the device
 
     def random(self, *shape: int, dtype: torch.dtype | None = None, std: float = 1.0) -> Tensor:
-        x = torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+        x = torch.empty(shape, dtype=dtype or self.dtype, device=self.generator.device)
         return (x.normal_(0, std, generator=self.generator) if self.filled else x).requires_grad_()
 
     def weight(self, *shape: int) -> Tensor:
         return self.random(*shape, dtype=torch.float32)
 
     def uniform(self, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=self.generator, device=self.device)
+        return torch.rand(shape, generator=self.generator, device=self.generator.device)
 
     def scale(self, n: int, there: bool) -> Tensor | None:
         return self.uniform(n).requires_grad_() if there else None
 
     def units(self, full: int, kept: int) -> Tensor | None:
         """Indices of kept units spread evenly over the full ones; None where all are kept."""
-        return None if kept == full else torch.arange(kept, device=self.device) * full // kept
+        return None if kept == full else torch.arange(kept, device=self.generator.device) * full // kept
 
 
 def linear(make: Maker, tokens: tuple, where: str, full: tuple, kept: tuple, bias=False, s_out=False, s_in=False):
@@ -72,28 +78,20 @@ def cases(
     source, target, batch: int, length: int, dtype: torch.dtype, device: str, multiple: int = 64, filled: bool = True
 ) -> list[Case]:
     """source, target: LlamaConfig; target None: a model that is not pruned. batch sequences of length tokens."""
-    c, kept, tokens = source, target or source, (batch, length)
-    make = Maker(dtype, device, filled, torch.Generator(device).manual_seed(0))
+    c, kept, tokens, pruned = source, target or source, (batch, length), target is not None
+    make = Maker(dtype, filled, torch.Generator(device).manual_seed(0))
     d, I = (-(-n // multiple) * multiple for n in (kept.hidden_size, kept.intermediate_size))
     d, I, K, D, V = min(d, c.hidden_size), min(I, c.intermediate_size), c.head_dim, c.hidden_size, c.vocab_size
 
     def norm(first: bool) -> tuple:
         x, delta = make.weight(*tokens, d), None if first else make.random(*tokens, d)
-        return (
-            x,
-            delta,
-            make.weight(D),
-            make.units(D, d),
-            make.scale(d, target is not None),
-            kept.hidden_size / d,
-            c.norm_eps,
-        )
+        return x, delta, make.weight(D), make.units(D, d), make.scale(d, pruned), kept.hidden_size / d, c.norm_eps
 
     def head_norm() -> tuple:
         return make.random(*tokens, kept.n_heads, K), None, make.weight(K), None, None, 1.0, c.norm_eps
 
     def swiglu() -> tuple:
-        return make.random(*tokens, I), make.random(*tokens, I), make.scale(I, target is not None)
+        return make.random(*tokens, I), make.random(*tokens, I), make.scale(I, pruned)
 
     def rotary() -> tuple:
         q, k = (make.random(*tokens, heads, K) for heads in (kept.n_heads, kept.n_kv_heads))
@@ -122,5 +120,4 @@ def cases(
     }
     for where, (rows, cols, options) in layers.items() if target else ():
         found += linear(make, tokens, where, *zip(rows, cols, strict=True), **options)
-    tied = bool(target) and c.tied_embeddings
-    return found + linear(make, tokens, "lm_head", (V, D), (V, d), s_in=tied)[:1]
+    return found + linear(make, tokens, "lm_head", (V, D), (V, d), s_in=pruned and c.tied_embeddings)[:1]

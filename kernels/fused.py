@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cases import Case, cases
+from kernels.cases import Case, call, cases
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.masked_linear import packed_linear
 from kernels.masked_swiglu import masked_swiglu
@@ -46,20 +46,18 @@ def fresh_ops() -> dict[str, Callable]:
     return TRITON
 
 
-def outcome(way: Callable, inputs: tuple, dtype: torch.dtype, upcast: bool = False) -> dict[str, Tensor]:
-    """Outputs of way(*inputs) and the gradients of a fixed random sum of them, in float32.
+def outcome(way: Callable, inputs: tuple, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Outputs of way(*inputs) in dtype's autocast, and the gradients of a fixed random sum of them, as float32.
 
-    In dtype's autocast; with upcast all in float32.
+    With dtype float32 the inputs are float32 too.
     """
     leaves = {
-        i: t.detach().to(torch.float32 if upcast else t.dtype, copy=True).requires_grad_()
+        i: t.detach().to(torch.promote_types(t.dtype, dtype), copy=True).requires_grad_()
         for i, t in enumerate(inputs)
         if isinstance(t, Tensor) and t.requires_grad
     }
+    outputs = call(way, tuple(leaves.get(i, t) for i, t in enumerate(inputs)), dtype)
     device = inputs[0].device
-    with torch.autocast(device.type, dtype, enabled=not upcast and dtype != torch.float32):
-        result = way(*(leaves.get(i, t) for i, t in enumerate(inputs)))
-    outputs = result if isinstance(result, tuple) else (result,)
     generator = torch.Generator(device).manual_seed(0)
     upstream = [torch.randn(y.shape, generator=generator, device=device).to(y.dtype) for y in outputs]
     gradients = torch.autograd.grad(outputs, list(leaves.values()), upstream)
@@ -75,7 +73,7 @@ def fault(case: Case, dtype: torch.dtype) -> str | None:
         ours = outcome(case.fused, inputs, dtype)
     except Exception as error:  # whatever a compiler or driver raises: the run goes on without this kernel
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    for name, expected in outcome(TORCH[case.op], inputs, dtype, upcast=True).items():
+    for name, expected in outcome(TORCH[case.op], inputs, torch.float32).items():
         error, norm = (ours[name] - expected).norm().item(), expected.norm().item()
         if not error <= TOLERANCE[dtype] * norm:  # a NaN is a difference too
             return f"{name}: relative error {error / norm if norm else error:.2g}, allowed {TOLERANCE[dtype]:.2g}"

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from kernels.cases import cases
+from kernels.cases import call, cases
 from model import LlamaConfig
 from prune import target_config
 
@@ -95,6 +96,7 @@ class Code:
     spills: int  # instructions
 
     @classmethod
+    @cache
     def of(cls, cubin: bytes, shared: int, warps: int) -> "Code":
         with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
             f.write(cubin)
@@ -124,18 +126,14 @@ class Code:
 def compiled(arch: int, runs: dict = RUNS) -> list[tuple[str, str, str, Code]]:
     """Kernel, run, layer and code of every kernel that the runs launch; of one with two codes both."""
     driver.set_active(DryDriver(arch))
-    codes, known = {}, {}
+    codes = {}
     for run, (source, target) in runs.items():
         for case in cases(source, target, 1, TRACED_TOKENS, torch.bfloat16, "cpu", filled=False):
             driver.active.launched.clear()
-            with torch.autocast("cpu", torch.bfloat16):
-                outputs = case.fused(*case.inputs())
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            outputs = call(case.fused, case.inputs(), torch.bfloat16)
             torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
             for kernel, *code in driver.active.launched:
-                if code[0] not in known:
-                    known[code[0]] = Code.of(*code)
-                codes[kernel, run, case.where, code[0]] = known[code[0]]
+                codes[(kernel, run, case.where, *code)] = Code.of(*code)
     return [(*key[:3], code) for key, code in codes.items()]
 
 

@@ -15,21 +15,17 @@ TORCH = {name: getattr(reference, name) for name in NAMES}
 ops = SimpleNamespace(**TORCH)
 
 
-def _fused(module: str = "kernels.fused"):
-    """Imported only where kernels run: `import model` works where triton is not installed."""
-    return import_module(module)
-
-
 def use(kernels: str, device: str) -> bool:
     """Set the ops of this process. kernels: auto (Triton on a GPU, PyTorch elsewhere) | torch | triton.
 
-    -> whether Triton's kernels run. Raises UserError where they cannot.
+    -> whether Triton's kernels run. Raises UserError where they cannot. Their files, which import triton, are imported
+    only where they run.
     """
     on_gpu, installed = device.startswith("cuda"), find_spec("triton") is not None
-    if kernels == "triton" and not (installed and (on_gpu or _fused("kernels.shared").INTERPRETED)):
+    if kernels == "triton" and not (installed and (on_gpu or import_module("kernels.shared").INTERPRETED)):
         raise UserError(f"kernels = 'triton' on {device}: needs a GPU and the package triton: use kernels=auto")
     fused = installed and (kernels == "triton" or (kernels == "auto" and on_gpu))
-    vars(ops).update(_fused().fresh_ops() if fused else TORCH)
+    vars(ops).update(import_module("kernels.fused").fresh_ops() if fused else TORCH)
     return fused
 
 
@@ -43,4 +39,4 @@ def self_check(source, target, batch: int, length: int, dtype, device: str) -> l
 
     source, target (None: not pruned): LlamaConfig. batch sequences of length tokens.
     """
-    return _fused().self_check(source, target, batch, length, dtype, device)
+    return import_module("kernels.fused").self_check(source, target, batch, length, dtype, device)
