@@ -1,16 +1,18 @@
 """What a run needs, without a GPU and without weights:  python train.py config/prune.py --plan --gpus=8 --gpu_memory=80
 
-One training step runs on fake tensors, which have shapes and no memory, while PyTorch's MemTracker counts every
-allocation: the memory is that of the code that will run, not of a formula. A pruning step is counted as the stage
-begins, with nearly every unit kept, which is its peak. FLOPs are those of the matrix products and of attention, as far
-as units are kept.
+One training step runs on fake tensors, which have shapes and no memory, while every allocation is counted: the memory
+is that of the code that will run, not of a formula. A pruning step is counted as the stage begins, with nearly every
+unit kept, which is its peak. FLOPs are those of the matrix products and of attention, as far as units are kept.
 """
 
+import weakref
 from contextlib import nullcontext
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from configurator import UserError
 from kernels import ops
@@ -22,8 +24,34 @@ GIB = 2**30
 TFLOPS = 989  # of a GPU at its peak (H100, bfloat16)
 MFU = 0.4  # the share of that peak to expect
 NODE = 8  # GPUs of a node; with hsdp each node has a copy of the model
+STATE_BYTES = {"weights": 4, "gradients": 4, "optimizer": 8}  # a parameter: float32, and two moments of AdamW
 FIT_S = 0.03  # of the scaling law of a domain; measured: 18 to 26 ms for 10 to 65 evaluations, on one CPU core
 DOMAINS = 7  # where the settings name none: those of the paper
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that operations have made and that still exist: now, and at their peak.
+
+    torch has a MemTracker that gives the same number; it takes four times as long.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_iter(out):
+            if isinstance(t, Tensor) and (storage := t.untyped_storage()) not in self.known:
+                self.known.add(storage)
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
+        return out
+
+    def add(self, n: int) -> None:
+        self.now += n
+        self.peak = max(self.peak, self.now)
 
 
 def activation_bytes(cfg, source: LlamaConfig, target: LlamaConfig | None, multiple: int = PAD["cuda"]) -> int:
@@ -35,7 +63,7 @@ def activation_bytes(cfg, source: LlamaConfig, target: LlamaConfig | None, multi
     kept = subnetwork(source, Masks(source, target, seed=0).sample(0, 0, 0), "cpu", multiple) if target else None
     before = dict(vars(ops.ops))
     ops.plan(cfg.kernels)
-    with FakeTensorMode(allow_non_fake_inputs=True), MemTracker() as memory:
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
         model = Llama(source)
         model.checkpoint_activations = cfg.checkpoint_activations
         for p in model.parameters():
@@ -45,9 +73,7 @@ def activation_bytes(cfg, source: LlamaConfig, target: LlamaConfig | None, multi
             loss = model(tokens[:, :-1], tokens[:, 1:], kept)
         loss.mean().backward()
     vars(ops.ops).update(before)
-    return memory.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"] - 2 * sum(
-        p.nbytes for p in model.parameters()
-    )
+    return live.peak - 2 * sum(p.nbytes for p in model.parameters())
 
 
 def flops_per_token(c: LlamaConfig, kept: dict[str, float], length: int, recompute: bool) -> float:
@@ -72,7 +98,7 @@ def memory_of(cfg, source: LlamaConfig, target: LlamaConfig | None) -> dict[str,
         model = Llama(source)
     P, dtype = model.n_parameters(), getattr(torch, cfg.dtype)
     sharing = {"ddp": 1, "fsdp": cfg.gpus, "hsdp": min(cfg.gpus, NODE)}[cfg.parallel]
-    memory = {"weights": 4 * P / sharing, "gradients": 4 * P / sharing, "optimizer": 8 * P / sharing}  # two moments
+    memory = {kind: n * P / sharing for kind, n in STATE_BYTES.items()}
     if sharing > 1:  # the block that computes and the next one; embeddings, head and norm stay whole between the passes
         outside, block = P - model.n_parameters(embeddings=False), sum(p.numel() for p in model.layers[0].parameters())
         memory["gathered weights"] = 2 * block * dtype.itemsize + 4 * outside

@@ -1,6 +1,6 @@
 """What make bench does, at tiny shapes and in Triton's interpreter: the times mean nothing here."""
 
-import json
+import itertools
 import math
 from dataclasses import replace
 
@@ -27,38 +27,26 @@ def small_and_on_the_cpu(monkeypatch):
 
 
 def test_every_part_reports_finite_positive_figures():
-    results = {}
-    bench.pruning(results, 2, (SOURCE, TARGET, 1, 3))
-    bench.transformers(results, 1, replace(SOURCE, head_dim=12), 1, 3)
-    bench.loader(results, 2, n_tokens=5000, batches=1)
-    bench.mix(results, 2)
-    assert len(results) == 5
-    figures = [v for result in results.values() for name, v in result.items() if name != "quartiles"]
-    assert all(0 < v < math.inf for v in figures)
-    assert json.loads(json.dumps(results)) == results
+    rows = [*bench.pruning(2, (SOURCE, TARGET, 1, 3)), *bench.transformers(1, replace(SOURCE, head_dim=12), 1, 3)]
+    rows += [*bench.loader(2, n_tokens=5000, batches=1), *bench.mix(2)]
+    assert len({name for name, *_ in rows}) == 6
+    assert all(0 < v < math.inf for _, *values in rows for v in itertools.chain(*values))
+    assert bench.line("a", [1.0, 2, 3], [1.0, 1, 2]) == "a: 1.5 (1 to 2; 2000 and 1000 ms)"
 
 
 def test_every_kernel_is_timed_beside_its_other_ways(monkeypatch):
-    results, all_cases = {}, bench.cases
+    all_cases = bench.cases
     layers = ("norm", "attention", "mlp", "lm_head", "v_proj")
     monkeypatch.setattr(bench, "cases", lambda *a: [c for c in all_cases(*a) if c.where in layers])
-    bench.kernels(results, 2, SOURCE, TARGET, 1, 3, compiler="eager", n=16, size=64)
+    rows = {name: s for name, *s in bench.kernels(2, SOURCE, TARGET, 1, 3, compiler="eager", n=16, size=64)}
     names = {"rms_norm, norm", "rope, attention", "masked_swiglu, mlp", "linear_cross_entropy, lm_head"}
     names |= {"pack, lm_head", "pack, v_proj", "packed_linear, v_proj", "masked_linear, v_proj"}
-    for name in names:
-        ways = {"plain", "compiled"} | ({"cuBLAS"} if "linear, " in name else set())
-        for way in ways:
-            assert all(
-                0 < results[f"{name}, {part}, {way} / ours"]["median"] < math.inf for part in ("forward", "both")
-            )
-    of_names = {name.rsplit(", ", 2)[0] for name in results if " / ours" in name}
-    assert of_names == names
+    ways = {name: ["plain", "compiled", *(["cuBLAS"] if "linear, " in name else [])] for name in names}
+    expected = {f"{name}, {part}, {way} / ours" for name in names for way in ways[name] for part in ("forward", "both")}
+    assert {name for name in rows if "/ ours" in name} == expected
     # 3 tokens, one head of 4 in q and one in k, bf16, in and out, and the float32 tables (3, 2): 144 bytes
-    rope = (
-        results["rope, attention, forward, GB/s"]["median"],
-        results["rope, attention, forward, plain / ours"]["b_ms"],
-    )
-    assert rope[0] * rope[1] == pytest.approx(144e-6, rel=0.3)
+    (speeds,), (_, seconds) = rows["rope, attention, forward, GB/s"], rows["rope, attention, forward, plain / ours"]
+    assert [speed * s for speed, s in zip(speeds, seconds, strict=True)] == pytest.approx([144e-9] * 2)
 
 
 def test_the_loss_that_is_measured_beside_ours_has_the_same_values():
@@ -83,5 +71,5 @@ def test_the_dense_masked_model_computes_what_the_subnetwork_does_without_a_laye
 
 
 def test_a_part_that_is_not_there_is_named():
-    with pytest.raises(UserError, match="only = soak: there are pruning,"):
+    with pytest.raises(UserError, match="only = soak: on cpu there are pruning,"):
         bench.main(bench.Config(only=("soak",)))

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from test_train import ROOT, data, differences, metrics, prune_tiny, source  # noqa: F401 (fixtures)
+from tiny import ROOT, Death, at_step, config_of, die, differences, metrics
 
 import checkpoint
 import evaluate
@@ -22,10 +22,6 @@ from metrics import Log, read_metrics
 
 torch.set_num_threads(1)
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "exp_avg.a": torch.ones(2, 3)}
-
-
-class Death(BaseException):
-    """As sudden as a signal, for one process."""
 
 
 # ---- the files of a checkpoint
@@ -136,41 +132,9 @@ def test_a_lock_is_free_again_when_its_process_has_died(tmp_path):
 # ---- runs
 
 
-@pytest.fixture(scope="module")
-def whole(data, source, tmp_path_factory):  # noqa: F811
-    """A pruning run that nothing happened to."""
-    out = tmp_path_factory.mktemp("run") / "whole"
-    train.main(prune_tiny(data, out, source, max_steps=24, save_interval=4, eval_interval=2, eval_sequences=4))
-    return out
-
-
-def config_of(whole, out_dir, **changes):
-    """The settings of that run, elsewhere."""
-    settings = read_metrics(whole / "metrics.jsonl")[0]["config"]
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-    return train.Config(**(settings | {"out_dir": str(out_dir)} | changes))
-
-
 def command(cfg):
     default = dataclasses.asdict(train.Config())
     return [f"--{k}={v}" for k, v in dataclasses.asdict(cfg).items() if v != default[k] and v != ()]
-
-
-def at_step(monkeypatch, step, action):
-    """Do something where a run takes this step, counted from 0."""
-    rate, calls = train.learning_rate, []
-
-    def trapped(at, cfg):
-        if at == step and not calls:
-            calls.append(at)
-            action()
-        return rate(at, cfg)
-
-    monkeypatch.setattr(train, "learning_rate", trapped)
-
-
-def die():
-    raise Death
 
 
 MOMENTS = {  # where: the function that kills instead of being called, and at which call

@@ -6,8 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from test_checkpoint import Death, at_step, config_of, die, whole  # noqa: F401 (fixture)
-from test_train import T, data, differences, metrics, source, tensors_in  # noqa: F401 (fixtures)
+from tiny import Death, T, at_step, config_of, die, differences, metrics, tensors_in
 
 import hf
 import train
@@ -31,7 +30,7 @@ LIES = {
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_weights_whose_header_lies_are_refused(lie, source, tmp_path):  # noqa: F811
+def test_weights_whose_header_lies_are_refused(lie, source, tmp_path):
     (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
     (tmp_path / "model.safetensors").write_bytes(LIES[lie])
     with pytest.raises(UserError, match=r"model\.safetensors"):
@@ -39,7 +38,7 @@ def test_weights_whose_header_lies_are_refused(lie, source, tmp_path):  # noqa: 
 
 
 @pytest.mark.parametrize("cut", ["before the start", "while it is read"])
-def test_a_shard_that_is_cut_is_one_error_with_its_name(cut, data, tmp_path):  # noqa: F811
+def test_a_shard_that_is_cut_is_one_error_with_its_name(cut, data, tmp_path):
     for file in data.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     open_loader = lambda: DomainLoader(tmp_path, ("count", "pairs"), T, 17, "train")  # noqa: E731
@@ -73,7 +72,7 @@ def poison(monkeypatch, calls_that_are_bad, of_gradient=False):
 @pytest.mark.parametrize("of_gradient", [False, True])
 def test_a_step_that_is_not_finite_changes_nothing_and_is_said_with_domain_and_shard(
     of_gradient,
-    whole,  # noqa: F811
+    whole,
     tmp_path,
     monkeypatch,
 ):
@@ -92,7 +91,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_said_with_domain_and_s
     assert of_gradient or loader.file_of(batch, 3) in warning["text"]  # the last row of the first micro-batch
 
 
-def test_a_run_with_a_skipped_step_resumes_to_the_same_bytes(whole, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_with_a_skipped_step_resumes_to_the_same_bytes(whole, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         poison(m, {13})
         train.main(config_of(whole, tmp_path / "a"))
@@ -105,7 +104,7 @@ def test_a_run_with_a_skipped_step_resumes_to_the_same_bytes(whole, tmp_path, mo
     assert differences(tmp_path / "a", tmp_path / "b") == []
 
 
-def test_ten_steps_in_a_row_that_are_not_finite_end_the_run_and_nine_do_not(whole, tmp_path, monkeypatch):  # noqa: F811
+def test_ten_steps_in_a_row_that_are_not_finite_end_the_run_and_nine_do_not(whole, tmp_path, monkeypatch):
     poison(monkeypatch, set(range(5, 5 + 18)))
     train.main(config_of(whole, tmp_path / "nine"))
     poison(monkeypatch, set(range(5, 500)))
