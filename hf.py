@@ -92,12 +92,12 @@ def read_config(folder: str | Path) -> LlamaConfig:
 
 def _unsupported(theirs: dict, family: str) -> str:
     """The first thing in config.json that model.py does not have; "" where there is none."""
-    has_bias = theirs.get("attention_bias") and not FAMILIES[family].qkv_bias
     silent = [key for key in SILENT if key not in theirs]
     reasons = {
         f"a {family} whose config.json does not say {', '.join(silent)}": silent,
         f"hidden_act {theirs.get('hidden_act')!r}; silu is": theirs.get("hidden_act") != "silu",
-        "biases in the output projection (attention_bias)": has_bias,
+        "biases in the output projection (attention_bias)": theirs.get("attention_bias")
+        and not FAMILIES[family].qkv_bias,
         "biases in the FFN projections (mlp_bias)": theirs.get("mlp_bias"),
         "layers that see only the last tokens (use_sliding_window)": theirs.get("use_sliding_window"),
         "layer_types other than full_attention": set(theirs.get("layer_types") or ()) - {"full_attention"},
@@ -222,10 +222,9 @@ def copy_tokenizer(sources: Sequence[str | Path], folder: Path) -> None:
     """The files of the first source that has a tokenizer; tokenizer.json from a later one if need be: a sentencepiece
     model, say, that a data set has in both forms."""
     homes = [Path(s) for s in sources if s and any(Path(s, name).is_file() for name in TOKENIZERS)]
+    fast = [home for home in homes if (home / "tokenizer.json").is_file()]
     taken = {f.name: f for home in homes[:1] for pattern in CARRIED for f in home.glob(pattern)}
-    if "tokenizer.json" not in taken:
-        fast = [home for home in homes if (home / "tokenizer.json").is_file()][:1]
-        taken |= {f.name: f for home in fast for name in FAST for f in home.glob(name)}
+    taken |= {f.name: f for home in fast[:1] for name in FAST for f in home.glob(name)}
     for name, file in taken.items():
         if file.parent.resolve() != folder.resolve():
             shutil.copyfile(file, folder / name)

