@@ -1,4 +1,4 @@
-"""Speed, as ratios from one run: medians with the spread between quartiles, also written to out/bench.json.
+"""Speed, as ratios from one run: medians with the spread between quartiles.
 
     make bench        (python bench.py --only=loader,mix)
 
@@ -8,12 +8,12 @@ On a GPU also every kernel at the shapes of Llama-2-7B to 1.3B, beside plain PyT
 beside what the device reached in a large matrix product and a large copy just before.
 """
 
-import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -28,8 +28,9 @@ from configurator import UserError, command
 from data.loader import DomainLoader
 from data.shards import write_meta, write_shard
 from dro import Mix
+from hf import to_hugging_face
 from kernels import ops as kernel_ops
-from kernels.cases import Case, cases
+from kernels.cases import Case, call, cases
 from kernels.machine_code import LLAMA_1B, LLAMA_7B
 from model import BlockUnits, Llama, LlamaConfig, Subnetwork, Units
 from prune import LOG_ALPHA_RANGE, PAD, Masks, backward_to_masks, extract, probability_pruned, subnetwork, target_config
@@ -88,49 +89,27 @@ def in_turns(ways: dict[str, Callable], rounds: int, clock: Callable = wall_s) -
     return seconds
 
 
-def spread(values: list[float]) -> dict:
-    low, _, high = quantiles(values, n=4)
-    return {"median": median(values), "quartiles": [low, high]}
+def line(name: str, a: list[float], b: list[float] | None = None) -> str:
+    """Median and quartiles of a, or of a / b over the rounds with the milliseconds of both."""
+    low, middle, high = quantiles([x / y for x, y in zip(a, b, strict=True)] if b else a, n=4)
+    times = f"; {1e3 * median(a):.4g} and {1e3 * median(b):.4g} ms" if b else ""
+    return f"{name}: {middle:.4g} ({low:.4g} to {high:.4g}{times})"
 
 
-def ratio(a: list[float], b: list[float]) -> dict:
-    """a / b over the rounds, and the milliseconds of both."""
-    return spread([x / y for x, y in zip(a, b, strict=True)]) | {"a_ms": 1e3 * median(a), "b_ms": 1e3 * median(b)}
-
-
-def report(results: dict, name: str, value: dict, text: str = "") -> None:
-    """text: what follows the median and quartiles, as the bound that they should keep."""
-    results[name] = value
-    low, high = value["quartiles"]
-    times = f"; {value['a_ms']:.4g} and {value['b_ms']:.4g} ms" if "a_ms" in value else ""
-    print(f"{name}: {value['median']:.4g} ({low:.4g} to {high:.4g}{times}){text}", flush=True)
-
-
-# ---- training
+# ---- training; every bench yields rows for `line`
 
 
 def masked_dense(z: dict[str, Tensor], c: LlamaConfig) -> Subnetwork:
     """Every unit computed and every mask multiplied in: what a pruning step costs without the subnetwork."""
-    flat = torch.cat([v.flatten() for v in z.values()])
-    leaf = flat.detach().to(DEVICE).requires_grad_()
-    parts = leaf.split([v.numel() for v in z.values()])
-    full = {mask: part.view_as(v) for (mask, v), part in zip(z.items(), parts, strict=True)}
-    z_D = full["hidden"][0]
-    norm = Units(row_scale=z_D, fill=float((z["hidden"] > 0).sum()) / c.hidden_size)
-    blocks = []
-    for layer in range(c.n_layers):
-        out = Units(row_scale=z_D * full["layer"][0, layer] if "layer" in full else z_D)
-        blocks.append(
-            BlockUnits(
-                input_layernorm=norm,
-                post_attention_layernorm=norm,
-                v_proj=Units(row_scale=full["head"][layer].repeat_interleave(c.head_dim)),
-                o_proj=out,
-                up_proj=Units(row_scale=full["intermediate"][layer]),
-                down_proj=out,
-            )
-        )
-    return Subnetwork(blocks, Units(col_scale=z_D), norm, Units(), z_backward=flat.backward, z_device=leaf)
+    s = subnetwork(c, {mask: v.clamp(min=1e-30) for mask, v in z.items()}, DEVICE)  # no z is 0: every unit is kept
+    fill = float((z["hidden"] > 0).sum()) / c.hidden_size
+
+    def all_of(units):
+        return replace(units, rows=None, cols=None, fill=fill) if isinstance(units, Units) else units
+
+    blocks = [BlockUnits(**{name: all_of(units) for name, units in vars(block).items()}) for block in s.blocks]
+    outside = {name: all_of(getattr(s, name)) for name in ("embed_tokens", "norm", "lm_head")}
+    return replace(s, blocks=blocks, **outside)
 
 
 def settled_masks(source: LlamaConfig, target: LlamaConfig) -> Masks:
@@ -176,7 +155,7 @@ def fresh(config: LlamaConfig) -> Llama:
     return model.to(DEVICE)
 
 
-def pruning(results: dict, rounds: int, shape: tuple = PRUNING) -> None:
+def pruning(rounds: int, shape: tuple = PRUNING) -> Iterator[tuple]:
     """A step of pruning, every unit computed or the subnetwork, and one of the small model that comes of it."""
     source, target, batch, length = shape
     masks, counter = settled_masks(source, target), iter(range(10**9))
@@ -197,14 +176,12 @@ def pruning(results: dict, rounds: int, shape: tuple = PRUNING) -> None:
         "small": training_step(small, tokens, lambda x, y: (small(x, y).mean(), None)),
     }
     s = in_turns(ways, rounds)
-    report(results, "pruning step, dense / subnetwork", ratio(s["dense"], s["subnetwork"]), " (at least 3)")
-    report(results, "pruning step, subnetwork / small model", ratio(s["subnetwork"], s["small"]), " (at most 1.25)")
+    yield "pruning step, dense / subnetwork (at least 3)", s["dense"], s["subnetwork"]
+    yield "pruning step, subnetwork / small model (at most 1.25)", s["subnetwork"], s["small"]
 
 
-def transformers(results: dict, rounds: int, c: LlamaConfig = DEMO, batch: int = 8, length: int = 256) -> None:
-    sizes = dict(vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size)
-    heads = dict(num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim)
-    theirs = LlamaForCausalLM(HFLlamaConfig(num_hidden_layers=c.n_layers, **sizes, **heads)).to(DEVICE)
+def transformers(rounds: int, c: LlamaConfig = DEMO, batch: int = 8, length: int = 256) -> Iterator[tuple]:
+    theirs = LlamaForCausalLM(HFLlamaConfig(**to_hugging_face(c))).to(DEVICE)
     ours, tokens = fresh(c), torch.randint(0, c.vocab_size, (batch, length + 1), device=DEVICE)
 
     def their_loss(x, y):
@@ -215,14 +192,14 @@ def transformers(results: dict, rounds: int, c: LlamaConfig = DEMO, batch: int =
         "ours": training_step(ours, tokens, lambda x, y: (ours(x, y).mean(), None)),
     }
     s = in_turns(ways, 2 * rounds)
-    speed = f" (at least 1.0); {batch * length / median(s['ours']):,.0f} tokens/s"
-    report(results, "training at the demo's shape, transformers / ours", ratio(s["transformers"], s["ours"]), speed)
+    yield "training at the demo's shape, transformers / ours (at least 1)", s["transformers"], s["ours"]
+    yield "training at the demo's shape, tokens/s", [batch * length / t for t in s["ours"]]
 
 
 # ---- data and mix
 
 
-def loader(results: dict, rounds: int, n_tokens: int = 8_000_000, batches: int = 4) -> None:
+def loader(rounds: int, n_tokens: int = 8_000_000, batches: int = 4) -> Iterator[tuple]:
     """7 domains at T = 4096, from the page cache, on one core."""
     length, names, step, n = 4096, tuple("abcdefg"), iter(range(10**9)), 256
     with tempfile.TemporaryDirectory() as folder:
@@ -239,12 +216,10 @@ def loader(results: dict, rounds: int, n_tokens: int = 8_000_000, batches: int =
                     train.read(batch[i : i + 8])
 
         s = in_turns({"loader": load}, rounds)["loader"]
-    report(
-        results, "loader, T = 4096, M tokens/s", spread([1e-6 * batches * n * length / t for t in s]), " (at least 50)"
-    )
+    yield "loader, T = 4096, M tokens/s (at least 50)", [1e-6 * batches * n * length / t for t in s]
 
 
-def mix(results: dict, rounds: int) -> None:
+def mix(rounds: int) -> Iterator[tuple]:
     """Updates with all their fits: 7 domains, 60 and more points of history, sparsity among them."""
     M, rng, times_ms = 7, np.random.default_rng(0), []
     alpha_M, E_M, updated = rng.uniform(0.15, 0.6, M), rng.uniform(0.5, 2, M), Mix(tuple("abcdefg"), np.ones(M), "dro")
@@ -257,26 +232,17 @@ def mix(results: dict, rounds: int) -> None:
             start = time.perf_counter()
             updated.update(loss_M, tokens_M, t, s, 0.75)
             times_ms.append(1e3 * (time.perf_counter() - start))
-    report(results, "mix update, 7 domains, 60 points, ms", spread(times_ms))
+    yield "mix update, 7 domains, 60 points, ms", times_ms
 
 
 # ---- kernels, on a GPU
 
 
-def in_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return outputs if isinstance(outputs, tuple) else (outputs,)
-
-
-def call(way: Callable, inputs: tuple, upstream: list[Tensor] | None = None) -> Callable[[], tuple[Tensor, ...]]:
-    """A call of forward in bf16 autocast, and of backward where gradients of the outputs are given."""
-    leaves = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
-
-    def run() -> tuple[Tensor, ...]:
-        with torch.autocast(DEVICE, torch.bfloat16):
-            outputs = in_tuple(way(*inputs))
-        return torch.autograd.grad(outputs, leaves, upstream) if upstream else outputs
-
-    return run
+def run(way: Callable, inputs: tuple, upstream: list[Tensor]) -> None:
+    """Forward, and backward where gradients of the outputs are given."""
+    outputs = call(way, inputs, torch.bfloat16)
+    if upstream:
+        torch.autograd.grad(outputs, [t for t in inputs if isinstance(t, Tensor) and t.requires_grad], upstream)
 
 
 def whole_logits_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -287,11 +253,11 @@ def whole_logits_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 def ways_of(case: Case, inputs: tuple, compiler: str) -> dict[str, tuple[Callable, tuple]]:
     """The op by its kernels, in plain PyTorch, that compiled, and a linear's product alone; with the inputs of each."""
-    dtypes = [y.dtype for y in call(case.fused, inputs)()]
+    dtypes = [y.dtype for y in call(case.fused, inputs, torch.bfloat16)]
     whole = whole_logits_loss if case.op == "linear_cross_entropy" else kernel_ops.TORCH[case.op]
 
     def plain(*inputs) -> tuple[Tensor, ...]:  # cast, as the op that comes next would
-        return tuple(y.to(dtype) for y, dtype in zip(in_tuple(whole(*inputs)), dtypes, strict=True))
+        return tuple(y.to(dtype) for y, dtype in zip(call(whole, inputs, torch.bfloat16), dtypes, strict=True))
 
     torch.compiler.reset()  # each case is compiled for its own shapes
     compiled = torch.compile(plain, dynamic=False, backend=compiler)
@@ -304,47 +270,43 @@ def ways_of(case: Case, inputs: tuple, compiler: str) -> dict[str, tuple[Callabl
     return ways
 
 
-def kernels(results: dict, rounds: int, *shape, compiler: str = "inductor", n: int = 8192, size: int = 2**30) -> None:
+def kernels(rounds: int, *shape, compiler: str = "inductor", n: int = 8192, size: int = 2**30) -> Iterator[tuple]:
     """Every op beside its other ways, forward, and forward and backward.
 
     First what the device reaches in a bf16 product of (n, n) matrices and in a copy of `size` bytes.
     """
-    a, b = (torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
-    c, old, new = torch.empty_like(a), *(torch.zeros(size, dtype=torch.uint8, device=DEVICE) for _ in range(2))
-    s = in_turns({"product": lambda: torch.mm(a, b, out=c), "copy": lambda: new.copy_(old)}, rounds, device_s)
-    report(results, "large product, TFLOP/s", spread([2e-12 * n**3 / t for t in s["product"]]))
-    report(results, "large copy, GB/s", spread([2e-9 * size / t for t in s["copy"]]))
+    a, old = torch.randn(n, n, device=DEVICE).bfloat16(), torch.zeros(size, dtype=torch.uint8, device=DEVICE)
+    new = torch.empty_like(old)
+    s = in_turns({"product": lambda: a @ a, "copy": lambda: new.copy_(old)}, rounds, device_s)
+    yield "large product, TFLOP/s", [2e-12 * n**3 / t for t in s["product"]]
+    yield "large copy, GB/s", [2e-9 * size / t for t in s["copy"]]
     for case in cases(*(shape or (LLAMA_7B, LLAMA_1B, 4, 4096)), torch.bfloat16, DEVICE, PAD[DEVICE]):
         inputs = case.inputs()
         ways = ways_of(case, inputs, compiler)
-        outputs = call(*ways["plain"])()
-        for direction, upstream in (("forward", None), ("both", [torch.randn_like(y) for y in outputs])):
-            calls, name = {way: call(*w, upstream) for way, w in ways.items()}, f"{case.fused.__name__}, {case.where}"
-            s = in_turns(calls, rounds, device_s)
-            for way in calls.keys() - {"ours"}:
-                report(results, f"{name}, {direction}, {way} / ours", ratio(s[way], s["ours"]))
+        outputs = call(*ways["plain"], torch.bfloat16)
+        nbytes = sum(t.nbytes for t in (*inputs, *outputs) if isinstance(t, Tensor))
+        for direction, upstream in (("forward", []), ("both", [torch.randn_like(y) for y in outputs])):
+            name = f"{case.fused.__name__}, {case.where}, {direction}"
+            s = in_turns({way: partial(run, *w, upstream) for way, w in ways.items()}, rounds, device_s)
+            for way in ways.keys() - {"ours"}:
+                yield f"{name}, {way} / ours", s[way], s["ours"]
             if direction == "forward" and case.op in ("rms_norm", "rope", "swiglu"):  # their bytes are all they cost
-                nbytes = sum(t.nbytes for t in (*inputs, *outputs) if isinstance(t, Tensor))
-                report(results, f"{name}, {direction}, GB/s", spread([1e-9 * nbytes / t for t in s["ours"]]))
+                yield f"{name}, GB/s", [1e-9 * nbytes / t for t in s["ours"]]
 
 
-BENCHES = {"pruning": pruning, "transformers": transformers, "loader": loader, "mix": mix, "kernels": kernels}
+BENCHES = {"pruning": pruning, "transformers": transformers, "loader": loader, "mix": mix}
+BENCHES |= {"kernels": kernels} if DEVICE == "cuda" else {}
 
 
 def main(cfg: Config) -> None:
     kernel_ops.use("auto", DEVICE)
     where = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}; torch {torch.__version__}")
-    results = {"where": where, "torch": torch.__version__}
-    names = cfg.only or [name for name in BENCHES if name != "kernels" or DEVICE == "cuda"]
-    if unknown := set(names) - BENCHES.keys():
-        raise UserError(f"only = {','.join(unknown)}: there are {','.join(BENCHES)}")
-    if "kernels" in names and DEVICE == "cpu":
-        raise UserError("only = kernels: needs a GPU")
-    for name in names:
-        BENCHES[name](results, cfg.rounds)
-        Path("out").mkdir(exist_ok=True)
-        Path("out/bench.json").write_text(json.dumps(results, indent=1) + "\n")
+    if unknown := set(cfg.only) - BENCHES.keys():
+        raise UserError(f"only = {','.join(unknown)}: on {DEVICE} there are {','.join(BENCHES)}")
+    for name in cfg.only or BENCHES:
+        for row in BENCHES[name](cfg.rounds):
+            print(line(*row), flush=True)
 
 
 if __name__ == "__main__":
