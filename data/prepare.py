@@ -44,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import configurator
 from configurator import UserError
 from data.shards import DOMAIN, HEADER_BYTES, SPLITS, header, read_json, sha256, shard_files, token_dtype, write_meta
-from data.tokenizer import install_tokenizer, load_tokenizer
+from data.tokenizer import Tokenizer, install_tokenizer, load_tokenizer
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.bz2", ".jsonl.zst", ".json.gz", ".json.zst", ".parquet")  # read in a folder
 CHUNK_CHARS = 1 << 19  # about half a second of work for one process
@@ -202,9 +202,9 @@ def chunks_of(sources: list[Source], at: int, record: int, wanted: set[str]) -> 
             yield Chunk(s, first, waiting, source.domain, frozenset(wanted))
 
 
-tokenizer_of = cache(
-    lambda folder, spec: load_tokenizer({"tokenizer": json.loads(spec)}, folder)
-)  # loaded once a process
+@cache  # loaded once a process
+def tokenizer_of(folder: str, spec: str) -> Tokenizer:
+    return load_tokenizer({"tokenizer": json.loads(spec)}, folder)
 
 
 def encode(chunk: Chunk, folder: str, spec: str, cfg: Config) -> list[tuple]:

