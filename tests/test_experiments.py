@@ -114,11 +114,11 @@ def test_an_answer_is_scored_by_the_log_probability_of_its_tokens_given_the_ques
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     pairs = [tasks.encode_pair(tokenizer, "a b c ", answer) for answer in ("d", "e f g")]
     assert pairs == [([1, 2, 3, 4], 1), ([1, 2, 3, 5, 6, 7], 3)]
-    for (tokens, n), logprob in zip(pairs, tasks.score(model, pairs), strict=True):
+    for (tokens, n), (logprob, _) in zip(pairs, tasks.score(model, pairs), strict=True):
         expected = model(torch.tensor([tokens[:-1]]))[0].log_softmax(-1)[torch.arange(len(tokens) - 1), tokens[1:]]
         assert np.isclose(logprob, expected[-n:].sum().item(), atol=1e-5)
     rows = [{"label": 1, "request": {"continuation": text}} for text in (" ab", " abcdef")]
-    assert tasks.judge(rows, [-2.0, -3.0]) == (False, True)  # the likeliest; and per character
+    assert tasks.judge(rows, [(-2.0, False), (-3.0, False)]) == (0.0, 1.0)  # the likeliest; and per character
 
 
 def made_up(name, loss):
