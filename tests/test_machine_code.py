@@ -95,10 +95,3 @@ def test_every_kernel_of_a_pruning_run_is_sound_on_one_chip():
     result = run("-c", ONE_CHIP)
     assert result.returncode == 0, result.stderr
     assert set(result.stdout.splitlines()) == KERNELS | {"masked_linear.product"}
-
-
-@pytest.mark.full
-def test_make_kernels_finds_no_fault_on_any_chip():
-    result = run("-m", "kernels.machine_code")
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "no kernel spills" in result.stdout
