@@ -26,7 +26,7 @@ import signal
 import sys
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -44,13 +44,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import configurator
 from configurator import UserError
 from data.shards import DOMAIN, HEADER_BYTES, SPLITS, header, read_json, sha256, shard_files, token_dtype, write_meta
-from data.tokenizer import Tokenizer, install_tokenizer, load_tokenizer
+from data.tokenizer import install_tokenizer, load_tokenizer, train_tokenizer
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.bz2", ".jsonl.zst", ".json.gz", ".json.zst", ".parquet")  # read in a folder
+MAX_RECORD_BYTES = 1 << 26  # a longer line is no document but damage
 CHUNK_CHARS = 1 << 19  # about half a second of work for one process
 PARQUET_ROWS = 16  # read at once: a few bytes of Parquet can stand for many copies of a long text
 CHECKPOINT_S = 30.0  # what a stop costs at most
 REPORTED = 20  # bad records printed per source; all are counted
+TOKENIZER_CHARS = 24_000_000  # a tokenizer is trained on so many: an equal share of each domain, from its start
 UNFINISHED = "unfinished"  # settings and progress, as long as a folder is not complete
 DIGESTS = "unfinished.digests"  # 64 bits of the sha256 of each document so far
 
@@ -58,10 +60,14 @@ DIGESTS = "unfinished.digests"  # 64 bits of the sha256 of each document so far
 @dataclass(frozen=True)
 class Config:
     out: str = ""  # folder of the data set
-    tokenizer: str = ""  # of the model: its tokenizer.json, sentencepiece .model, or Llama 3's file of ranks
+    tokenizer: str = ""  # a sentencepiece .model, a file of tiktoken ranks, a tokenizer.json, tiktoken:NAME, or train
+    bos: str = ""  # token that starts a document, by name (tokenizer.json only)
+    eos: str = ""  # end-of-text token, by name (tokenizer.json only)
     preset: str = ""  # slimpajama (7 domains, mixed in any files) or culturax (8 languages, a folder for each)
-    stream: str = ""  # data set on the Hugging Face hub, in place of files, such as uonlp/CulturaX (needs `datasets`)
+    stream: str = ""  # data set of this name on the Hugging Face hub, in place of files (needs `datasets`)
     revision: str = ""  # revision of that data set; empty: what is there at the time
+    domains: tuple[str, ...] = ()  # domains of the preset, in this order; empty: all
+    vocab_size: int = 32_000  # pieces of a trained tokenizer
     val_fraction: float = 0.01  # share of the documents that becomes validation data, between 0 and 1
     shard_tokens: int = 1 << 26  # tokens of a full shard (128 MiB in uint16), at most 2**31 - 1
     max_tokens: int = 0  # training tokens after which a domain takes no more documents; 0: no limit
@@ -70,18 +76,23 @@ class Config:
     force: bool = False  # replace the data set that is in the folder
 
 
-# a record's meta.redpajama_set_name: domain (Soboleva et al. 2023)
-SLIMPAJAMA = {
-    "RedPajamaCommonCrawl": "cc",
-    "RedPajamaGithub": "github",
-    "RedPajamaBook": "book",
-    "RedPajamaStackExchange": "stackexchange",
-    "RedPajamaWikipedia": "wiki",
-    "RedPajamaArXiv": "arxiv",
-    "RedPajamaC4": "c4",
+class Preset(NamedTuple):
+    hub: str
+    ratios: dict[str, float]  # initial share of each domain in a batch
+    names: dict[str, str] | None = None  # a record's meta.redpajama_set_name: domain. None: a folder for each domain
+
+
+NAMES = ("CommonCrawl", "Github", "Book", "StackExchange", "Wikipedia", "ArXiv", "C4")
+RATIOS = {"cc": 0.67, "github": 0.045, "book": 0.045, "stackexchange": 0.02, "wiki": 0.045, "arxiv": 0.025, "c4": 0.15}
+TOKENS_B = {"en": 2846.97, "ru": 737.2, "zh": 227.06, "ja": 107.87, "ar": 69.35, "tr": 64.29, "ko": 24.77, "th": 15.72}
+PRESETS = {
+    # Soboleva et al. 2023; ratios of Sheared LLaMA (Xia et al. 2024), after LLaMA
+    "slimpajama": Preset(
+        "cerebras/SlimPajama-627B", RATIOS, {f"RedPajama{n}": domain for n, domain in zip(NAMES, RATIOS, strict=True)}
+    ),
+    # Nguyen et al. 2024; the power gives rare languages more than their share of the text
+    "culturax": Preset("uonlp/CulturaX", {language: n**0.3 for language, n in TOKENS_B.items()}),
 }
-CULTURAX = ("en", "ru", "zh", "ja", "ar", "tr", "ko", "th")  # languages, a folder for each (Nguyen et al. 2024)
-PRESETS = {"slimpajama": tuple(SLIMPAJAMA.values()), "culturax": CULTURAX}
 
 
 # ---- what is read
@@ -89,23 +100,25 @@ PRESETS = {"slimpajama": tuple(SLIMPAJAMA.values()), "culturax": CULTURAX}
 
 class Source(NamedTuple):
     name: str
-    records: Callable[[], Iterator]  # lines as bytes or rows as dicts; their order never changes
+    records: Callable[[], Iterator]  # lines as bytes, rows as dicts, or texts; their order never changes
     domain: str | None  # of all its records; None: each says its own
 
 
 def sources_of(cfg: Config, words: tuple[str, ...]) -> tuple[tuple[str, ...], list[Source], dict]:
     """The domains, their sources, and what identifies those. Raises UserError."""
-    if domains := PRESETS.get(cfg.preset):
-        parts = (None,) if cfg.preset == "slimpajama" else domains
+    if preset := PRESETS.get(cfg.preset):
+        domains = cfg.domains or tuple(preset.ratios)
+        parts = (None,) if preset.names else domains
         pairs = [(part, os.path.join(word, part or "")) for part in parts for word in words]
-        good = bool(words) != bool(cfg.stream)
+        good = set(domains) <= set(preset.ratios) and bool(words) != bool(cfg.stream)
     else:
         pairs = [word.partition("=")[::2] for word in words]
         domains = tuple(dict.fromkeys(domain for domain, _ in pairs))
         pairs.sort(key=lambda pair: domains.index(pair[0]))
         good = pairs and not (cfg.preset or cfg.stream) and all(p and DOMAIN.fullmatch(d) for d, p in pairs)
     if not good:
-        raise UserError(f"expected domain=path ..., or a folder or --stream with a preset of {', '.join(PRESETS)}")
+        presets = "; ".join(f"{name} ({', '.join(p.ratios)}; stream {p.hub})" for name, p in PRESETS.items())
+        raise UserError(f"expected domain=path ..., or a preset with its folder or --stream; presets are {presets}")
     if cfg.stream:
         sources = [source for part in parts for source in streamed(cfg, part)]
         return domains, sources, {"hub": cfg.stream, "revision": cfg.revision, "files": len(sources)}
@@ -125,15 +138,18 @@ def files_of(path: str) -> list[Path]:
 
 
 def read(path: Path, columns: list[str]) -> Iterator[bytes | dict]:
-    """Lines, or rows as dicts. Raises UserError."""
+    """Rows, or lines without their ends. A line over MAX_RECORD_BYTES is cut after one byte more. Raises UserError."""
     try:
         if path.suffix == ".parquet":
             with pyarrow.parquet.ParquetFile(path) as file:
                 for batch in file.iter_batches(PARQUET_ROWS, columns=columns):
                     yield from batch.to_pylist()
-        else:
-            with io.BufferedReader(pyarrow.input_stream(str(path)), 1 << 16) as file:
-                yield from file
+            return
+        with io.BufferedReader(pyarrow.input_stream(str(path)), 1 << 16) as file:
+            while line := file.readline(MAX_RECORD_BYTES + 1):
+                yield line.removesuffix(b"\n")
+                while len(line) > MAX_RECORD_BYTES and not line.endswith(b"\n"):
+                    line = file.readline(MAX_RECORD_BYTES + 1)
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: cannot be read to its end ({error}): get the file again") from None
 
@@ -150,9 +166,13 @@ def streamed(cfg: Config, part: str | None) -> list[Source]:
 # ---- records to tokens, in several processes
 
 
-def domain_and_text(record: bytes | dict, source_domain: str | None) -> tuple[str, str]:
+def domain_and_text(record: bytes | dict | str, source_domain: str | None, preset: str) -> tuple[str, str]:
     """What is in a record. ValueError or RecursionError says why nothing is."""
+    if isinstance(record, str):
+        return source_domain, record
     if isinstance(record, bytes):
+        if len(record) > MAX_RECORD_BYTES:
+            raise ValueError(f"a line of over {MAX_RECORD_BYTES:,} bytes")
         record = json.loads(record.decode())
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str) or not text.strip():
@@ -160,11 +180,11 @@ def domain_and_text(record: bytes | dict, source_domain: str | None) -> tuple[st
     text.encode()  # half of a surrogate pair is a ValueError
     if source_domain:
         return source_domain, text
-    meta = record.get("meta")
+    meta, names = record.get("meta"), PRESETS[preset].names
     name = str(meta.get("redpajama_set_name") if isinstance(meta, dict) else None)
-    if name not in SLIMPAJAMA:
-        raise ValueError(f"meta.redpajama_set_name is {name[:40]!r}, expected one of {', '.join(SLIMPAJAMA)}")
-    return SLIMPAJAMA[name], text
+    if name not in names:
+        raise ValueError(f"meta.redpajama_set_name is {name[:40]!r}, expected one of {', '.join(names)}")
+    return names[name], text
 
 
 def digest_of(text: str) -> bytes:
@@ -202,9 +222,7 @@ def chunks_of(sources: list[Source], at: int, record: int, wanted: set[str]) -> 
             yield Chunk(s, first, waiting, source.domain, frozenset(wanted))
 
 
-@cache  # loaded once a process
-def tokenizer_of(folder: str, spec: str) -> Tokenizer:
-    return load_tokenizer({"tokenizer": json.loads(spec)}, folder)
+tokenizer_of = cache(lambda folder, spec: load_tokenizer(json.loads(spec), folder))  # loaded once a process
 
 
 def encode(chunk: Chunk, folder: str, spec: str, cfg: Config) -> list[tuple]:
@@ -213,7 +231,7 @@ def encode(chunk: Chunk, folder: str, spec: str, cfg: Config) -> list[tuple]:
     for number, record in enumerate(chunk.records, chunk.first + 1):
         domain = chunk.domain
         try:
-            domain, text = domain_and_text(record, domain)
+            domain, text = domain_and_text(record, domain, cfg.preset)
             if domain not in chunk.wanted:
                 continue
             ids = tokenizer.encode(text)
@@ -356,7 +374,7 @@ def build(cfg: Config, settings: dict, sources: list[Source], domains: dict[str,
     for domain, entry in progress["domains"].items():
         if not any(entry[split]["documents"] for split in SPLITS):
             raise UserError(f"domain {domain}: not one usable document: see the bad records above, or leave it out")
-    tokenizer = load_tokenizer(progress, folder)
+    tokenizer = load_tokenizer(progress["tokenizer"], folder)
     meta = {name: getattr(tokenizer, name) for name in ("vocab_size", "bos", "eos")} | {"settings": settings}
     meta |= {name: progress[name] for name in ("tokenizer", "bad_records", "domains")}
     os.sync()
@@ -385,7 +403,7 @@ def locked(folder: str | Path) -> Iterator[None]:
 
 
 def is_complete(folder: str | Path, settings: dict, force: bool = False) -> bool:
-    """Whether the folder holds the whole data set made with these settings, and says so; else it may be written.
+    """Whether the folder holds the whole data set made with these settings; where False, it may be written.
 
     Raises UserError where another data set, or an unfinished one of other settings, would be lost. force: it may be.
     """
@@ -393,37 +411,65 @@ def is_complete(folder: str | Path, settings: dict, force: bool = False) -> bool
     if force:
         return False
     meta, unfinished = json_in(folder / "meta.json"), json_in(folder / UNFINISHED)
-    if meta.get("settings") == settings:
-        print(f"{folder}: complete, domains {', '.join(meta['domains'])}; nothing to do (--force prepares it again)")
-        return True
-    if unfinished.get("settings") != settings and (meta or unfinished or any(folder.glob("*.bin"))):
+    if settings in (meta.get("settings"), unfinished.get("settings")):
+        return meta.get("settings") == settings
+    if meta or unfinished or any(folder.glob("*.bin")):
         raise UserError(f"{folder}: holds another data set (other files or settings): choose another folder or --force")
     return False
 
 
 def write_dataset(
-    folder: str, settings: dict, collect: Callable, tokenizer: Callable, about: dict, val_fraction: float, force: bool
-) -> None:
-    """Write texts that lie in memory, where the folder does not hold that data set already. Raises UserError.
+    folder: str | Path, spec: dict, texts: dict, *, val_fraction: float, settings: dict, about=None, processes: int
+) -> dict:
+    """Write texts that lie in memory and replace what is in the folder; returns meta.json's content.
 
-    collect() gives texts, {domain: list of str}; tokenizer(texts) brings a tokenizer into the folder and gives its
-    entry in meta.json. about: {domain: (source, licence)}.
+    spec: the tokenizer's entry in meta.json; its file lies in the folder. texts: {domain: iterable of str}.
+    about: {domain: (source, licence)}.
     """
-    cfg = Config(out=folder, val_fraction=val_fraction, force=True)
+    cfg = Config(out=str(folder), val_fraction=val_fraction, processes=processes, force=True)
+    sources = [Source(domain, partial(iter, documents), domain) for domain, documents in texts.items()]
+    domains = {d: dict(zip(("source", "licence"), (about or {}).get(d, ()), strict=False)) for d in texts}
     with locked(folder):
-        if not is_complete(folder, settings, force):
-            texts = collect()
-            sources = [Source(d, partial(map, lambda text: {"text": text}, texts[d]), d) for d in texts]
-            entries = {domain: dict(zip(("source", "licence"), about[domain], strict=True)) for domain in texts}
-            print(table(build(cfg, settings, sources, entries, partial(tokenizer, texts))))
+        return build(cfg, settings, sources, domains, lambda: spec)
 
 
 # ---- the command
 
 
+def training_share(texts: Iterable[str], n_chars: int, val_fraction: float) -> Iterator[str]:
+    """The first `n_chars` characters of the train split: what a tokenizer is trained on."""
+    for text in texts:
+        if n_chars <= 0:
+            return
+        if split_of(digest_of(text), val_fraction) == "train":
+            yield text[:n_chars]
+            n_chars -= len(text)
+
+
+def texts_of(domain: str, sources: list[Source], preset: str) -> Iterator[str]:
+    for source in sources:
+        for record in source.records() if source.domain in (None, domain) else ():
+            try:
+                found, text = domain_and_text(record, source.domain, preset)
+            except (ValueError, RecursionError):
+                continue  # reported and counted when it is encoded
+            if found == domain:
+                yield text
+
+
+def make_tokenizer(cfg: Config, domains: tuple[str, ...], sources: list[Source]) -> dict:
+    """meta.json's entry for the tokenizer, its file copied or trained into the folder."""
+    if cfg.tokenizer != "train":
+        return install_tokenizer(cfg.tokenizer, cfg.out, cfg.bos, cfg.eos)
+    print(f"training a tokenizer of {cfg.vocab_size:,} pieces", flush=True)
+    share = partial(training_share, n_chars=TOKENIZER_CHARS // len(domains), val_fraction=cfg.val_fraction)
+    texts = (text for domain in domains for text in share(texts_of(domain, sources, cfg.preset)))
+    return train_tokenizer(texts, cfg.vocab_size, cfg.out)
+
+
 def check(cfg: Config) -> None:
-    good = {"out": cfg.out, "tokenizer": os.path.isfile(cfg.tokenizer), "val_fraction": 0 < cfg.val_fraction < 1}
-    good |= {"shard_tokens": 0 < cfg.shard_tokens < 2**31}
+    good = {"out": cfg.out, "tokenizer": cfg.tokenizer, "val_fraction": 0 < cfg.val_fraction < 1}
+    good |= {"shard_tokens": 0 < cfg.shard_tokens < 2**31, "processes": cfg.processes > 0}
     if wrong := [name for name, value in good.items() if not value]:
         raise UserError(f"--{wrong[0]}={getattr(cfg, wrong[0])}: needs another value: see data/prepare.py --help")
 
@@ -439,16 +485,25 @@ def table(meta: dict) -> str:
 
 
 def main(cfg: Config, *words: str) -> None:
+    start_s = time.perf_counter()
     check(cfg)
     domains, sources, origin = sources_of(cfg, words)
     cfg = replace(cfg, dedup=cfg.dedup and not cfg.preset)
-    same = ("preset", "val_fraction", "shard_tokens", "max_tokens", "dedup")
+    same = ("preset", "bos", "eos", "vocab_size", "val_fraction", "shard_tokens", "max_tokens", "dedup")
     settings = {"made_by": "data/prepare.py"} | {name: getattr(cfg, name) for name in same}
-    settings |= {"tokenizer": sha256(cfg.tokenizer), "domains": list(domains), "origin": origin}
+    settings["tokenizer"] = sha256(cfg.tokenizer) if os.path.isfile(cfg.tokenizer) else cfg.tokenizer
+    settings |= {"domains": list(domains), "origin": origin}
     with locked(cfg.out):
-        if not is_complete(cfg.out, settings, cfg.force):
-            tokenizer = partial(install_tokenizer, cfg.tokenizer, cfg.out)
+        if is_complete(cfg.out, settings, cfg.force):
+            print(f"{cfg.out}: complete, domains {', '.join(domains)}; nothing to do (--force prepares it again)")
+        else:
+            tokenizer = partial(make_tokenizer, cfg, domains, sources)
             print(table(build(cfg, settings, sources, {domain: {} for domain in domains}, tokenizer)))
+            print(f"{cfg.out}: done in {time.perf_counter() - start_s:.0f} s")
+    if preset := PRESETS.get(cfg.preset):
+        total = sum(preset.ratios[domain] for domain in domains)
+        ratios = tuple(round(preset.ratios[domain] / total, 4) for domain in domains)
+        print(f"for the config file:\n    domains = {domains}\n    ratios = {ratios}")
 
 
 if __name__ == "__main__":

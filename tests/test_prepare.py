@@ -1,5 +1,6 @@
 """Text in, a data set out: the right documents, the same bytes however it was made, and nothing of others lost."""
 
+import ast
 import contextlib
 import gzip
 import hashlib
@@ -8,11 +9,11 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import sys
 import time
 import types
-from functools import partial
 from pathlib import Path
 
 import pyarrow
@@ -23,13 +24,14 @@ import zstandard
 import configurator
 from configurator import UserError
 from data import prepare
-from data.prepare import Config, locked, main, write_dataset
-from data.shards import open_shard, read_meta, sha256, shard_files
-from data.tokenizer import MODEL_FILE, SentencePiece, install_tokenizer, load_tokenizer, train_tokenizer
+from data.prepare import Config, is_complete, locked, main, training_share, write_dataset
+from data.shards import open_shard, read_meta, verify
+from data.tokenizer import MODEL_FILE, SentencePiece, load_tokenizer, train_tokenizer
 
+ROOT = Path(__file__).parents[1]
 BAD = [b"", b"{", b"[1]", b'{"txt": "a"}', b'{"text": 3}', b'{"text": " \\n"}', b'{"text": "\xff"}']
 BAD += [b'{"text": "\\ud800"}', b"[" * 100_000]
-HUB = "cerebras/SlimPajama-627B"
+SLIMPAJAMA, CULTURAX = prepare.PRESETS["slimpajama"], prepare.PRESETS["culturax"]
 
 
 def some_documents(n: int, seed: int) -> list[str]:
@@ -94,8 +96,8 @@ def run(folder: Path, model: str, out: str, **settings) -> None:
 
 
 def test_every_good_document_is_there_once_on_the_side_its_hash_says(inputs, model):
+    verify(inputs.out)
     meta, tokenizer = read_meta(inputs.out), SentencePiece(model)
-    assert all(sha256(inputs.out / shard["file"]) == shard["sha256"] for shard in shard_files(meta))
     for domain, split in itertools.product(("web", "code"), ("train", "val")):
         documents = [t for t in getattr(inputs, domain) if side(t) == split]
         part = meta["domains"][domain][split]
@@ -130,6 +132,16 @@ def test_a_text_that_the_tokenizer_cannot_encode_is_a_bad_record(tmp_path, model
     assert sum(meta["domains"]["web"][split]["documents"] for split in ("train", "val")) == 39
 
 
+def test_a_line_that_is_too_long_is_bad_and_the_next_is_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "MAX_RECORD_BYTES", 5000)
+    (tmp_path / "a.jsonl").write_bytes(json_lines(["first", "x" * 19_000, "last"]))
+    first, long, last = prepare.read(tmp_path / "a.jsonl", ["text"])
+    assert [prepare.domain_and_text(line, "web", "")[1] for line in (first, last)] == ["first", "last"]
+    assert len(long) == 5001
+    with pytest.raises(ValueError, match="a line of over 5,000 bytes"):
+        prepare.domain_and_text(long, "web", "")
+
+
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
 @pytest.mark.parametrize("damage", ["cut off", "overwritten"])
 def test_a_damaged_file_is_an_error_that_names_it(tmp_path, name, damage):
@@ -162,6 +174,19 @@ def test_parquet_gives_the_data_set_of_a_folder_of_json_lines(tmp_path, model):
     assert list(lines["bad_records"].values()) == list(rows["bad_records"].values()) == [1]
 
 
+def test_a_tokenizer_is_trained_on_an_equal_share_of_each_domains_train_split(inputs, monkeypatch):
+    shares = []
+    monkeypatch.setattr(prepare, "TOKENIZER_CHARS", 20_000)
+    monkeypatch.setattr(
+        prepare, "train_tokenizer", lambda texts, *more: shares.extend(texts) or train_tokenizer(shares, *more)
+    )
+    run(inputs.folder, "train", "trained", vocab_size=420)
+    assert read_meta(inputs.folder / "trained")["vocab_size"] == 420
+    train_texts = [[t for t in d if side(t) == "train"] for d in (inputs.web, inputs.code)]
+    assert "".join(shares) == "".join("".join(texts)[:10_000] for texts in train_texts)
+    assert sum(map(len, training_share(inputs.web, 1000, 0.2))) == 1000
+
+
 def test_a_domain_is_full_after_the_document_that_reaches_max_tokens(inputs, model, monkeypatch):
     monkeypatch.setattr(prepare, "CHUNK_CHARS", 2000)
     for processes in (1, 2):
@@ -186,7 +211,7 @@ def test_without_dedup_every_repeat_stays(inputs, model):
 
 
 def slimpajama_records(seed: int) -> list[dict]:
-    texts, names = some_documents(280, seed), list(prepare.SLIMPAJAMA)
+    texts, names = some_documents(280, seed), list(SLIMPAJAMA.names)
     return [
         {"text": f"{names[i % 7]} {text}", "meta": {"redpajama_set_name": names[i % 7]}} for i, text in enumerate(texts)
     ]
@@ -201,27 +226,39 @@ def slimpajama(tmp_path):
     return tmp_path
 
 
+def ratios_in(text: str) -> tuple:
+    return ast.literal_eval(re.search(r"ratios = (\(.+\))", text)[1])
+
+
 def test_slimpajama_records_go_where_their_meta_says(slimpajama, model, capsys):
     bad = [{"text": "a", "meta": {"redpajama_set_name": "RedPajamaC5"}}, {"text": "b", "meta": [1]}, {"text": "c"}]
     (slimpajama / "train" / "z.jsonl").write_text("".join(json.dumps(record) + "\n" for record in bad))
     cfg = Config(preset="slimpajama", tokenizer=model, val_fraction=0.2, processes=1, out=str(slimpajama / "all"))
     main(cfg, str(slimpajama / "train"))
-    assert "z.jsonl:1: meta.redpajama_set_name is 'RedPajamaC5'" in capsys.readouterr().err
+    output = capsys.readouterr()
+    assert ratios_in(output.out) == pytest.approx(ratios_in((ROOT / "config/prune.py").read_text()), abs=1e-4)
+    assert "z.jsonl:1: meta.redpajama_set_name is 'RedPajamaC5'" in output.err
     meta = read_meta(slimpajama / "all")
     assert list(meta["domains"]) == ["cc", "github", "book", "stackexchange", "wiki", "arxiv", "c4"]
     assert sum(meta["bad_records"].values()) == 3
-    for name, domain in prepare.SLIMPAJAMA.items():
+    for name, domain in SLIMPAJAMA.names.items():
         texts = [t for split in ("train", "val") for t in stored(slimpajama / "all", domain, split)]
         assert len(texts) == 80 and all(text.startswith(f"{name} ") for text in texts)
+    two = Config(preset="slimpajama", tokenizer="train", vocab_size=400, domains=("wiki", "c4"), out=f"{slimpajama}/2")
+    main(two, str(slimpajama / "train"))
+    assert list(read_meta(slimpajama / "2")["domains"]) == ["wiki", "c4"]
+    assert "ratios = (0.2308, 0.7692)" in capsys.readouterr().out
 
 
-def test_culturax_has_a_folder_for_each_language(tmp_path, model):
-    for i, language in enumerate(prepare.CULTURAX):
+def test_culturax_has_a_folder_for_each_language(tmp_path, model, capsys):
+    for i, language in enumerate(CULTURAX.ratios):
         (tmp_path / "copy" / language).mkdir(parents=True)
         documents = pyarrow.table({"text": some_documents(60, seed=i), "url": ["a"] * 60})
         pyarrow.parquet.write_table(documents, tmp_path / "copy" / language / "part-0.parquet")
     cfg = Config(preset="culturax", tokenizer=model, val_fraction=0.2, processes=1, out=str(tmp_path / "out"))
     main(cfg, str(tmp_path / "copy"))
+    wanted = ratios_in((ROOT / "config/prune_qwen2.py").read_text())
+    assert ratios_in(capsys.readouterr().out) == pytest.approx(wanted, abs=1e-4)
     assert list(read_meta(tmp_path / "out")["domains"]) == ["en", "ru", "zh", "ja", "ar", "tr", "ko", "th"]
     (tmp_path / "copy" / "th" / "part-0.parquet").unlink()
     with pytest.raises(UserError, match="copy/th: no such file"):
@@ -238,9 +275,9 @@ def test_a_stream_gives_what_the_files_would(slimpajama, model, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     cfg = {"preset": "slimpajama", "tokenizer": model, "val_fraction": 0.2, "processes": 1}
     main(Config(**cfg, out=str(slimpajama / "files")), str(slimpajama / "train"))
-    main(Config(**cfg, out=str(slimpajama / "stream"), stream=HUB, revision="abc"))
+    main(Config(**cfg, out=str(slimpajama / "stream"), stream=SLIMPAJAMA.hub, revision="abc"))
     assert read_meta(slimpajama / "stream")["domains"] == read_meta(slimpajama / "files")["domains"]
-    assert asked == [(HUB, None, "abc")]
+    assert asked == [(SLIMPAJAMA.hub, None, "abc")]
 
 
 # ---- the same bytes, however it was made
@@ -366,26 +403,23 @@ def test_two_runs_never_write_into_one_folder(inputs, model, tmp_path):
     assert content(tmp_path) == {}
 
 
-def write(folder: Path, model: str, texts: dict, made_by: str = "a test", force: bool = False) -> dict:
-    def tokenizer(_):
-        return install_tokenizer(model, folder)
-
-    about = {"web": ("the web", "none"), "code": ("", "")}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "Config", partial(Config, processes=1))
-        write_dataset(str(folder), {"made_by": made_by}, lambda: texts, tokenizer, about, 0.2, force)
-    return read_meta(folder)
+def write(folder: Path, model: str, texts: dict, **more) -> dict:
+    (folder / MODEL_FILE).write_bytes(Path(model).read_bytes())
+    spec = {"kind": "sentencepiece", "file": MODEL_FILE, "sha256": hashlib.sha256(Path(model).read_bytes()).hexdigest()}
+    return write_dataset(folder, spec, texts, val_fraction=0.2, settings={"made_by": "a test"}, processes=1, **more)
 
 
 def test_texts_in_memory_become_a_data_set_too(inputs, model, tmp_path):
-    meta = write(tmp_path, model, {"web": inputs.web, "code": inputs.code})
+    settings, about = {"made_by": "a test"}, {"web": ("the web", "none"), "other": ("", "")}
+    assert not is_complete(tmp_path, settings)
+    meta = write(tmp_path, model, {"web": iter(inputs.web), "code": inputs.code}, about=about)
+    assert is_complete(tmp_path, settings) and not is_complete(tmp_path, settings, force=True)
+    with pytest.raises(UserError, match="holds another data set"):
+        is_complete(tmp_path, {"made_by": "another"})
+    assert meta == read_meta(tmp_path)
     assert (meta["domains"]["web"]["source"], meta["domains"]["web"]["licence"]) == ("the web", "none")
     for domain in ("web", "code"):
         assert stored(tmp_path, domain, "train") == stored(inputs.out, domain, "train")
-    assert write(tmp_path, model, None) == meta
-    with pytest.raises(UserError, match="holds another data set"):
-        write(tmp_path, model, {"web": inputs.web}, made_by="another")
-    assert list(write(tmp_path, model, {"web": inputs.web}, force=True)["domains"]) == ["web"]
 
 
 @pytest.mark.parametrize(
@@ -393,8 +427,8 @@ def test_texts_in_memory_become_a_data_set_too(inputs, model, tmp_path):
     [
         (["web=missing.jsonl"], {}, "missing.jsonl: no such file"),
         (["web"], {}, "expected domain=path"),
-        (["a.jsonl"], {"preset": "slimpyjama"}, "a preset of slimpajama"),
-        ([], {"preset": "slimpajama"}, "a preset of slimpajama"),
+        (["a.jsonl"], {"preset": "slimpyjama"}, "presets are slimpajama"),
+        ([], {"preset": "slimpajama"}, "presets are slimpajama"),
         (["web=a.jsonl"], {"val_fraction": 1.0}, "--val_fraction=1.0"),
         (["web=b.jsonl"], {}, "domain web: not one usable document"),
     ],

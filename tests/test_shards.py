@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configurator import UserError
-from data.shards import open_shard, read_meta, write_shard
+from data.shards import open_shard, read_meta, sha256, verify, write_meta, write_shard
 
 
 @pytest.mark.parametrize(
@@ -45,8 +45,28 @@ def test_a_file_that_is_no_whole_shard_is_refused_by_name(tmp_path, content):
         open_shard(tmp_path / "a.bin")
 
 
-@pytest.mark.parametrize("content", ["", "{"])
-def test_a_meta_that_describes_no_data_set_is_refused(tmp_path, content):
-    (tmp_path / "meta.json").write_text(content)
+@pytest.fixture
+def data_set(tmp_path):
+    parts = {}
+    for split in ("train", "val"):
+        path = tmp_path / f"web_{split}_000000.bin"
+        write_shard(path, np.arange(9), 4096)
+        parts[split] = {"tokens": 9, "bytes": 30, "shards": [{"file": path.name, "sha256": sha256(path)}]}
+    write_meta(tmp_path, {"tokenizer": {}, "vocab_size": 4096, "bos": 1, "eos": 2, "domains": {"web": parts}})
+    return tmp_path
+
+
+def test_verification_finds_the_shard_whose_content_changed(data_set):
+    verify(data_set)
+    with open(data_set / "web_val_000000.bin", "r+b") as f:
+        f.seek(-1, 2)
+        f.write(b"\1")
+    with pytest.raises(UserError, match=r"web_val_000000\.bin"):
+        verify(data_set)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"domains": {}}'])
+def test_a_meta_that_describes_no_data_set_is_refused(data_set, content):
+    (data_set / "meta.json").write_text(content)
     with pytest.raises(UserError, match=r"meta\.json"):
-        read_meta(tmp_path)
+        read_meta(data_set)

