@@ -281,7 +281,7 @@ def test_the_lagrangian_alone_brings_every_mask_to_its_target():
     ],
 )
 def test_a_target_that_the_source_cannot_give_is_refused_with_both_numbers(change, numbers):
-    with pytest.raises(ValueError, match=rf"(?s){numbers[0]}.*{numbers[1]}"):
+    with pytest.raises(UserError, match=rf"(?s){numbers[0]}.*{numbers[1]}"):
         target_config(BASE, **{**TARGET, **change})
 
 
