@@ -7,7 +7,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 RESULTS ?= experiments/results.jsonl
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist=loadfile
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist=worksteal
 
 .PHONY: demo test test-full kernels bench evidence evidence-smollm2 report docs lint clean
 

@@ -194,7 +194,7 @@ def command(
         print(f"{doc}\nSettings, with their defaults:\n\n{help_of(config_class)}")
         sys.exit()
     given = [] if config_files else [a for a in arguments if not a.startswith("--")]
-    if (config_files or words[0]) and not arguments:
+    if (config_files or words[1]) and not arguments:
         sys.exit(f"{doc}\n--help lists the settings.")
     try:
         if not words[0] <= len(given) <= words[1]:

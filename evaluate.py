@@ -92,7 +92,7 @@ class Config:
     seq_len: int = 256  # tokens of context
     sequences: int = 64  # windows a domain
     batch_size: int = 8  # windows a forward pass
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # CUDA_VISIBLE_DEVICES chooses which
 
 
 def main(cfg: Config, folder: str) -> None:

@@ -28,8 +28,8 @@ class Config:
     max_tokens: int = 200  # to generate; fewer where the model ends the text or its context is full
     temperature: float = 0.8  # 0: always the likeliest token
     top_p: float = 0.95  # sample among the likeliest tokens that together have this probability
-    seed: int = 17
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    seed: int = 17  # the same seed gives the same text
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # CUDA_VISIBLE_DEVICES chooses which
 
 
 def tokenizer_of(folder: Path) -> Tokenizer:
