@@ -12,6 +12,7 @@ is a checkpoint any tool loads.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -145,7 +146,21 @@ class Subnetwork:
     norm: Units = ALL
     lm_head: Units = ALL
     z_backward: Callable[[Tensor], None] | None = None  # hands the gradient of every mask value, flat, on to log_alpha
-    z_device: Tensor | None = None  # those values on the device, a leaf: the scales above are views of it
+    z_gradient: Callable[[], Tensor] | None = None  # of every mask value, flat, on the device: the scales above are leaves
+
+
+class Teacher(NamedTuple):
+    hidden: Tensor  # (B, T, D of the teacher)
+    weight: Tensor  # (V, D of the teacher), its head
+    distill: float
+
+
+class Loss(NamedTuple):
+    """In nats. The gradient is that of the objective; backward runs through it once."""
+
+    objective: Tensor  # (), the mean over tokens of (1 - distill) cross_entropy + distill kl
+    cross_entropy: Tensor  # (B, T), without a gradient
+    kl: Tensor | None  # (B, T), KL(teacher || model), without a gradient; None where there is no teacher
 
 
 class _TakePart(torch.autograd.Function):
@@ -320,19 +335,9 @@ class Llama(nn.Module):
             else:
                 put(p, torch.full(p.shape, 0.0 if name.endswith("bias") else 1.0))
 
-    def forward(
-        self,
-        tokens: Tensor,
-        targets: Tensor | None = None,
-        subnetwork: Subnetwork | None = None,
-        cache: Cache | None = None,
-    ) -> Tensor:
-        """Logits (B, T, V), or with targets the cross-entropy per token in nats (B, T), float32.
-
-        tokens, targets: (B, T) int64. subnetwork: what is kept of the model (prune.subnetwork), None for all.
-        cache: tokens follow those it holds and are added to it; logits are then those of the last token, (B, 1, V).
-        """
-        s, start = subnetwork or self.everything, cache.length if cache else 0
+    def hidden(self, tokens: Tensor, s: Subnetwork, cache: Cache | None = None) -> Tensor:
+        """What the head sees: the last norm's output (B, T, d); with a cache that of the last token, (B, 1, d)."""
+        start = cache.length if cache else 0
         self.config.check_length(start + tokens.shape[1])
         rope = rope_tables(self.config, start, tokens.shape[1], tokens.device)
         x, delta = self.embed_tokens(tokens, s.embed_tokens), None  # (B, T, d)
@@ -344,9 +349,33 @@ class Llama(nn.Module):
         h, _ = self.norm(x, delta, s.norm)
         if cache:
             cache.length, h = start + tokens.shape[1], h[:, -1:]
+        return h
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        subnetwork: Subnetwork | None = None,
+        cache: Cache | None = None,
+        teacher: Teacher | None = None,
+    ) -> Tensor | Loss:
+        """Logits (B, T, V), or with targets the loss.
+
+        tokens, targets: (B, T) int64. subnetwork: what is kept of the model (prune.subnetwork), None for all.
+        cache: tokens follow those it holds and are added to it; logits are then those of the last token, (B, 1, V).
+        teacher: what another model with the same vocabulary knows of these tokens (teach).
+        """
+        s = subnetwork or self.everything
+        h = self.hidden(tokens, s, cache)
         if targets is None:
             return self.lm_head(h, s.lm_head)  # (B, T, V)
-        return ops.linear_cross_entropy(h, self.lm_head.effective(s.lm_head)[0], targets)
+        weight, _ = self.lm_head.effective(s.lm_head)
+        return Loss(*ops.linear_cross_entropy(h, weight, targets, *(teacher or ())))
+
+    @torch.no_grad()
+    def teach(self, tokens: Tensor, distill: float) -> Teacher:
+        """What a student's forward on these tokens (B, T) takes; distill: the share of its objective that is KL."""
+        return Teacher(self.hidden(tokens, self.everything), self.lm_head.weight, distill)
 
     def n_parameters(self, embeddings: bool = True) -> int:
         total = sum(p.numel() for p in self.parameters())

@@ -1,22 +1,24 @@
-"""Hidden states to cross-entropy per token through the LM head, without ever holding the (N, V) logits.
+"""Hidden states to cross-entropy, KL to a teacher, and their gradient, without ever holding all the (N, V) logits.
 
-loss_n = logsumexp_v(h_n . w_v) - h_n . w_target(n)
+ce_n = logsumexp_v(s_n) - s_n,target(n)      kl_n = sum_v q_nv (log q_nv - log p_nv)      objective = mean_n (1 - a) ce_n + a kl_n
 
-The logits are made CHUNKS times smaller than whole: a chunk of the vocabulary at a time is multiplied out, folded into
-each token's running logsumexp, and dropped. Backward makes each chunk again and turns it into its gradient, which two
-more products take on to h and w. At N = 16,384 and V = 32,000 the logits, their softmax and its gradient would be 2 GiB
-each in float32. The price is one product more: four instead of three.
+s = h @ w^T are the model's logits, t the teacher's, p and q their softmaxes, a = distill; without a teacher a = 0.
 
-Chunks run over the vocabulary, not over the tokens: each row of dw is then one product over all tokens, written once,
-where chunks of tokens would read and write the whole (V, D) gradient in every one.
+The gradient is made in the same pass as the loss:  dlogits = (p - (1 - a) onehot(target) - a q) / N,  dh = dlogits @ w,
+dw = dlogits^T @ h.  Three products in all, and one for the teacher's logits; a loss that makes its logits again in
+backward takes one more. The price: the objective is one number, so that its upstream gradient is one number too and
+scales dh and dw afterwards. The losses of each token come out beside it and carry no gradient. Where no gradient is
+asked for, none is made.
 
-Backward, with g_n the gradient of token n's loss and p the softmax:  dlogits_nv = g_n (p_nv - [v = target(n)]),
-dh = dlogits @ w (summed over the chunks in float32),  dw = dlogits^T @ h.  Exact: no small gradient is left out.
+Tokens go through in chunks: of so many that the logits of both heads stay within reference.CHUNK_BYTES. Where all fit
+there is one. At N = 16,384 and V = 32,000 the whole logits, their softmax and its gradient would be 2 GiB each in
+float32. dw adds up over the chunks, in float32.
 
-The products are the library's, in the dtype of h; the softmax is float32. Two kernels fuse it. The loop over the chunks
-is reference.chunked_loss: on a CPU it runs with the softmax in plain PyTorch.
+The products are the library's, in the dtype of h; the softmax is float32. One kernel fuses what lies between them: a
+program walks one token's logits twice, first for the logsumexps, then for kl and dlogits. The loop over the chunks is
+reference.chunked_loss: on a CPU it runs with that part in plain PyTorch.
 
-Shapes: N tokens, D channels, V vocabulary; v counts it; a chunk starts at `first` and holds C of it.
+Shapes: N tokens, n of them in a chunk, D channels, V vocabulary; v counts it.
 """
 
 import torch
@@ -25,50 +27,64 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.reference import chunked_loss
-from kernels.shared import launch
+from kernels.shared import Maybe, check, kernel_op, launch
 
-BLOCK, WARPS = 2048, 8  # logits a step of a program, which walks one token; not tuned on a GPU, from `make kernels`
+BLOCK, WARPS = 4096, 8  # logits a step of a program, which walks one token; not tuned on a GPU, from `make kernels`
 
 
 @triton.jit
-def _fold_kernel(logits, targets, lse, picked, first, C, BLOCK: tl.constexpr):
-    token = tl.program_id(0).to(tl.int64)
+def _logsumexp(logits, V, BLOCK: tl.constexpr):
     highest, total = tl.full((), -float("inf"), tl.float32), tl.full((), 0.0, tl.float32)
-    for start in range(0, C, BLOCK):
+    for start in range(0, V, BLOCK):
         v = start + tl.arange(0, BLOCK)
-        x = tl.load(logits + token * C + v, mask=v < C, other=-float("inf")).to(tl.float32)
+        x = tl.load(logits + v, mask=v < V, other=-float("inf")).to(tl.float32)
         higher = tl.maximum(highest, tl.max(x, axis=0))
         total = total * tl.exp(highest - higher) + tl.sum(tl.exp(x - higher), axis=0)
         highest = higher
-    here, before = highest + tl.log(total), tl.load(lse + token)
-    higher = tl.maximum(here, before)
-    tl.store(lse + token, higher + tl.log(tl.exp(here - higher) + tl.exp(before - higher)))
-    place = tl.load(targets + token) - first
-    inside = (place >= 0) & (place < C)
-    tl.store(picked + token, tl.load(logits + token * C + place, mask=inside, other=0.0).to(tl.float32), mask=inside)
+    return highest + tl.log(total)
 
 
 @triton.jit
-def _gradient_kernel(logits, targets, lse, grad, dlogits, first, C, BLOCK: tl.constexpr):
+def _token_kernel(logits, targets, taught, ce, kl, dlogits, distill, V, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
-    v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(logits + token * C + v, mask=v < C, other=-float("inf")).to(tl.float32)
-    p = tl.exp(x - tl.load(lse + token))
-    p = tl.where(v == tl.load(targets + token) - first, p - 1.0, p) * tl.load(grad + token)
-    tl.store(dlogits + token * C + v, p.to(dlogits.dtype.element_ty), mask=v < C)
+    logits += token * V
+    target = tl.load(targets + token)
+    lse = _logsumexp(logits, V, BLOCK)
+    picked = tl.load(logits + target, mask=(target >= 0) & (target < V), other=0.0).to(tl.float32)
+    tl.store(ce + token, lse - picked)
+    if taught is not None:
+        taught += token * V
+        taught_lse = _logsumexp(taught, V, BLOCK)
+    divergence = tl.full((), 0.0, tl.float32)
+    if taught is not None or dlogits is not None:
+        for start in range(0, V, BLOCK):
+            v = start + tl.arange(0, BLOCK)
+            log_p = tl.load(logits + v, mask=v < V, other=0.0).to(tl.float32) - lse
+            d = tl.exp(log_p)
+            d = tl.where(v == target, d - (1 - distill), d)
+            if taught is not None:
+                log_q = tl.load(taught + v, mask=v < V, other=0.0).to(tl.float32) - taught_lse
+                q = tl.where(v < V, tl.exp(log_q), 0.0)
+                divergence += tl.sum(q * (log_q - log_p), axis=0)
+                d -= distill * q
+            if dlogits is not None:
+                tl.store(dlogits + token * V + v, d.to(dlogits.dtype.element_ty), mask=v < V)
+    if taught is not None:
+        tl.store(kl + token, divergence)
 
 
-def _fold(logits: Tensor, targets: Tensor, first: int, lse: Tensor, picked: Tensor) -> None:
-    N, C = logits.shape
-    launch(_fold_kernel, (N,), logits, targets, lse, picked, first, C, BLOCK, num_warps=WARPS)
+@kernel_op
+def _token_loss(
+    logits: Tensor, targets: Tensor, taught: Maybe, distill: float, gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See reference._token_loss; nothing is overwritten here."""
+    n, V = logits.shape
+    check("linear_cross_entropy", taught is None or taught.shape == logits.shape, logits, targets, taught)
+    ce = logits.new_empty(n, dtype=torch.float32)
+    kl = None if taught is None else torch.empty_like(ce)
+    dlogits = torch.empty_like(logits) if gradient else None
+    launch(_token_kernel, (n,), logits, targets, taught, ce, kl, dlogits, distill, V, BLOCK, num_warps=WARPS)
+    return ce, ce.new_empty(0) if kl is None else kl, logits.new_empty(0) if dlogits is None else dlogits
 
 
-def _gradient(logits: Tensor, targets: Tensor, first: int, lse: Tensor, grad: Tensor) -> Tensor:
-    (N, C), dlogits = logits.shape, torch.empty_like(logits)
-    grid = (N, triton.cdiv(C, BLOCK))
-    launch(_gradient_kernel, grid, logits, targets, lse, grad, dlogits, first, C, BLOCK, num_warps=WARPS)
-    return dlogits
-
-
-# h (..., D), weight (V, D), targets (...) int64 below V -> cross-entropy of each token in nats (...), float32
-linear_cross_entropy = chunked_loss("linear_cross_entropy", _fold, _gradient)
+linear_cross_entropy = chunked_loss(_token_loss)

@@ -7,14 +7,14 @@ Shapes: (R, C) a weight, n of its rows and m of its columns kept, N tokens, D ch
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Maybe = Tensor | None
-CHUNKS = 16  # the loss goes through the vocabulary in so many steps
+CHUNK_BYTES = 2**29  # of the logits, of both heads, that the loss makes at once
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -108,71 +108,120 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     return rotate(q), rotate(k)
 
 
-# ---- the loss, a chunk of the vocabulary at a time (kernels/linear_cross_entropy.py says why)
+# ---- the loss, a chunk of tokens at a time (kernels/linear_cross_entropy.py says why)
 
 
-def _chunks(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
-    width = -(-len(weight) // (CHUNKS * 64)) * 64
-    for first in range(0, len(weight), width):
-        yield first, weight[first : first + width]
+def _softmax_(logits: Tensor) -> Tensor:
+    """Turn logits (n, V) into probabilities, in place. -> their logsumexp (n,)."""
+    highest = logits.amax(dim=1)
+    total = logits.sub_(highest[:, None]).exp_().sum(dim=1)
+    logits.div_(total[:, None])
+    return highest + total.log_()
 
 
-def _fold(logits: Tensor, targets: Tensor, first: int, lse: Tensor, picked: Tensor) -> None:
-    """A chunk's logits, those of words first, first + 1, ..., into lse (N,) and the targets' logits picked (N,)."""
-    logits = logits.float()
-    torch.logaddexp(lse, logits.logsumexp(dim=1), out=lse)
-    place = targets - first
-    inside = (place >= 0) & (place < logits.shape[1])
-    here = logits.gather(1, place.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
-    torch.where(inside, here, picked, out=picked)
+def _token_loss(
+    logits: Tensor, targets: Tensor, taught: Maybe, distill: float, gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy and KL (n,) of a chunk, and dlogits (n, V); KL and dlogits are empty where they are not asked for.
+
+    logits, taught (n, V): those of the model and of the teacher. Both are overwritten: on a CPU the allocation of a
+    large tensor takes longer than the softmax.
+    """
+    dtype, targets, kl = logits.dtype, targets[:, None], logits.new_empty(0)
+    logits = logits.to(torch.promote_types(dtype, torch.float32))
+    picked = logits.gather(1, targets)[:, 0]
+    if taught is not None:
+        taught = taught.to(logits.dtype)
+        difference = taught - logits
+        kl = -_softmax_(taught)
+    lse = _softmax_(logits)
+    if taught is not None:
+        kl += difference.mul_(taught).sum(dim=1) + lse
+        logits.sub_(taught, alpha=distill)
+    logits.scatter_add_(1, targets, logits.new_full(targets.shape, distill - 1))
+    return lse - picked, kl, logits.to(dtype) if gradient else logits.new_empty(0)
 
 
-def _gradient(logits: Tensor, targets: Tensor, first: int, lse: Tensor, grad: Tensor) -> Tensor:
-    """The gradient of a chunk's logits; grad (N,): that of each token's loss."""
-    p = logits.float().sub_(lse[:, None]).exp_()
-    place = targets - first
-    inside = (place >= 0) & (place < p.shape[1])
-    p.scatter_add_(1, place.clamp(0, p.shape[1] - 1)[:, None], -inside[:, None].float())
-    return p.mul_(grad[:, None]).to(logits.dtype)
+class _WithGradients(torch.autograd.Function):
+    """A scalar with given gradients of two inputs. They are scaled in place, so that backward can run only once."""
+
+    @staticmethod
+    def forward(ctx, value, h, weight, dh, dweight, factor):
+        ctx.save_for_backward(dh, dweight)
+        ctx.dtypes, ctx.factor = (h.dtype, weight.dtype), factor
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        scale = (grad * ctx.factor).view(1, 1)  # with dimensions, so that a lower dtype does not round it
+        scaled = [
+            d if d is None else d.mul_(scale) if d.dtype == dtype else (d * scale).to(dtype)
+            for d, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return None, *scaled, None, None, None
 
 
-def chunked_loss(name: str, fold: Callable, gradient: Callable) -> Callable:
-    """linear_cross_entropy as a custom op, by these two ways to go through a chunk's logits."""
+@torch.no_grad()
+def _in_chunks(token_loss: Callable, inputs: tuple, distill: float, needed: tuple[bool, bool]) -> tuple:
+    """Cross-entropy and KL of each token, (N,), dh (N, D) and dweight (V, D) of their sum: None where not needed.
 
-    @torch.library.custom_op(f"drpruning::{name}", mutates_args=())
-    def forward(h: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """h (N, D), weight (V, D), targets (N,) -> loss (N,) and logsumexp (N,), float32."""
-        lse = h.new_full(h.shape[:1], -torch.inf, dtype=torch.float32)
-        picked = torch.zeros_like(lse)
-        for first, part in _chunks(weight):
-            fold(h @ part.t(), targets, first, lse, picked)
-        return lse - picked, lse
+    inputs: h (N, D), weight (V, D), targets (N,), and the teacher's h and weight or None.
+    """
+    h, weight, targets, teacher_h, teacher_weight = inputs
+    (N, dtype), wide = (len(h), compute_dtype(h)), torch.promote_types(compute_dtype(h), torch.float32)
+    dh, dweight, losses = torch.empty_like(h) if needed[0] else None, None, []
+    h, weight, itemsize = h.to(dtype), weight.to(dtype), dtype.itemsize
+    if teacher_h is not None:
+        teacher_h, teacher_weight = (t.to(compute_dtype(teacher_h)) for t in (teacher_h, teacher_weight))
+        itemsize += teacher_h.itemsize
+    chunks = max(1, -(-N * len(weight) * itemsize // CHUNK_BYTES))
+    size = max(1, -(-N // chunks))
+    for first in range(0, max(1, N), size):
+        here = slice(first, first + size)
+        taught = None if teacher_h is None else teacher_h[here] @ teacher_weight.t()
+        ce, kl, dlogits = token_loss(h[here] @ weight.t(), targets[here], taught, distill, any(needed))
+        losses.append((ce, kl))
+        if needed[0]:
+            dh[here] = dlogits @ weight
+        if needed[1] and first and wide == dtype:
+            dweight.addmm_(dlogits.t(), h[here])
+        elif needed[1]:
+            part = dlogits.t() @ h[here]
+            dweight = dweight.add_(part) if first else part if size >= N else part.to(wide)
+    return *(torch.cat(parts) for parts in zip(*losses, strict=True)), dh, dweight
 
-    @torch.library.custom_op(f"drpruning::{name}_backward", mutates_args=())
-    def backward(grad: Tensor, h: Tensor, weight: Tensor, targets: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-        dh, dweight = torch.zeros_like(h, dtype=torch.float32), torch.empty_like(weight)
-        for first, part in _chunks(weight):
-            dlogits = gradient(h @ part.t(), targets, first, lse, grad)
-            dh += dlogits @ part
-            torch.mm(dlogits.t(), h, out=dweight[first : first + len(part)])
-        return dh.to(h.dtype), dweight
 
-    forward.register_fake(lambda h, weight, targets: tuple(h.new_empty(len(h), dtype=torch.float32) for _ in range(2)))
-    backward.register_fake(lambda grad, h, weight, targets, lse: (torch.empty_like(h), torch.empty_like(weight)))
-    forward.register_autograd(
-        lambda ctx, grad, _: (*backward(grad.contiguous(), *ctx.saved_tensors), None),
-        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, output[1]),
-    )
+def chunked_loss(token_loss: Callable) -> Callable:
+    """linear_cross_entropy, by this way to go from a chunk's logits to losses and their gradient."""
 
-    def loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        if targets.shape != h.shape[:-1]:
+    def linear_cross_entropy(
+        h: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        teacher_h: Maybe = None,
+        teacher_weight: Maybe = None,
+        distill: float = 0.0,
+    ) -> tuple[Tensor, Tensor, Maybe]:
+        """Objective (), cross-entropy (...) and KL (...) or None, in nats, at least float32. See the kernel's page.
+
+        h (..., D), weight (V, D), targets (...) int64 below V, teacher_h (..., D'), teacher_weight (V, D').
+        """
+        there = teacher_h is not None
+        if targets.shape != h.shape[:-1] or (there and teacher_h.shape[:-1] != targets.shape):
             raise ValueError(f"linear_cross_entropy: targets {tuple(targets.shape)} for h {tuple(h.shape)}")
-        dtype = compute_dtype(h)
-        return forward(h.flatten(0, -2).to(dtype), weight.to(dtype), targets.flatten())[0].view(targets.shape)
+        if there and len(teacher_weight) != len(weight):
+            raise ValueError(f"linear_cross_entropy: {len(weight)} words, the teacher has {len(teacher_weight)}")
+        flat, flat_teacher_h = h.flatten(0, -2), teacher_h.flatten(0, -2) if there else None
+        needed = tuple(torch.is_grad_enabled() and t.requires_grad for t in (h, weight))
+        inputs = flat, weight, targets.flatten(), flat_teacher_h, teacher_weight
+        ce, kl, *gradients = _in_chunks(token_loss, inputs, distill, needed)
+        factor = 1 / max(1, len(ce))
+        objective = (1 - distill) * factor * ce.sum() + (distill * factor * kl.sum() if there else 0)
+        if any(needed):
+            objective = _WithGradients.apply(objective, flat, weight, *gradients, factor)
+        return objective, ce.view(targets.shape), kl.view(targets.shape) if there else None
 
-    loss.__name__ = name
-    return loss
+    return linear_cross_entropy
 
 
-# h (..., D), weight (V, D), targets (...) int64 below V -> cross-entropy of each token in nats (...), float32
-linear_cross_entropy = chunked_loss("linear_cross_entropy_reference", _fold, _gradient)
+linear_cross_entropy = chunked_loss(_token_loss)
