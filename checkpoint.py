@@ -66,7 +66,7 @@ class Saved:
 
 
 def tensors(modules: dict[str, nn.Module], optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """Every parameter and its moments: model.norm.weight, exp_avg.model.norm.weight, ..."""
+    """Every parameter and its moments (model.norm.weight, exp_avg.model.norm.weight, ...), and buffers."""
     state_of = {p: o.state[p] for o in optimizers for group in o.param_groups for p in group["params"]}
     named = {}
     for prefix, module in modules.items():
@@ -75,6 +75,7 @@ def tensors(modules: dict[str, nn.Module], optimizers: Iterable[torch.optim.Opti
             if not state:  # as Adam makes it at its first step
                 state |= {"step": torch.zeros((), device=p.device)} | {m: torch.zeros_like(p) for m in MOMENTS}
             named |= {name: p.detach()} | {f"{m}.{name}": state[m] for m in MOMENTS}
+        named |= dict(module.named_buffers(prefix))
     return named
 
 

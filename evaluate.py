@@ -24,7 +24,7 @@ from configurator import UserError
 from data.loader import DomainLoader
 from data.shards import read_meta
 from model import Llama, LlamaConfig
-from prune import Masks, extract
+from prune import MASKS, extract
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def evaluate(model, val: DomainLoader, n_sequences: int, batch_size: int, device
         for start in range(0, len(mine), batch_size):  # gather a sharded model together
             part = mine[start : start + batch_size]
             tokens = torch.from_numpy(val.read(rows[part % len(rows)])).to(device).long()
-            loss_B = model(tokens[:, :-1], tokens[:, 1:], subnetwork).double().sum(dim=1)
+            loss_B = model(tokens[:, :-1], tokens[:, 1:], subnetwork).cross_entropy.double().sum(dim=1)
             loss_sum_M[m] += (loss_B * torch.from_numpy(part < len(rows)).to(device)).sum()
     if world_size > 1:
         dist.all_reduce(loss_sum_M)
@@ -79,7 +79,8 @@ def load_any(path: str | Path, device: str) -> Llama:
     with torch.device("meta"):
         model = Llama(LlamaConfig(**state["source"]))
     model.to_empty(device="cpu").tie()
-    masks = Masks(model.config, LlamaConfig(**state["target"]), seed=0) if state["target"] else None
+    kind = MASKS[state["config"].get("masks", "published")]  # where nothing is said, there were no others
+    masks = kind(model.config, LlamaConfig(**state["target"]), seed=0) if state["target"] else None
     named = dict(model.named_parameters("model")) | (dict(masks.named_parameters("masks")) if masks else {})
     checkpoint.load(folder, {name: p.detach() for name, p in named.items()})
     return (extract(model, masks) if masks else model).to(device)

@@ -28,6 +28,7 @@ MAY_CHANGE_ON_RESUME = {
     *("resume", "out_dir", "device", "compile", "kernels", "checkpoint_activations", "save_interval"),
     *("keep_checkpoints", "plan", "gpus", "gpu_memory"),
 }
+ADAMW = "adamw"  # in a model's folder: AdamW's moments of its weights, and the steps that they have come from
 SPARSITY_GAP = 0.02  # of a row, at the end; more is warned about
 SKIPPED_AT_MOST = 10  # steps in a row without a finite loss and gradient end the run
 
@@ -40,6 +41,12 @@ class Progress:
     step: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
+    carried: int = 0  # steps of the stage before that AdamW's moments have come from
+
+    @property
+    def learned(self) -> int:
+        """Steps that AdamW has taken."""
+        return self.carried + self.step - self.skipped
 
 
 @dataclass
@@ -108,7 +115,8 @@ class Out:
 
     def _same_run(self, saved: dict, where: Path) -> None:
         """Raises UserError where a setting that shapes the run differs. One that is new since is at its default."""
-        settings = json.loads(json.dumps(asdict(type(self.cfg)()))) | saved["config"]
+        before = {"masks": "published"} if saved["config"]["stage"] == "prune" else {}  # there were no others
+        settings = json.loads(json.dumps(asdict(type(self.cfg)()))) | before | saved["config"]
         for name, value in self.identity["config"].items():
             if name not in MAY_CHANGE_ON_RESUME and settings[name] != value:
                 raise UserError(
@@ -128,7 +136,7 @@ class Out:
                     raise UserError(f"{folder}: its {name} model is not the run's: put init_from back as it was")
             checkpoint.load(folder, checkpoint.tensors(learned, optimizers))
             progress.__dict__.update(state["progress"], tokens_M=np.array(state["progress"]["tokens_M"]))
-            checkpoint.set_steps(optimizers, progress.step - progress.skipped)
+            checkpoint.set_steps(optimizers, progress.learned)
             mix.load_state_dict(state["mix"])
             loader.load_state_dict(state["loader"])
         self.begun_M = loader.begun_M
@@ -146,8 +154,8 @@ class Out:
 
     # ---- the log
 
-    def log_eval(self, progress: Progress, loss_M: np.ndarray, warnings: list[str], seconds: dict, masks: dict) -> dict:
-        """The record of an evaluation, and one line of it. seconds: eval_s, mix_s. masks: Masks.record()."""
+    def log_eval(self, progress: Progress, loss_M: np.ndarray, warnings: list[str], seconds: dict, more: dict) -> dict:
+        """The record of an evaluation, and one line of it. seconds: eval_s, mix_s. more: what the stage adds."""
         mix, step = self.mix, progress.step
         for text in warnings:
             self.log.warn(step, text, now=False)
@@ -155,7 +163,7 @@ class Out:
         self.log.say(f"step {step}: mean {loss_M.mean():.4f}, worst {mix.domains[worst]} {loss_M[worst]:.4f}")
         record = {"kind": "eval", "step": step, "val_loss": loss_M, "tokens": progress.tokens_M, "ratio": mix.ratio_M}
         record |= {"reference_ratio": mix.reference_ratio_M, "reference_loss": mix.reference_loss_M}
-        return self.log.record({**record, **masks, **seconds, "memory_bytes": memory_bytes(self.ranks.device)})
+        return self.log.record({**record, **more, **seconds, "memory_bytes": memory_bytes(self.ranks.device)})
 
     def log_train(
         self, progress: Progress, loss_sum_M: np.ndarray, count_M: np.ndarray, step_s: float, more: dict
@@ -176,10 +184,10 @@ class Out:
 
     def log_extracted(self, last: dict, loss_M: np.ndarray, masks) -> dict:
         """last: the record of the last evaluation, which was masked. loss_M: that of the extracted model."""
-        for mask, sparsity in masks.expected_sparsity().items():
+        for mask, sparsity in masks.expected_sparsity().items():  # by count, it is exact
             gap = (sparsity - masks.target_sparsity()[mask]).abs().max().item()
             if gap > SPARSITY_GAP:
-                advice = "more max_steps, a shorter sparsity_warmup, more damping or a higher mask_lr bring it there"
+                advice = "more max_steps, a shorter sparsity_warmup or a higher mask_lr bring it there"
                 self.log.warn(last["step"], f"mask {mask} misses its target sparsity by up to {gap:.3f}: {advice}")
         masked = np.array(last["val_loss"], dtype=float).mean()
         self.log.say(f"extracted: mean {loss_M.mean():.4f}, as masked {masked:.4f}")
@@ -229,12 +237,18 @@ class Out:
                 self.log.record(record)
         return problem
 
-    def write_model(self, model) -> None:
-        """The main rank writes out_dir/model, with the tokenizer of init_from or of the data set."""
+    def write_model(self, model, moments: dict, steps: int) -> None:
+        """The main rank writes out_dir/model, with the tokenizer of init_from or of the data set.
+
+        moments: AdamW's, each as a model; they go into a folder of it, for the stage that continues.
+        """
 
         def write() -> None:
             sources = [folder for folder in (self.cfg.init_from, self.cfg.data) if folder]
             try:
+                for name, moment in moments.items():
+                    hf.save(moment, self.folder / "model" / ADAMW / name)
+                    (self.folder / "model" / ADAMW / "steps.json").write_text(json.dumps({"steps": steps}))
                 hf.save(model, self.folder / "model", tokenizer=sources)
             except OSError as error:
                 problem = f"{self.folder}/model could not be written ({error})"

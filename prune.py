@@ -1,4 +1,4 @@
-"""Hard-concrete masks under a Lagrangian, and the subnetwork they keep.
+"""Masks over the units of a model, the scores that they start from, and the subnetwork they keep.
 
 A unit whose mask is 0 is out of the computation: its output is 0, and the hard tanh lets no gradient through to its
 logit. So a masked model is a smaller Llama with W_small = W[rows][:, cols] * scale, and `subnetwork` says which rows,
@@ -8,24 +8,33 @@ one operation: what is trained is what is exported, at the cost of what is kept.
 MASK_TYPES says what a unit of each type is. A type is used where the target is smaller than the source. Masks live on
 the CPU: the sample decides shapes, and deciding them there costs the device no synchronisation.
 
+CountMasks start from `scores` and keep exactly as many units of a row as a ramp asks for; 0 steps of them are one-shot
+pruning. SampledMasks are the published ones: noise on every logit, and a Lagrangian that pulls the expected number.
+
 Sources: Louizos et al. 2018 (arXiv 1712.01312) for the hard concrete, Xia et al. 2024 (arXiv 2310.06694) for the
 Lagrangian; the equations stand in the functions. Suffixes: j mask type, R rows, U units of a row, L layers.
 """
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from configurator import UserError
 from model import BlockUnits, Llama, LlamaConfig, Subnetwork, Units
+from parallel import position, whole
 
 GAMMA, ZETA, BETA = -0.1, 1.1, 2 / 3  # the stretch and the temperature of the hard concrete
+EDGE = BETA * math.log(-GAMMA / ZETA)  # the logit at which z, without noise, begins to be above 0
+LEAST = 1e-6  # z of a unit that is kept, at least
+GOLDEN = (math.sqrt(5) - 1) / 2
 LOG_ALPHA_RANGE = (math.log(0.01), math.log(100.0))
 MASK_KEY = 2  # keeps these draws apart from the loader's, whose keys begin with other numbers
 PAD = {"cpu": 8, "cuda": 64}  # kept sets are padded to these multiples, which are friendly to GEMMs
@@ -70,7 +79,7 @@ def hard_concrete(log_alpha: Tensor, u: Tensor) -> Tensor:
 
 def probability_pruned(log_alpha: Tensor) -> Tensor:
     """P(z = 0), clamped to [1e-6, 1 - 1e-6]."""
-    return torch.sigmoid(BETA * math.log(-GAMMA / ZETA) - log_alpha).clamp(1e-6, 1 - 1e-6)
+    return torch.sigmoid(EDGE - log_alpha).clamp(1e-6, 1 - 1e-6)
 
 
 def deterministic(log_alpha_RU: Tensor, keep_R: list[int]) -> Tensor:
@@ -102,74 +111,42 @@ def target_config(
 
 
 class Masks(nn.Module):
-    """log_alpha and the two Lagrange multipliers of every mask type that the target asks for."""
+    """log_alpha, a logit for every unit of the mask types that the target asks for. The two kinds say what is kept."""
 
-    def __init__(self, source: LlamaConfig, target: LlamaConfig, seed: int) -> None:
+    sampled: bool  # each micro-batch has z of its own, and a Lagrangian counts; or one z a step, kept by count
+
+    def __init__(self, source: LlamaConfig, target: LlamaConfig) -> None:
+        """Raises UserError where nothing is to be pruned."""
         super().__init__()
         self.source, self.target = source, target
-        generator = torch.Generator().manual_seed(seed)
         self.log_alpha = nn.ParameterDict()
         for mask, t in MASK_TYPES.items():
             if getattr(target, t.size) < getattr(source, t.size):
                 shape = (source.n_layers if t.per_layer else 1, getattr(source, t.size))
-                self.log_alpha[mask] = nn.Parameter(5.0 + 0.01 * torch.randn(shape, generator=generator))
+                self.log_alpha[mask] = nn.Parameter(torch.zeros(shape))
         if not self.log_alpha:
             raise UserError(f"the target is as large as the source, {target}: there is nothing to prune")
-        self.lambda1 = nn.Parameter(torch.zeros(len(self.log_alpha)))
-        self.lambda2 = nn.Parameter(torch.zeros(len(self.log_alpha)))
-        self.clamp()
 
-    @torch.no_grad()
-    def clamp(self) -> None:
-        """Keep the logits where the hard concrete has a gradient; call after every optimizer step."""
-        for log_alpha in self.log_alpha.values():
-            log_alpha.clamp_(*LOG_ALPHA_RANGE)
+    def sizes(self) -> dict[str, int]:
+        """How many units of a row the target has."""
+        return {mask: getattr(self.target, MASK_TYPES[mask].size) for mask in self.log_alpha}
 
-    def sample(self, seed: int, step: int, micro_batch: int) -> dict[str, Tensor]:
-        """A fresh z for every mask type: a function of the key (seed, step, index in the global batch) alone."""
-        rng = np.random.default_rng((MASK_KEY, seed, step, micro_batch))
-        return {
-            mask: hard_concrete(a, torch.from_numpy(rng.uniform(1e-6, 1 - 1e-6, size=a.shape)).to(a.dtype))
-            for mask, a in self.log_alpha.items()
-        }
+    def multipliers(self) -> list[nn.Parameter]:
+        """What is learned beside the logits, by ascent."""
+        return []
 
-    @torch.no_grad()
-    def deterministic(self, at_target: bool = True) -> dict[str, Tensor]:
-        """z without noise: each row keeps its target size (export), or the number that it expects to be kept."""
-        found = {}
-        for mask, a in self.log_alpha.items():
-            keep_R = [getattr(self.target, MASK_TYPES[mask].size)] * len(a)
-            if not at_target:
-                keep_R = [round(n) for n in (1 - probability_pruned(a)).sum(dim=1).tolist()]
-            found[mask] = deterministic(a, keep_R)
-        return found
+    def after_step(self) -> None:
+        """Call after every optimizer step."""
 
-    def expected_sparsity(self) -> dict[str, Tensor]:
-        """s_jr = mean over the row of P(z = 0), (R,) for each mask type."""
-        return {mask: probability_pruned(a).mean(dim=1) for mask, a in self.log_alpha.items()}
+    def mark(self, ramp: float) -> None:
+        """Call after every evaluation: records count from here."""
 
     def target_sparsity(self, ramp: float = 1.0) -> dict[str, float]:
         """t_j = T_j * ramp; ramp = min(1, step / sparsity_warmup)."""
-        sizes = {mask: MASK_TYPES[mask].size for mask in self.log_alpha}
-        return {m: ramp * (1 - getattr(self.target, size) / getattr(self.source, size)) for m, size in sizes.items()}
-
-    def lagrangian(self, ramp: float) -> Tensor:
-        """sum_j mean_r [lambda1_j (s_jr - t_j) + lambda2_j (s_jr - t_j)^2], ascended in the lambdas."""
-        sparsity, target = self.expected_sparsity(), self.target_sparsity(ramp)
-        terms = [
-            (l1 * (sparsity[mask] - target[mask]) + l2 * (sparsity[mask] - target[mask]) ** 2).mean()
-            for mask, l1, l2 in zip(self.log_alpha, self.lambda1, self.lambda2, strict=True)
-        ]
-        return torch.stack(terms).sum()
-
-    @torch.no_grad()
-    def overall_sparsity(self) -> float:
-        """1 - E[prunable parameters] / prunable parameters, the probabilities multiplied as if independent."""
-        kept = {mask: 1 - probability_pruned(a) for mask, a in self.log_alpha.items()}
-        return 1 - self._prunable(kept) / self._prunable({})
+        return {m: ramp * (1 - size / self.log_alpha[m].shape[1]) for m, size in self.sizes().items()}
 
     def overall_target(self) -> float:
-        """The same number for the target shape."""
+        """1 - prunable parameters of the target / prunable parameters."""
         kept = {m: torch.full_like(a, 1 - self.target_sparsity()[m]) for m, a in self.log_alpha.items()}
         return 1 - self._prunable(kept) / self._prunable({})
 
@@ -182,6 +159,174 @@ class Masks(nn.Module):
         rows_of_a_head = 2 * c.head_dim * (c.n_heads // c.n_kv_heads + 1)  # q, o of the group and k, v
         return hidden * (layer_L * (heads_L * rows_of_a_head + channels_L * 3)).sum().item()
 
+
+class _ByCount(torch.autograd.Function):
+    """z (R, U): of each row the keep_R[r] largest logits, ties to the lower index, on the hard concrete's own slope.
+
+        x_U = logit_U - (k-th largest + next one) / 2 + EDGE;   z_U = clip(1.2 sigmoid(x_U / beta) - 0.1, 0, 1)
+
+    Every z is 1 where the whole row is kept. The gradient goes through the units on the slope (kept, z < 1), minus its
+    mean over them: they compete, and the level does not drift.
+    """
+
+    @staticmethod
+    def forward(ctx, logit_RU: Tensor, keep_R: np.ndarray) -> Tensor:
+        logits = logit_RU.detach().numpy()
+        kept, level_R = np.empty(logits.shape, bool), np.empty(len(logits), logits.dtype)
+        for r, keep in enumerate(keep_R):
+            ordered = np.partition(logits[r], -keep)  # quicker than to sort, and than torch.topk
+            least, below = ordered[-keep], ordered[:-keep].max(initial=-np.inf)
+            kept[r] = logits[r] >= least
+            if least == below:
+                kept[r, np.flatnonzero(logits[r] == least)[keep - np.count_nonzero(logits[r] > least) :]] = False
+            level_R[r] = (least + below) / 2
+        kept_RU = torch.from_numpy(kept)
+        s_RU = torch.sigmoid((logit_RU - torch.from_numpy(level_R)[:, None] + EDGE) / BETA)
+        z_RU = (s_RU * (ZETA - GAMMA) + GAMMA).clamp_(LEAST, 1.0).mul_(kept_RU)
+        on_slope_RU = kept_RU & (z_RU < 1)
+        ctx.save_for_backward(s_RU.mul_(1 - s_RU).mul_((ZETA - GAMMA) / BETA), on_slope_RU)
+        return z_RU
+
+    @staticmethod
+    def backward(ctx, grad_RU: Tensor) -> tuple[Tensor, None]:
+        slope_RU, on_slope_RU = ctx.saved_tensors
+        grad_RU = grad_RU * slope_RU * on_slope_RU
+        mean_R = grad_RU.sum(1, keepdim=True) / on_slope_RU.sum(1, keepdim=True).clamp(min=1)
+        return (grad_RU - mean_R) * on_slope_RU, None
+
+
+class CountMasks(Masks):
+    """Of each row the units with the largest logits, exactly as many as the ramp asks for; without noise."""
+
+    sampled = False
+
+    def __init__(self, source: LlamaConfig, target: LlamaConfig, seed: int = 0) -> None:
+        """seed: not used, there is no noise."""
+        super().__init__(source, target)
+        for mask, a in self.log_alpha.items():
+            self.register_buffer(f"marked_{mask}", torch.ones(a.shape, dtype=torch.uint8))
+
+    @torch.no_grad()
+    def start(self, score: dict[str, Tensor], kappa: float) -> None:
+        """log_alpha_U = kappa Phi^-1((rank_U + 0.5) / n): rank of the score in its row, ties to the lower index.
+
+        score: as `scores` returns it. kappa: how far the logits spread; wide rows have few units on the slope.
+        """
+        for mask, a in self.log_alpha.items():
+            place_RU = score[mask].argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # 0: the highest
+            a.copy_(kappa * torch.special.ndtri(1 - (place_RU.double() + 0.5) / a.shape[1]))
+
+    def counts(self, ramp: float) -> dict[str, np.ndarray]:
+        """How many units each row keeps, (R,) int64: n (1 - t_j), rounded so that the rows take turns to lose one.
+
+        floor(x + o) with offsets o spread evenly over the rows: the sum over R rows is R x to the nearest whole number
+        (Hermite's identity). Neighbouring layers have offsets far apart (multiples of the golden ratio).
+        """
+        found = {}
+        for mask, size in self.sizes().items():
+            R, n = self.log_alpha[mask].shape
+            turn_R = np.argsort(np.argsort(np.arange(R) * GOLDEN % 1))
+            found[mask] = np.floor(n - (n - size) * ramp + (turn_R + 0.5) / R).astype(int)
+        return found
+
+    def sample(self, seed: int = 0, step: int = 0, micro_batch: int = 0, ramp: float = 1.0) -> dict[str, Tensor]:
+        """z of every mask type: a function of the logits and the ramp, the same for all micro-batches of a step."""
+        keep = self.counts(ramp)
+        return {mask: _ByCount.apply(a, keep[mask]) for mask, a in self.log_alpha.items()}
+
+    @torch.no_grad()
+    def deterministic(self, ramp: float = 1.0) -> dict[str, Tensor]:
+        """The same z: what is trained is what is evaluated and extracted."""
+        return self.sample(ramp=ramp)
+
+    def expected_sparsity(self, ramp: float = 1.0) -> dict[str, Tensor]:
+        """The share of each row that is pruned, (R,) for each mask type; exact."""
+        return {m: torch.from_numpy(1 - keep_R / self.log_alpha[m].shape[1]) for m, keep_R in self.counts(ramp).items()}
+
+    def overall_sparsity(self, ramp: float = 1.0) -> float:
+        """1 - prunable parameters that are kept / prunable parameters."""
+        return 1 - self._prunable({m: z.gt(0).float() for m, z in self.deterministic(ramp).items()}) / self._prunable(
+            {}
+        )
+
+    @torch.no_grad()
+    def mark(self, ramp: float) -> None:
+        for mask, z in self.deterministic(ramp).items():
+            getattr(self, f"marked_{mask}").copy_(z > 0)
+
+    def record(self, ramp: float) -> dict:
+        """What metrics.jsonl says of the masks. entered: units kept now that were not at the last evaluation."""
+        z = self.deterministic(ramp)
+        kept = {mask: z_RU > 0 for mask, z_RU in z.items()}
+        marked = {mask: getattr(self, f"marked_{mask}").bool() for mask in z}
+        return {
+            "sparsity": {m: 1 - kept_RU.double().mean().item() for m, kept_RU in kept.items()},
+            "target_sparsity": self.target_sparsity(ramp),
+            "on_slope": {m: ((z[m] < 1) & kept_RU).double().mean().item() for m, kept_RU in kept.items()},
+            "entered": {m: int((kept_RU & ~marked[m]).sum()) for m, kept_RU in kept.items()},
+            "overall_sparsity": 1 - self._prunable({m: k.float() for m, k in kept.items()}) / self._prunable({}),
+        }
+
+
+class SampledMasks(Masks):
+    """The published masks: a fresh hard-concrete sample for every micro-batch, and a Lagrangian of two multipliers."""
+
+    sampled = True
+
+    def __init__(self, source: LlamaConfig, target: LlamaConfig, seed: int) -> None:
+        super().__init__(source, target)
+        generator = torch.Generator().manual_seed(seed)
+        for a in self.log_alpha.values():
+            a.data = 5.0 + 0.01 * torch.randn(a.shape, generator=generator)
+        self.lambda1 = nn.Parameter(torch.zeros(len(self.log_alpha)))
+        self.lambda2 = nn.Parameter(torch.zeros(len(self.log_alpha)))
+        self.after_step()
+
+    def multipliers(self) -> list[nn.Parameter]:
+        return [self.lambda1, self.lambda2]
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Keep the logits where the hard concrete has a gradient."""
+        for log_alpha in self.log_alpha.values():
+            log_alpha.clamp_(*LOG_ALPHA_RANGE)
+
+    def sample(self, seed: int, step: int, micro_batch: int, ramp: float = 1.0) -> dict[str, Tensor]:
+        """A fresh z for every mask type: a function of the key (seed, step, index in the global batch) alone."""
+        rng = np.random.default_rng((MASK_KEY, seed, step, micro_batch))
+        return {
+            mask: hard_concrete(a, torch.from_numpy(rng.uniform(1e-6, 1 - 1e-6, size=a.shape)).to(a.dtype))
+            for mask, a in self.log_alpha.items()
+        }
+
+    @torch.no_grad()
+    def deterministic(self, ramp: float = 1.0) -> dict[str, Tensor]:
+        """z without noise: each row keeps its target size, or before the ramp is over what it expects to be kept."""
+        keep = {mask: [size] * len(self.log_alpha[mask]) for mask, size in self.sizes().items()}
+        if ramp < 1.0:
+            expected = {mask: (1 - probability_pruned(a)).sum(dim=1) for mask, a in self.log_alpha.items()}
+            keep = {mask: [round(n) for n in n_R.tolist()] for mask, n_R in expected.items()}
+        return {mask: deterministic(a, keep[mask]) for mask, a in self.log_alpha.items()}
+
+    def expected_sparsity(self, ramp: float = 1.0) -> dict[str, Tensor]:
+        """s_jr = mean over the row of P(z = 0), (R,) for each mask type."""
+        return {mask: probability_pruned(a).mean(dim=1) for mask, a in self.log_alpha.items()}
+
+    def lagrangian(self, ramp: float) -> Tensor:
+        """sum_j mean_r [lambda1_j (s_jr - t_j) + lambda2_j (s_jr - t_j)^2], ascended in the lambdas."""
+        sparsity, target = self.expected_sparsity(), self.target_sparsity(ramp)
+        terms = [
+            (l1 * (sparsity[mask] - target[mask]) + l2 * (sparsity[mask] - target[mask]) ** 2).mean()
+            for mask, l1, l2 in zip(self.log_alpha, self.lambda1, self.lambda2, strict=True)
+        ]
+        return torch.stack(terms).sum()
+
+    @torch.no_grad()
+    def overall_sparsity(self, ramp: float = 1.0) -> float:
+        """1 - E[prunable parameters] / prunable parameters, the probabilities multiplied as if independent."""
+        kept = {mask: 1 - probability_pruned(a) for mask, a in self.log_alpha.items()}
+        return 1 - self._prunable(kept) / self._prunable({})
+
     def record(self, ramp: float) -> dict:
         """What metrics.jsonl says of the masks."""
         return {
@@ -191,6 +336,9 @@ class Masks(nn.Module):
             "lambda2": dict(zip(self.log_alpha, self.lambda2.tolist(), strict=True)),
             "overall_sparsity": self.overall_sparsity(),
         }
+
+
+MASKS = {"count": CountMasks, "published": SampledMasks}
 
 
 def kept_units(z_U: Tensor, multiple: int = 1) -> np.ndarray:
@@ -238,7 +386,8 @@ def subnetwork(config: LlamaConfig, z: dict[str, Tensor], device: str = "cpu", m
 
     z: what Masks.sample or Masks.deterministic returned (CPU; a mask type left out keeps all). multiple: sets are
     padded with pruned units to a multiple of this; it is exact, and friendlier to GEMMs. Values and indices cross to
-    the device in one copy each. After the loss's backward, backward_to_masks carries the gradient on to log_alpha.
+    the device in one copy each. Scales are leaves, so that several micro-batches may share a subnetwork: each loss's
+    backward adds to their gradients, and backward_to_masks carries the sum on to log_alpha.
     """
     values = {mask: v.detach() for mask, v in z.items()}
     z_flat = torch.cat([v.flatten() for v in z.values()]) if z else torch.empty(0)
@@ -249,11 +398,21 @@ def subnetwork(config: LlamaConfig, z: dict[str, Tensor], device: str = "cpu", m
     n_kept = int((values["hidden"] > 0).sum()) if "hidden" in z else 1
     fill = max(n_kept, 1) / len(index["hidden", 0, 1]) if "hidden" in z else 1.0
 
+    leaves: list[tuple[Tensor, Tensor]] = []  # what follows from z, and the leaf that stands for it in the model
+
     @cache  # every weight that is scaled alike shares one tensor
     def scale(*factors: tuple[str, int, int]) -> Tensor | None:
         if not factors:
             return None
-        (mask, row, n), others = factors[-1], scale(*factors[:-1])
+        computed = product(*factors)
+        leaves.append((computed, computed.detach().requires_grad_(computed.requires_grad)))
+        return leaves[-1][1]
+
+    @cache
+    def product(*factors: tuple[str, int, int]) -> Tensor | None:
+        if not factors:
+            return None
+        (mask, row, n), others = factors[-1], product(*factors[:-1])
         if (mask, row, 1) in index:
             factor = z_rows[mask][row][index[mask, row, 1]]
             factor = factor.repeat_interleave(n) if n > 1 else factor
@@ -278,6 +437,16 @@ def subnetwork(config: LlamaConfig, z: dict[str, Tensor], device: str = "cpu", m
         parts = {part: keeps(part, layer) for part in ("attention", "mlp")}
         return BlockUnits(**parts, **{weight: units(weight, layer) for weight in BLOCK_WEIGHTS})
 
+    def z_gradient() -> Tensor:
+        """Of every mask value, flat, on the device: what has come together since the last call."""
+        used = [(computed, leaf.grad) for computed, leaf in leaves if leaf.grad is not None]
+        for _, leaf in leaves:
+            leaf.grad = None
+        if not used:
+            return torch.zeros_like(z_device)
+        outputs, grads = zip(*used, strict=True)
+        return torch.autograd.grad(outputs, z_device, grads, retain_graph=True)[0]
+
     embed = units("embed_tokens")
     embed = Units(cols=embed.cols, col_scale=embed.row_scale)
     norm, tied = units("norm"), config.tied_embeddings  # a tied matrix has z on its columns at both ends, the norm none
@@ -287,51 +456,90 @@ def subnetwork(config: LlamaConfig, z: dict[str, Tensor], device: str = "cpu", m
         norm=replace(norm, row_scale=None) if tied else norm,
         lm_head=embed if tied else units("lm_head"),
         z_backward=z_flat.backward,  # not z itself, which FSDP would find among the model's arguments
-        z_device=z_device,
+        z_gradient=z_gradient,
     )
 
 
 def backward_to_masks(samples: list[Subnetwork]) -> None:
     """Carry the gradients that the losses left at the scales on to log_alpha, in one copy back from the device."""
-    grads = [torch.zeros_like(s.z_device) if s.z_device.grad is None else s.z_device.grad for s in samples]
-    for s, grad in zip(samples, torch.stack(grads).cpu(), strict=True):
+    for s, grad in zip(samples, torch.stack([s.z_gradient() for s in samples]).cpu(), strict=True):
         s.z_backward(grad)
 
 
+def scores(model: Llama, target: LlamaConfig, windows: np.ndarray, device: str) -> dict[str, Tensor]:
+    """mean over windows of (dL/dz_U)^2 at z = 1, the Fisher score of every unit, in the shapes of Masks.log_alpha.
+
+    windows: (N, T + 1) tokens, shared out over the ranks; L: the mean cross-entropy of one window. Weights get no
+    gradient, and activations are computed again in backward, so that it takes little more memory than the weights.
+    Raises UserError for a loss that is not finite.
+    """
+    rank, n_ranks = position()
+    z = {m: torch.ones(a.shape, requires_grad=True) for m, a in CountMasks(model.config, target).log_alpha.items()}
+    everything, total = subnetwork(model.config, z, device), 0.0
+    learned, recompute = [p for p in model.parameters() if p.requires_grad], model.checkpoint_activations
+    model.checkpoint_activations = True
+    for p in learned:
+        p.requires_grad_(False)
+    n_each = -(-len(windows) // n_ranks)  # as many on every rank: they gather a sharded model together
+    for i in tqdm(range(rank, n_each * n_ranks, n_ranks), "scores", unit="window", disable=None if rank == 0 else True):
+        tokens = torch.from_numpy(windows[i % len(windows)]).to(device).long()[None]
+        model(tokens[:, :-1], tokens[:, 1:], everything).objective.backward()
+        total += everything.z_gradient().double() ** 2 * (i < len(windows))
+    for p in learned:
+        p.requires_grad_(True)
+    model.checkpoint_activations = recompute
+    if n_ranks > 1:
+        dist.all_reduce(total)
+        dist.broadcast(total, src=0)  # to the last bit the same everywhere: shapes hang on it
+    mean = total.cpu() / len(windows)
+    if not mean.isfinite().all():
+        raise UserError("scores: the loss of the calibration windows is not finite: look at the model and the data")
+    return {
+        m: part.view_as(v) for (m, v), part in zip(z.items(), mean.split([v.numel() for v in z.values()]), strict=True)
+    }
+
+
 @torch.no_grad()
-def extract(model: Llama, masks: Masks) -> Llama:
+def extract(model: Llama, masks: Masks, of: Callable[[Tensor], Tensor] = lambda p: p, power: int = 1) -> Llama:
     """The small model of exactly the target shape: what subnetwork computes with the target masks, written down.
 
-    Of a sharded model each rank gets the whole small one, gathered weight by weight.
+    Of a sharded model each rank gets the whole small one, gathered weight by weight. of: what is taken of a parameter;
+    power: of the scales. A small weight is w s, so its gradient is that of w / s, and AdamW's moments go with the
+    powers -1 and -2.
     """
-    device = model.norm.weight.device.type
+    weight = model.norm.weight
     z = masks.deterministic()
-    s = subnetwork(model.config, z, device)
-    small = Llama(masks.target).to(device)
+    s = subnetwork(model.config, z, weight.device.type)
+    with torch.device("meta"):
+        small = Llama(masks.target).to(weight.dtype)
+    small.to_empty(device=weight.device.type).tie()
     kept = z["layer"][0].nonzero().flatten().tolist() if "layer" in z else range(model.config.n_layers)
-    _write(small.embed_tokens, model.embed_tokens, s.embed_tokens)
-    _write(small.norm, model.norm, s.norm)
-    _write(small.lm_head, model.lm_head, s.lm_head)
+
+    def write(module: nn.Module, big: nn.Module, units: Units) -> None:
+        scales = {name: getattr(units, name) for name in ("row_scale", "col_scale")}
+        units = replace(units, **{name: None if scale is None else scale**power for name, scale in scales.items()})
+        _write(module, taken(big, of), units)
+
+    write(small.embed_tokens, model.embed_tokens, s.embed_tokens)
+    write(small.norm, model.norm, s.norm)
+    write(small.lm_head, model.lm_head, s.lm_head)
     for block, layer in zip(small.layers, kept, strict=True):
         for name, module in block.named_modules():
             if hasattr(module, "effective"):
                 units = getattr(s.blocks[layer], name.split(".")[-1])
-                _write(module, model.layers[layer].get_submodule(name), units)
+                write(module, model.layers[layer].get_submodule(name), units)
     return small
 
 
-def gathered(module: nn.Module) -> nn.Module:
-    """The module itself, or one with whole parameters where they are shared out over ranks."""
-    parts = dict(module.named_parameters(recurse=False))
-    if not any(hasattr(p, "full_tensor") for p in parts.values()):
-        return module
-    copied = copy.copy(module)
-    copied._parameters = {**module._parameters, **{name: nn.Parameter(p.full_tensor()) for name, p in parts.items()}}
+def taken(module: nn.Module, of: Callable[[Tensor], Tensor]) -> nn.Module:
+    """The module with `of` each parameter in its place, whole where it is shared out over ranks."""
+    copied, parts = copy.copy(module), module.named_parameters(recurse=False)
+    copied._parameters = module._parameters | {name: nn.Parameter(whole(of(p))) for name, p in parts}
     return copied
 
 
 def _write(small: nn.Module, big: nn.Module, units: Units) -> None:
-    weight, bias = gathered(big).effective(units)
+    weight, bias = big.effective(units)
     if weight.shape != small.weight.shape:
         raise AssertionError(f"extracted {tuple(weight.shape)} where the target has {tuple(small.weight.shape)}")
     small.weight.copy_(weight)

@@ -1,5 +1,8 @@
 """The loop: pretrain a Llama, prune it with learned masks and a learned data mix, train the result on.
 
+With a teacher, the loss is mixed with the KL divergence from its predictions. What is logged, the mix and every
+evaluation stay plain cross-entropy.
+
     python train.py config/demo_prune.py --max_steps=100
     torchrun --nproc_per_node=8 train.py config/prune.py
     python train.py config/prune.py --plan --gpus=8 --gpu_memory=80
@@ -10,12 +13,14 @@ out_dir/step_NNNNNN, and leaves a Hugging Face folder in out_dir/model, where th
 
 import math
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+import checkpoint
 import configurator
 import dro
 import hf
@@ -24,26 +29,40 @@ import parallel
 import plan
 from configurator import UserError
 from data.loader import DomainLoader
-from data.shards import read_meta, sha256
+from data.shards import read_json, read_meta, sha256
 from evaluate import check_device, evaluate
 from model import Llama, LlamaConfig
-from out import Out, Progress
-from prune import PAD, Masks, backward_to_masks, extract, subnetwork, target_config, to_device
+from out import ADAMW, Out, Progress
+from prune import (
+    MASKS,
+    PAD,
+    CountMasks,
+    Masks,
+    backward_to_masks,
+    extract,
+    scores,
+    subnetwork,
+    target_config,
+    to_device,
+)
 
 BETAS, EPS, CLIP = (0.9, 0.95), 1e-8, 1.0  # AdamW for weights, masks and lambdas; the gradient norm is the weights'
 FINAL_LR = 0.1  # the cosine ends at this share of lr
+ONE_SHOT = 1e9  # kappa without steps: nothing can learn, so nothing is on the slope and every z is 0 or 1
+BEYOND = 0.01  # nats below its teacher's mean loss at which a model has passed it
 SHAPE = ("n_layers", "hidden_size", "intermediate_size", "n_heads", "n_kv_heads", "head_dim")
 CHOICES = {
     "stage": ("pretrain", "prune", "continue"),
+    "masks": tuple(MASKS),
     "mix_loss": ("val", "train"),
     "dtype": ("float32", "bfloat16"),
     "kernels": ("auto", "torch", "triton"),
     "parallel": ("ddp", "fsdp", "hsdp"),
 }
-WHOLE = ("seq_len", "batch_size", "micro_batch_size", "max_steps", "eval_interval", "eval_sequences", "save_interval")
+WHOLE = ("seq_len", "batch_size", "micro_batch_size", "eval_interval", "eval_sequences", "save_interval", "calibration")
 AT_LEAST = dict.fromkeys((*WHOLE, "keep_checkpoints", "gpus"), 1)
-AT_LEAST |= dict.fromkeys(("lr", "mask_lr", "damping", "gpu_memory"), 1e-30)
-AT_LEAST |= dict.fromkeys(("seed", "lr_warmup", "sparsity_warmup"), 0)
+AT_LEAST |= dict.fromkeys(("lr", "kappa", "gpu_memory"), 1e-30)
+AT_LEAST |= dict.fromkeys(("seed", "max_steps", "mask_lr", "lr_warmup", "sparsity_warmup"), 0)
 
 
 @dataclass(frozen=True)
@@ -59,7 +78,7 @@ class Config:
     ratios: tuple[float, ...] = ()  # initial share of each domain, in tokens; empty: in proportion to its text
     seq_len: int = 256  # tokens
     batch_size: int = 8  # sequences a step, over all ranks and micro-batches
-    micro_batch_size: int = 8  # sequences a forward pass; each has its own mask sample
+    micro_batch_size: int = 8  # sequences a forward pass
     # shape: of the model (pretrain) or of the target (prune); continue takes init_from's
     n_layers: int = 0  # blocks
     hidden_size: int = 0  # channels of the residual stream
@@ -69,13 +88,19 @@ class Config:
     head_dim: int = 0  # pretrain only
     rope_theta: float = 10_000.0  # pretrain only
     tied_embeddings: bool = False  # pretrain only
-    # optimisation: AdamW, linear warm-up, cosine to 10 percent
-    max_steps: int = 1000  # optimizer steps
+    # optimisation: AdamW, linear warm-up, cosine to 10 percent (masks by count: none, the next stage has it)
+    max_steps: int = 1000  # optimizer steps; 0, prune only: one-shot, the units with the best scores as they are
     lr: float = 1e-4  # of the weights, after the warm-up
-    mask_lr: float = 1.0  # learning rate of log_alpha and the lambdas
-    damping: float = 1.0  # rate of the quadratic multiplier / the linear one: 1 overshoots (published), 10 hardly
-    lr_warmup: int = 0  # steps
+    lr_warmup: int = 0  # steps; none where the model before has left AdamW's moments
+    # pruning: see prune.py
+    masks: str = "count"  # count: exact numbers, from scores | published: sampled under a Lagrangian
+    mask_lr: float = 1.0  # learning rate of the masks' logits, and of the published ones' multipliers
+    kappa: float = 30.0  # spread of the logits at the start: the wider, the fewer kept units have z < 1 (count)
+    calibration: int = 64  # windows that the scores are a mean over (count)
     sparsity_warmup: int = 0  # steps until the full target sparsity is asked for
+    # distillation
+    distill: float = 0.0  # share of the loss that is KL(teacher || model), 0 to 1
+    teacher: str = ""  # Hugging Face folder, of the same vocabulary; empty: prune takes init_from where distill > 0
     seed: int = 17  # of random weights, masks and the order of the data
     # the mix: see dro.py
     mix: str = "dro"  # constant | sheared | bandit | dro, or another rule of dro.RULES
@@ -99,7 +124,7 @@ class Config:
     plan: bool = False  # print what the run needs on the GPUs named, and stop
     gpus: int = 8  # for --plan
     gpu_memory: float = 80.0  # for --plan, GiB of each
-    compile: bool = False  # torch.compile; not for prune, whose shapes change with every sample
+    compile: bool = False  # torch.compile; not for published masks, whose shapes change with every sample
 
 
 def check(cfg: Config) -> None:
@@ -115,15 +140,18 @@ def check(cfg: Config) -> None:
     missing = [name for name in needed if not getattr(cfg, name)]
     of_source = [name for name in SHAPE if name not in needed] + ["rope_theta", "tied_embeddings"]
     extra = [name for name in of_source if cfg.init_from and getattr(cfg, name) != getattr(Config, name)]
-    M = len(cfg.domains)
+    M, by_count = len(cfg.domains), cfg.stage == "prune" and cfg.masks == "count"
     for wrong, message in (
         (cfg.batch_size % cfg.micro_batch_size, "batch_size must be a multiple of micro_batch_size"),
-        (cfg.lr_warmup > cfg.max_steps, f"lr_warmup = {cfg.lr_warmup} is longer than max_steps = {cfg.max_steps}"),
-        (cfg.sparsity_warmup > cfg.max_steps, f"sparsity_warmup is longer than max_steps = {cfg.max_steps}"),
+        (not cfg.max_steps and not by_count, "max_steps = 0: only stage = 'prune' with masks = 'count' takes no step"),
+        (0 < cfg.max_steps < cfg.lr_warmup, f"lr_warmup = {cfg.lr_warmup} is longer than max_steps = {cfg.max_steps}"),
+        (0 < cfg.max_steps < cfg.sparsity_warmup, f"sparsity_warmup is longer than max_steps = {cfg.max_steps}"),
+        (not 0 <= cfg.distill <= 1, f"distill = {cfg.distill}: must be from 0 to 1"),
+        (cfg.distill and not teacher_of(cfg), f"distill = {cfg.distill} needs teacher, a model's folder"),
         (cfg.stage != "pretrain" and not cfg.init_from, f"stage = {cfg.stage!r} needs init_from, a model's folder"),
         (missing, f"stage = {cfg.stage!r} needs {', '.join(missing)}"),
         (extra, f"{', '.join(extra)}: stage = {cfg.stage!r} takes it from init_from; leave it out"),
-        (cfg.stage == "prune" and cfg.compile, "compile: the shapes of pruning change with every mask sample"),
+        (cfg.stage == "prune" and cfg.compile and not by_count, "compile: the shapes of published masks always change"),
         (len(set(cfg.domains)) < M, "domains: one is named twice"),
         (len(cfg.ratios) not in (0, M), f"ratios: give one for each of the {M} domains that are named"),
         (len(cfg.reference_losses) not in (0, M), f"reference_losses: give one for each of the {M} domains named"),
@@ -137,16 +165,21 @@ def check(cfg: Config) -> None:
 
 
 def learning_rate(step: int, cfg: Config) -> float:
-    """The share of the base learning rate at a step: linear warm-up, then a cosine from 1 to FINAL_LR."""
+    """The share of the base learning rate at a step: linear warm-up, then a cosine from 1 to FINAL_LR.
+
+    Pruning by count stays at 1: the continued stage goes on from there, and the two have one decay.
+    """
     if step < cfg.lr_warmup:
         return (step + 1) / (cfg.lr_warmup + 1)
+    if cfg.stage == "prune" and cfg.masks == "count":
+        return 1.0
     progress = (step - cfg.lr_warmup) / max(1, cfg.max_steps - cfg.lr_warmup)
     return FINAL_LR + (1 - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def sparsity_ramp(step: int, cfg: Config) -> float:
     """The share of the target sparsity that is asked for at a step."""
-    return min(1.0, step / cfg.sparsity_warmup) if cfg.sparsity_warmup else 1.0
+    return min(1.0, step / cfg.sparsity_warmup) if cfg.sparsity_warmup and cfg.max_steps else 1.0
 
 
 def due(step: int, interval: int, cfg: Config) -> bool:
@@ -165,6 +198,11 @@ def source_of(cfg: Config, meta: dict) -> LlamaConfig:
 def target_of(cfg: Config, source: LlamaConfig) -> LlamaConfig | None:
     """The shape to prune to; None in the other stages."""
     return target_config(source, **{name: getattr(cfg, name) for name in SHAPE[:4]}) if cfg.stage == "prune" else None
+
+
+def teacher_of(cfg: Config) -> str:
+    """The folder of the model to learn from; "" where there is none."""
+    return (cfg.teacher or (cfg.init_from if cfg.stage == "prune" else "")) if cfg.distill else ""
 
 
 def read_data(cfg: Config) -> tuple[DomainLoader, DomainLoader, dro.Mix]:
@@ -194,33 +232,97 @@ def build(cfg: Config, ranks: parallel.Ranks, vocab_size: int) -> tuple[Llama, M
             "prepare the data with the model's own tokenizer"
         )
     target = target_of(cfg, config)
-    with torch.device("meta"):
-        model = Llama(config)
-    if ranks.sharded:
-        parallel.shard(model, ranks, getattr(torch, cfg.dtype))
-    else:
-        model.to_empty(device=ranks.device).tie()
+    masks = MASKS[cfg.masks](config, target, cfg.seed) if target else None
+    model = blank(config, cfg, ranks, learns=cfg.max_steps > 0)
     if cfg.init_from:
         hf.fill(model, cfg.init_from, parallel.put)
     else:
         model.init_weights(cfg.seed, parallel.put)
     model.checkpoint_activations = cfg.checkpoint_activations
-    return model, Masks(config, target, cfg.seed) if target else None
+    return model, masks
+
+
+def blank(config: LlamaConfig, cfg: Config, ranks: parallel.Ranks, learns: bool) -> Llama:
+    """This rank's share of a model, to be filled. One that does not learn is held in what it computes in on a GPU."""
+    lower = not learns and cfg.dtype == "bfloat16" and ranks.device.startswith("cuda")
+    with torch.device("meta"):
+        model = Llama(config).to(torch.bfloat16 if lower else torch.float32).requires_grad_(learns)
+    if ranks.sharded:
+        parallel.shard(model, ranks, getattr(torch, cfg.dtype))
+        return model
+    model.to_empty(device=ranks.device).tie()
+    return model
+
+
+def build_teacher(cfg: Config, ranks: parallel.Ranks, student: LlamaConfig) -> Llama | None:
+    """The frozen model that is learned from. Raises UserError where it has other tokens than the student."""
+    folder = teacher_of(cfg)
+    if not folder:
+        return None
+    config = hf.read_config(folder)
+    config.check_length(cfg.seq_len)
+    if config.vocab_size != student.vocab_size:
+        sizes = f"the teacher has {config.vocab_size} tokens, the model {student.vocab_size}"
+        raise UserError(f"{folder}: {sizes}: a teacher must have the model's vocabulary")
+    files = [
+        path for path in (Path(f, "tokenizer.json") for f in (folder, cfg.init_from or cfg.data)) if path.is_file()
+    ]
+    words = [read_json(path, "copy it again").get("model", {}).get("vocab") for path in files]
+    if words[1:] and words[0] != words[1]:
+        raise UserError(f"{files[0]} has other words than {files[1]}: a teacher must have the model's tokenizer")
+    teacher = blank(config, cfg, ranks, learns=False)
+    hf.fill(teacher, folder, parallel.put)
+    return teacher
+
+
+def start_masks(cfg: Config, ranks: parallel.Ranks, model: Llama, masks: Masks | None, mix: dro.Mix) -> None:
+    """Give masks by count the order of their units' scores, on windows drawn by the mix."""
+    if isinstance(masks, CountMasks):
+        text = DomainLoader(cfg.data, mix.domains, cfg.seq_len, cfg.seed, "train")  # the run's own stays where it is
+        windows = text.read(text.next_batch(0, mix.ratio_M, cfg.calibration))
+        with autocast(cfg, ranks.device):
+            masks.start(scores(model, masks.target, windows, ranks.device), cfg.kappa if cfg.max_steps else ONE_SHOT)
 
 
 class Optimizers(list):
-    """AdamW for the weights; Adam for log_alpha and, ascending, for the two lambdas. All share the schedule."""
+    """AdamW for the weights; Adam for log_alpha and, ascending, for multipliers. All share the schedule; 0 steps, none.
+
+    A stage that continues a model with AdamW's moments beside it takes them, and needs no warm-up; `carried` are the
+    steps that they have come from.
+    """
 
     def __init__(self, cfg: Config, model: Llama, masks: Masks | None) -> None:
         adam = {"betas": BETAS, "eps": EPS, "fused": True}
-        self.cfg, self.model, self.masks = cfg, model, masks
-        self.base_lr = [cfg.lr, cfg.mask_lr, cfg.mask_lr, cfg.mask_lr * cfg.damping]
+        self.cfg, self.model, self.masks, self.carried = cfg, model, masks, 0
+        if not cfg.max_steps:
+            return
+        self.base_lr = [cfg.lr, cfg.mask_lr, cfg.mask_lr, cfg.mask_lr]
         self.append(torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=0.0, **adam))
         if masks:
             self.append(torch.optim.Adam(masks.log_alpha.values(), cfg.mask_lr, **adam))
-            self.extend(torch.optim.Adam([p], maximize=True, **adam) for p in (masks.lambda1, masks.lambda2))
+            self.extend(torch.optim.Adam([p], maximize=True, **adam) for p in masks.multipliers())
         for p in model.parameters():  # a block that no sample of a step keeps has zero gradients, not none
             p.grad = torch.zeros_like(p)
+        if cfg.stage == "continue" and Path(cfg.init_from, ADAMW).is_dir():
+            self._take(Path(cfg.init_from, ADAMW))
+
+    def _take(self, folder: Path) -> None:
+        checkpoint.tensors({"model": self.model}, self)  # makes them
+        for name in checkpoint.MOMENTS:
+            hf.fill(self.model, folder / name, lambda p, value, name=name: parallel.put(self[0].state[p][name], value))
+        self.carried = read_json(folder / "steps.json", "remove its folder to start without moments")["steps"]
+        checkpoint.set_steps(self, self.carried)
+        self.cfg = replace(self.cfg, lr_warmup=0)
+
+    def extracted(self) -> dict[str, Llama]:
+        """AdamW's moments of the model that masks by count extract, each as a model; none before the first step."""
+        if not isinstance(self.masks, CountMasks) or not self or not self[0].state:
+            return {}
+        powers, state = zip(checkpoint.MOMENTS, (-1, -2), strict=True), self[0].state
+        return {name: extract(self.model, self.masks, lambda p, name=name: state[p][name], n) for name, n in powers}
+
+    def rate(self, step: int) -> float:
+        return learning_rate(step, self.cfg)
 
     def clip(self) -> float:
         """Clip the weights' gradient; its norm, infinite where one of the masks' gradients is not finite."""
@@ -230,10 +332,10 @@ class Optimizers(list):
 
     def step(self, step: int) -> None:
         for optimizer, lr in zip(self, self.base_lr, strict=False):
-            optimizer.param_groups[0]["lr"] = lr * learning_rate(step, self.cfg)
+            optimizer.param_groups[0]["lr"] = lr * self.rate(step)
             optimizer.step()
         if self.masks:
-            self.masks.clamp()
+            self.masks.after_step()
 
     def zero_grad(self) -> None:
         for optimizer in self:
@@ -249,33 +351,36 @@ def kept_by(masks: Masks | None, z: dict | None, device: str):
     return subnetwork(masks.source, z, device, PAD[device.partition(":")[0]]) if masks else None
 
 
-def forward_backward(network, masks, train, batch, step: int, stop: bool, cfg: Config, ranks: parallel.Ranks):
-    """Leave the gradients of one global batch, averaged over ranks, in .grad. -> (sequences + 1,) float64.
+def forward_backward(network, teacher, masks, train, batch, step: int, stop: bool, cfg: Config, ranks: parallel.Ranks):
+    """Leave the gradients of one global batch, averaged over ranks, in .grad. -> (sequences + 2,) float64.
 
-    The first values are the loss of each sequence, summed over its tokens. The last is above 0 where any rank was asked
-    to stop: then all ranks stop after this step.
+    The first values are the cross-entropy of each sequence, summed over its tokens; then comes the KL divergence of all
+    tokens. The last is above 0 where any rank was asked to stop: then all ranks stop after this step.
     """
-    n_micro_batches = cfg.batch_size // cfg.micro_batch_size
-    loss_N = torch.zeros(cfg.batch_size + 1, dtype=torch.float64, device=ranks.device)
+    n_micro_batches, ramp = cfg.batch_size // cfg.micro_batch_size, sparsity_ramp(step, cfg)
+    loss_N = torch.zeros(cfg.batch_size + 2, dtype=torch.float64, device=ranks.device)
     loss_N[-1] = stop
     samples = []
     for i in range(ranks.rank, n_micro_batches, ranks.world_size):
         rows = slice(i * cfg.micro_batch_size, (i + 1) * cfg.micro_batch_size)
         tokens = to_device(torch.from_numpy(train.read(batch[rows])), ranks.device).long()  # (B, T + 1)
-        kept = kept_by(masks, masks and masks.sample(cfg.seed, step, i), ranks.device)
-        samples.append(kept)
+        if not samples or (masks and masks.sampled):
+            samples.append(kept_by(masks, masks and masks.sample(cfg.seed, step, i, ramp), ranks.device))
         with parallel.accumulating(network, ranks, is_last=i + ranks.world_size >= n_micro_batches):
             with autocast(cfg, ranks.device):
-                loss_BT = network(tokens[:, :-1], tokens[:, 1:], kept)
-            (loss_BT.mean() * ranks.world_size / n_micro_batches).backward()  # the mean over ranks divides again
-        loss_N[rows] = loss_BT.detach().double().sum(dim=1)
+                lesson = teacher and teacher.teach(tokens[:, :-1], cfg.distill)
+                loss = network(tokens[:, :-1], tokens[:, 1:], samples[-1], teacher=lesson)
+            (loss.objective * ranks.world_size / n_micro_batches).backward()  # the mean over ranks divides again
+        loss_N[:-2][rows] = loss.cross_entropy.double().sum(dim=1)
+        loss_N[-2] += loss.kl.double().sum() if teacher else 0.0
     if ranks.world_size > 1:
         dist.all_reduce(loss_N)
     if masks:
         backward_to_masks(samples)  # the losses left dL/dz at each sample; this goes on from z to log_alpha, on the CPU
         if ranks.world_size > 1:
             parallel.average_over_ranks([a.grad for a in masks.log_alpha.values()], ranks.device)
-        masks.lagrangian(sparsity_ramp(step, cfg)).backward()
+        if masks.sampled:
+            masks.lagrangian(ramp).backward()
     return loss_N
 
 
@@ -289,48 +394,58 @@ def main(cfg: Config) -> dict:
     return run(cfg)
 
 
-def run(cfg: Config) -> dict:  # noqa: PLR0915 (the loop is read from top to bottom)
+def run(cfg: Config) -> dict:  # noqa: PLR0912, PLR0915 (the loop is read from top to bottom)
     ranks = parallel.setup(cfg.parallel, cfg.device)
     if cfg.batch_size // cfg.micro_batch_size % ranks.world_size:
         raise UserError(f"batch_size / micro_batch_size must be a multiple of the {ranks.world_size} ranks")
     train, val, mix = read_data(cfg)
     with Out(cfg, ranks, sha256(f"{cfg.data}/meta.json")) as out:
         model, masks = build(cfg, ranks, train.vocab_size)
+        teacher = build_teacher(cfg, ranks, model.config)
         optimizers = Optimizers(cfg, model, masks)
-        prepare_kernels(cfg, ranks, model, masks, out)
-        s = Progress(np.zeros(len(mix.domains)))  # step, tokens by domain, skipped steps
+        prepare_kernels(cfg, ranks, model, teacher, masks, out)
+        s = Progress(np.zeros(len(mix.domains)), carried=optimizers.carried)  # step, tokens by domain, skipped steps
         shapes = {"source": asdict(model.config), "target": masks and asdict(masks.target)}
         learned = {"model": model} | ({"masks": masks} if masks else {})
         out.resume(s, shapes, learned, optimizers, mix, train)
         if not s.step:
             introduce(cfg, ranks, model, shapes, val, out)
-        network = torch.compile(model) if cfg.compile else model
-        network = parallel.wrap(network, ranks, find_unused=masks is not None)
+            start_masks(cfg, ranks, model, masks, mix)
+        network = prepare_network(cfg, ranks, model)
+        with autocast(cfg, ranks.device):
+            taught_M = teacher and evaluate(teacher, val, cfg.eval_sequences, cfg.micro_batch_size, ranks.device)
+        last = {}
 
         # tokens -> loader -> model -> loss by domain -> mix -> loader; masks -> subnetwork -> model
         while True:
             ramp = sparsity_ramp(s.step, cfg)
             if due(s.step, cfg.eval_interval, cfg):
                 start = time.perf_counter()
-                kept = kept_by(masks, masks and masks.deterministic(at_target=ramp == 1.0), ranks.device)
+                kept = kept_by(masks, masks and masks.deterministic(ramp), ranks.device)
                 with autocast(cfg, ranks.device):
                     loss_M = evaluate(model, val, cfg.eval_sequences, cfg.micro_batch_size, ranks.device, kept)
                 evaluated = time.perf_counter()
                 warnings = []
                 if s.step:  # the mix of the next steps, for which the law may have to wait until the ramp is over
-                    sparsity = (masks.overall_sparsity(), masks.overall_target()) if masks else ()
+                    sparsity = (masks.overall_sparsity(ramp), masks.overall_target()) if masks else ()
                     record = ramp == 1.0 or not cfg.law_after_ramp
                     warnings = mix.update(loss_M, s.tokens_M, s.step / cfg.max_steps, *sparsity, record=record)
                 seconds = {"eval_s": evaluated - start, "mix_s": time.perf_counter() - evaluated}
-                last = out.log_eval(s, loss_M, warnings, seconds, masks.record(ramp) if masks else {})
+                more = masks.record(ramp) if masks else {}
+                if teacher:
+                    more |= {"teacher_loss": taught_M}
+                    warnings += passed(taught_M, loss_M, last)
+                last = out.log_eval(s, loss_M, warnings, seconds, more)
+                if masks:
+                    masks.mark(ramp)
             if s.step == cfg.max_steps:
                 break
 
             start = time.perf_counter()
             batch = train.next_batch(s.step, mix.ratio_M, cfg.batch_size)
-            loss_N = forward_backward(network, masks, train, batch, s.step, out.stop_asked, cfg, ranks)
+            loss_N = forward_backward(network, teacher, masks, train, batch, s.step, out.stop_asked, cfg, ranks)
             grad_norm = optimizers.clip()
-            *loss_N, stop = loss_N.tolist()
+            *loss_N, kl, stop = loss_N.tolist()
             finite = all(map(math.isfinite, [*loss_N, grad_norm]))
             loss_sum_M = np.bincount(batch.domain_N, loss_N, len(mix.domains))
             count_M = np.bincount(batch.domain_N, minlength=len(mix.domains)) * cfg.seq_len * finite
@@ -344,7 +459,8 @@ def run(cfg: Config) -> dict:  # noqa: PLR0915 (the loop is read from top to bot
             optimizers.zero_grad()
             s.step += 1
 
-            more = {"lr": cfg.lr * learning_rate(s.step - 1, cfg), "grad_norm": grad_norm if finite else None}
+            more = {"lr": cfg.lr * optimizers.rate(s.step - 1), "grad_norm": grad_norm if finite else None}
+            more |= {"kl": kl / (cfg.batch_size * cfg.seq_len) if finite else None} if teacher else {}
             more |= masks.record(ramp) if masks else {}
             out.log_train(s, loss_sum_M, count_M, time.perf_counter() - start, more)
             if due(s.step, cfg.save_interval, cfg) or stop:
@@ -353,6 +469,7 @@ def run(cfg: Config) -> dict:  # noqa: PLR0915 (the loop is read from top to bot
                 out.stop(s)
 
         out.wait_for_save(s.step)
+        moments = optimizers.extracted()
         if masks:
             model = extract(model, masks)
             with autocast(cfg, ranks.device):
@@ -360,16 +477,36 @@ def run(cfg: Config) -> dict:  # noqa: PLR0915 (the loop is read from top to bot
             last = out.log_extracted(last, loss_M, masks)
         elif ranks.sharded:
             model = parallel.gather(model)
-        out.write_model(model)
+        out.write_model(model, moments, s.learned)
         parallel.close(network)
         return last
 
 
-def prepare_kernels(cfg: Config, ranks: parallel.Ranks, model: Llama, masks: Masks | None, out: Out) -> None:
+def prepare_network(cfg: Config, ranks: parallel.Ranks, model: Llama) -> torch.nn.Module:
+    """What a step runs. Pruning compiles each block by itself: which of them are kept may change, their graph not."""
+    if not cfg.max_steps:
+        return model
+    if cfg.compile and cfg.stage == "prune":
+        for block in model.layers:
+            block.compile()
+    network = torch.compile(model) if cfg.compile and cfg.stage != "prune" else model
+    return parallel.wrap(network, ranks, find_unused=cfg.stage == "prune")
+
+
+def passed(teacher_loss_M: np.ndarray, loss_M: np.ndarray, last: dict) -> list[str]:
+    """A warning at the first evaluation whose mean loss lies below the teacher's. last: the evaluation before."""
+    teacher, now, before = teacher_loss_M.mean(), loss_M.mean(), np.mean(last.get("val_loss", math.inf))
+    if not now < teacher - BEYOND <= before:
+        return []
+    means = f"mean loss {now:.4f}, the teacher's {teacher:.4f}"
+    return [f"the model has passed its teacher ({means}), which holds it back now: lower distill, or a better teacher"]
+
+
+def prepare_kernels(cfg, ranks: parallel.Ranks, model: Llama, teacher: Llama | None, masks: Masks | None, out: Out):
     """Choose the kernels. On a GPU, where most of them have not run before, each is tried on the run's own shapes."""
     if kernels.ops.use(cfg.kernels, ranks.device) and ranks.device.startswith("cuda"):
         shape = (model.config, masks and masks.target, cfg.micro_batch_size, cfg.seq_len)
-        for line in kernels.ops.self_check(*shape, getattr(torch, cfg.dtype), ranks.device):
+        for line in kernels.ops.self_check(*shape, getattr(torch, cfg.dtype), ranks.device, teacher and teacher.config):
             out.log.say(line)
 
 
@@ -390,7 +527,7 @@ def introduce(cfg: Config, ranks: parallel.Ranks, model: Llama, shapes: dict, va
     record |= {"device": device, "threads": torch.get_num_threads(), "versions": parallel.versions()}
     out.log.record(record)
     n_fits = (cfg.max_steps - cfg.sparsity_warmup * cfg.law_after_ramp) // cfg.eval_interval - dro.FIT_MORE_THAN
-    if cfg.mix != "constant" and cfg.dynamic_reference and n_fits < 1:
+    if cfg.max_steps and cfg.mix != "constant" and cfg.dynamic_reference and n_fits < 1:
         out.log.warn(0, "no reference loss will be predicted, too few evaluations: choose a smaller eval_interval")
 
 

@@ -550,7 +550,7 @@ def model_outcome():
     loss = model(tokens[:, :-1], tokens[:, 1:], sample)
     loss.sum().backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
-    return {"loss": loss.detach(), "gradient of the masks": sample.z_device.grad, **gradients}
+    return {"loss": loss.detach(), "gradient of the masks": sample.z_gradient(), **gradients}
 
 
 def assert_like_torch():

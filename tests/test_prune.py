@@ -1,4 +1,4 @@
-"""The masks against the published code's outputs; the subnetwork against masks multiplied into a dense model."""
+"""Masks by hand and against the published code; the subnetwork against masks multiplied into a dense model."""
 
 import json
 from dataclasses import replace
@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
 import prune
 from configurator import UserError
 from model import Llama, LlamaConfig
-from prune import Masks, backward_to_masks, extract, subnetwork, target_config
+from prune import CountMasks, SampledMasks, backward_to_masks, extract, scores, subnetwork, target_config
 
 ORACLE = json.loads((Path(__file__).parent / "oracle/masks.json").read_text())
 BASE = LlamaConfig(
@@ -86,12 +88,12 @@ def random_model(config, seed=0):
 
 
 def random_masks(config, seed, target=TARGET, spread=3.0):
-    masks = Masks(config, target_config(config, **target), seed)
+    masks = SampledMasks(config, target_config(config, **target), seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for a in masks.log_alpha.values():
             a.copy_(torch.randn(a.shape, generator=generator) * spread - 0.5)
-    masks.clamp()
+    masks.after_step()
     return masks
 
 
@@ -136,8 +138,9 @@ def test_the_subnetwork_is_the_masked_model_loss_and_every_gradient(config, corn
             loss.mean().backward()
         else:
             s = subnetwork(config, z, multiple=multiple)
-            loss = model(tokens, targets, s)
-            loss.mean().backward()
+            result = model(tokens, targets, s)
+            result.objective.backward()
+            loss = result.cross_entropy
             backward_to_masks([s])
         grads = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
         grads |= {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in masks.log_alpha.items()}
@@ -158,9 +161,8 @@ def test_every_mask_type_is_optional(left_out):
     assert left_out not in masks.log_alpha and len(masks.log_alpha) == 3
     model, (tokens, targets) = random_model(BASE), batch(BASE)
     z = masks.sample(0, 0, 0)
-    assert torch.allclose(
-        model(tokens, targets, subnetwork(BASE, z)), masked_dense(model, tokens, targets, z), atol=1e-5
-    )
+    loss = model(tokens, targets, subnetwork(BASE, z)).cross_entropy
+    assert torch.allclose(loss, masked_dense(model, tokens, targets, z), atol=1e-5)
     small = extract(model, masks)
     assert getattr(small.config, size) == getattr(BASE, size)
     assert torch.allclose(small(tokens), model(tokens, subnetwork=subnetwork(BASE, masks.deterministic())), atol=1e-5)
@@ -168,7 +170,7 @@ def test_every_mask_type_is_optional(left_out):
 
 def test_without_any_mask_the_subnetwork_is_the_model_itself():
     model, (tokens, targets) = random_model(BASE), batch(BASE)
-    assert torch.equal(model(tokens, targets, subnetwork(BASE, {})), model(tokens, targets))
+    assert torch.equal(model(tokens, targets, subnetwork(BASE, {}))[1], model(tokens, targets)[1])
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -179,11 +181,10 @@ def test_the_extracted_model_computes_what_the_target_masks_compute(config, seed
     tokens, targets = batch(config, seed)
     small = extract(model, masks)
     assert small.config == target_config(config, **target)
-    with_masks = model(tokens, targets, subnetwork(config, masks.deterministic()))
-    assert torch.allclose(small(tokens, targets), with_masks, rtol=1e-5, atol=1e-5)
-    assert torch.allclose(
-        small(tokens, targets), masked_dense(model, tokens, targets, masks.deterministic()), atol=2e-5
-    )
+    loss = small(tokens, targets).cross_entropy
+    with_masks = model(tokens, targets, subnetwork(config, masks.deterministic())).cross_entropy
+    assert torch.allclose(loss, with_masks, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(loss, masked_dense(model, tokens, targets, masks.deterministic()), atol=2e-5)
 
 
 def test_padding_gathers_multiples_and_a_sample_touches_only_what_is_alive():
@@ -251,12 +252,12 @@ def test_the_overall_sparsity_at_the_target_counts_the_parameters_of_the_target(
         return c.n_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
 
     assert masks.overall_target() == pytest.approx(1 - prunable(masks.target) / prunable(BASE), rel=1e-6)
-    fresh = Masks(BASE, masks.target, seed=0)
+    fresh = SampledMasks(BASE, masks.target, seed=0)
     assert 0 <= fresh.overall_sparsity() < 0.02
 
 
 def test_the_lagrangian_alone_brings_every_mask_to_its_target():
-    masks = Masks(BASE, target_config(BASE, **TARGET), seed=0)
+    masks = SampledMasks(BASE, target_config(BASE, **TARGET), seed=0)
     descend = torch.optim.Adam(masks.log_alpha.values(), lr=0.1, betas=(0.9, 0.95))
     ascend = torch.optim.Adam([masks.lambda1, masks.lambda2], lr=0.1, betas=(0.9, 0.95), maximize=True)
     for step in range(600):
@@ -264,7 +265,7 @@ def test_the_lagrangian_alone_brings_every_mask_to_its_target():
         masks.lagrangian(min(1.0, step / 100)).backward()
         descend.step()
         ascend.step()
-        masks.clamp()
+        masks.after_step()
     for mask, sparsity in masks.expected_sparsity().items():
         assert (sparsity - masks.target_sparsity()[mask]).abs().max() < 0.03, mask
 
@@ -287,4 +288,210 @@ def test_a_target_that_the_source_cannot_give_is_refused_with_both_numbers(chang
 
 def test_a_target_as_large_as_the_source_is_refused():
     with pytest.raises(UserError, match="nothing to prune"):
-        Masks(BASE, BASE, seed=0)
+        CountMasks(BASE, BASE)
+
+
+# ---- scores
+
+
+def loss_at(model, windows, z):
+    """The mean loss of each window, with every mask multiplied into the dense model."""
+    return masked_dense(model, windows[:, :-1], windows[:, 1:], z).mean(dim=1)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_scores_are_the_squared_finite_differences_of_the_loss_in_z(config):
+    model, target = random_model(config).double(), target_config(config, **TARGET)
+    windows = np.random.default_rng(0).integers(0, config.vocab_size, (3, 9))
+    score, tokens = scores(model, target, windows, "cpu"), torch.from_numpy(windows)
+    ones = {mask: torch.ones(a.shape, dtype=torch.float64) for mask, a in CountMasks(config, target).log_alpha.items()}
+    assert score.keys() == {"hidden", "head", "intermediate", "layer"}
+    for mask, row, unit in [("hidden", 0, 3), ("head", 1, 2), ("intermediate", 4, 11), ("layer", 0, 2)]:
+        moved = []
+        for step in (-1e-4, 1e-4):
+            z = {m: v.clone() for m, v in ones.items()}
+            z[mask][row, unit] += step
+            moved.append(loss_at(model, tokens, z))
+        expected = (((moved[1] - moved[0]) / 2e-4) ** 2).mean().item()
+        assert score[mask][row, unit].item() == pytest.approx(expected, rel=1e-2), mask
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+@torch.no_grad()
+def test_copies_of_a_unit_have_equal_scores_and_units_that_write_nothing_have_none():
+    model = random_model(BASE)
+    mlp, attention = model.layers[1].mlp, model.layers[2].self_attn
+    for name in ("gate_proj", "up_proj"):
+        mlp.get_submodule(name).weight[7] = mlp.get_submodule(name).weight[3]
+    mlp.down_proj.weight[:, 7] = mlp.down_proj.weight[:, 3]
+    mlp.down_proj.weight[:, 9] = 0
+    attention.o_proj.weight[:, 8:16] = 0  # the query heads 2 and 3, of key/value head 1
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        model.layers[4].get_submodule(name).weight.zero_()
+    model.embed_tokens.weight[:, 5] = 0  # a channel that nothing writes to
+    for block in model.layers:
+        block.self_attn.o_proj.weight[5] = block.mlp.down_proj.weight[5] = 0
+    with torch.enable_grad():
+        score = scores(model, target_config(BASE, **TARGET), np.arange(60).reshape(4, 15) % 50, "cpu")
+    assert score["intermediate"][1, 3] == pytest.approx(score["intermediate"][1, 7].item(), rel=1e-5)
+    zeros = [("intermediate", 1, 9), ("head", 2, 1), ("layer", 0, 4), ("hidden", 0, 5)]
+    assert [score[mask][row, unit].item() for mask, row, unit in zeros] == [0.0] * 4
+    assert all((v > 0).double().mean() > 0.7 for v in score.values())
+
+
+# ---- masks by count
+
+
+def count_masks(config=BASE, seed=0, kappa=3.0, target=TARGET):
+    masks, generator = CountMasks(config, target_config(config, **target)), torch.Generator().manual_seed(seed)
+    masks.start({mask: torch.rand(a.shape, generator=generator) for mask, a in masks.log_alpha.items()}, kappa)
+    return masks
+
+
+def by_hand(logits, keep):
+    """z of one row, written out unit by unit, in float64."""
+    order = sorted(range(len(logits)), key=lambda u: (-logits[u], u))
+    z = [0.0] * len(logits)
+    for u in order[:keep]:
+        if keep == len(logits):
+            z[u] = 1.0
+            continue
+        level = (logits[order[keep - 1]] + logits[order[keep]]) / 2
+        x = logits[u] - level + 2 / 3 * np.log(0.1 / 1.1)
+        z[u] = min(1.0, max(1e-6, 1.2 / (1 + np.exp(-x * 1.5)) - 0.1))
+    return z
+
+
+rows = st.lists(st.sampled_from([-1e9, -3.0, -1.0, -1 + 1e-7, 0.0, 1e-30, 0.5, 2.0, 1e9]), min_size=24, max_size=24)
+
+
+@given(row=rows, other=st.lists(st.floats(-50, 50, width=32), min_size=40, max_size=40), ramp=st.floats(0, 1))
+def test_as_many_units_as_the_ramp_asks_for_are_kept_in_every_row_whatever_the_logits(row, other, ramp):
+    masks = count_masks()
+    with torch.no_grad():
+        masks.log_alpha["hidden"].copy_(torch.tensor([row]))
+        masks.log_alpha["intermediate"].copy_(torch.tensor(other))
+    z, keep = masks.sample(ramp=ramp), masks.counts(ramp)
+    for mask, z_RU in z.items():
+        n, size = z_RU.shape[1], masks.sizes()[mask]
+        assert (z_RU > 0).sum(1).tolist() == keep[mask].tolist()
+        assert all(abs(k - (n - (n - size) * ramp)) < 1 for k in keep[mask])
+        assert z_RU.min() >= 0 and z_RU.max() <= 1
+    for mask, logits in (("hidden", row), ("intermediate", other)):
+        expected = by_hand([float(np.float32(x)) for x in logits], int(keep[mask][0]))
+        assert z[mask][0].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_rows_take_turns_to_lose_a_unit_and_all_have_their_size_at_the_end_of_the_ramp():
+    config = replace(BASE, n_layers=30)
+    masks = CountMasks(config, target_config(config, **{**TARGET, "n_layers": 24}))
+    before = masks.counts(0.0)["head"]
+    assert before.tolist() == [3] * 30
+    for step in range(1, 41):
+        kept = masks.counts(step / 40)["head"]
+        assert kept.sum() == np.floor(90 - 30 * step / 40 + 0.5)
+        lost = np.flatnonzero(kept < before)
+        assert len(lost) <= 1 and (kept <= before).all()
+        before = kept
+    assert before.tolist() == [2] * 30
+    assert {m: set(k.tolist()) for m, k in masks.counts(1.0).items()} == {m: {n} for m, n in masks.sizes().items()}
+
+
+def test_logits_start_in_the_order_of_the_scores_on_the_quantiles_of_a_normal_distribution():
+    masks = CountMasks(BASE, target_config(BASE, **TARGET))
+    score = {mask: torch.zeros_like(a) for mask, a in masks.log_alpha.items()}
+    score["head"][0] = torch.tensor([1.0, 3.0, 2.0])
+    masks.start(score, kappa=2.0)
+    assert masks.log_alpha["head"][0].tolist() == pytest.approx([2 * -0.967422, 2 * 0.967422, 0.0], abs=1e-5)
+    assert masks.log_alpha["head"][1].tolist() == pytest.approx([2 * 0.967422, 0.0, 2 * -0.967422], abs=1e-5)  # ties
+    assert masks.log_alpha["hidden"].std().item() == pytest.approx(2.0, abs=0.15)
+
+
+@pytest.mark.parametrize("ramp", [0.3, 1.0])
+def test_the_gradient_of_the_logits_is_that_of_the_slope_minus_its_mean(ramp):
+    masks = count_masks(kappa=1.5)
+    z = masks.sample(ramp=ramp)
+    weight = {mask: torch.randn(v.shape, generator=torch.Generator().manual_seed(1)) for mask, v in z.items()}
+    sum((weight[mask] * v).sum() for mask, v in z.items()).backward()
+    for mask, a in masks.log_alpha.items():
+        for row, values in enumerate(z[mask].tolist()):
+            n = len(values)
+            on_slope = [0 < v < 1 for v in values]
+            s = [(v + 0.1) / 1.2 for v in values]
+            dz_dx = [1.2 * s[u] * (1 - s[u]) * 1.5 if on_slope[u] else 0.0 for u in range(n)]
+            m = max(1, sum(on_slope))
+            jacobian = [  # dz_u / dlogit_v where the level is the mean logit of the units on the slope
+                [dz_dx[u] * ((u == v) - 1 / m) if on_slope[u] and on_slope[v] else 0.0 for v in range(n)]
+                for u in range(n)
+            ]
+            expected = [sum(weight[mask][row, u].item() * jacobian[u][v] for u in range(n)) for v in range(n)]
+            assert a.grad[row].tolist() == pytest.approx(expected, abs=1e-5)
+            assert a.grad[row].sum().item() == pytest.approx(0, abs=1e-5)
+    on = (z["intermediate"] > 0) & (z["intermediate"] < 1)
+    assert on.sum() > 20 and masks.log_alpha["intermediate"].grad[on].abs().min() > 0
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("kappa", [1.0, 1e9])
+def test_what_is_trained_is_what_is_evaluated_and_extracted(config, kappa):
+    target = {**TARGET, "n_heads": 2 * config.n_heads // config.n_kv_heads}
+    model, masks = random_model(config), count_masks(config, kappa=kappa, target=target)
+    tokens, targets = batch(config)
+    trained = model(tokens, targets, subnetwork(config, masks.sample(1, 2, 3), multiple=8))
+    evaluated = model(tokens, targets, subnetwork(config, masks.deterministic(), multiple=8))
+    assert torch.equal(trained.cross_entropy, evaluated.cross_entropy)
+    small = extract(model, masks)
+    assert small.config == masks.target
+    assert torch.allclose(small(tokens, targets).cross_entropy, trained.cross_entropy, rtol=1e-5, atol=1e-5)
+    values = masks.sample()["intermediate"]
+    assert set(values.unique().tolist()) <= {0.0, 1.0} if kappa > 1e6 else ((values > 0) & (values < 1)).any()
+
+
+def test_one_subnetwork_takes_the_gradients_of_several_micro_batches():
+    model, masks = random_model(BASE), count_masks(kappa=1.0)
+    batches, grads = [batch(BASE, seed) for seed in range(3)], []
+    for together in (True, False):
+        masks.zero_grad()
+        shared = subnetwork(BASE, masks.sample())
+        samples = [shared] if together else [subnetwork(BASE, masks.sample()) for _ in batches]
+        for i, (tokens, targets) in enumerate(batches):
+            model(tokens, targets, samples[0 if together else i]).objective.backward()
+        backward_to_masks(samples)
+        grads.append({mask: a.grad.clone() for mask, a in masks.log_alpha.items()})
+    for mask, grad in grads[0].items():
+        assert torch.allclose(grad, grads[1][mask], rtol=1e-4, atol=1e-6)
+    assert grads[0]["hidden"].abs().max() > 0
+
+
+def test_records_count_what_is_on_the_slope_and_what_has_entered_since_the_last_evaluation():
+    masks = count_masks(kappa=1.0)
+    masks.mark(1.0)
+    assert masks.record(1.0)["entered"] == dict.fromkeys(masks.log_alpha, 0)
+    z = masks.deterministic()["intermediate"][2]
+    kept, pruned = int(z.argmax()), int(z.argmin())
+    with torch.no_grad():
+        a = masks.log_alpha["intermediate"]
+        a[2, kept], a[2, pruned] = a[2, pruned].item(), a[2, kept].item()
+    record = masks.record(1.0)
+    assert record["entered"] == {"hidden": 0, "head": 0, "intermediate": 1, "layer": 0}
+    z = masks.deterministic()["hidden"]
+    assert record["on_slope"]["hidden"] == pytest.approx(((z > 0) & (z < 1)).double().mean().item())
+    assert record["sparsity"] == pytest.approx(masks.target_sparsity())
+    assert record["overall_sparsity"] == masks.overall_sparsity() == pytest.approx(masks.overall_target())
+
+
+def test_extracted_moments_have_the_gradients_scale():
+    """A weight of the small model is w s: gradients of the one are those of the other divided by s."""
+    for config in (CONFIGS["biases"], CONFIGS["tied"]):
+        model, masks = random_model(config), count_masks(config, kappa=1.0, target={**TARGET, "n_heads": 4})
+        tokens, targets = batch(config)
+        small = extract(model, masks)
+        model(tokens, targets, subnetwork(config, masks.deterministic())).objective.backward()
+        small(tokens, targets).objective.backward()
+        of_gradients = extract(model, masks, lambda p: p.grad, -1)
+        of_squares = extract(model, masks, lambda p: p.grad**2, -2)
+        for name, p in small.named_parameters():
+            largest = p.grad.abs().max()
+            first, second = of_gradients.get_parameter(name), of_squares.get_parameter(name)
+            assert (first - p.grad).abs().max() <= 1e-4 * largest, name
+            assert (second - p.grad**2).abs().max() <= 1e-4 * largest**2, name
