@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -85,6 +85,7 @@ def shard(model: Llama, ranks: Ranks, dtype: torch.dtype) -> None:
         module.to_empty(device=ranks.device)
     model.tie()
     fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, "teach")  # a teacher's weights are gathered for it as for forward
 
 
 def wrap(network: nn.Module, ranks: Ranks, find_unused: bool) -> nn.Module:
@@ -115,6 +116,12 @@ def put(parameter: Tensor, value: Tensor) -> None:
 
 def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def let_go(model: Llama) -> None:
+    """Give back what a forward pass has left gathered: every parameter is a share again, as the optimizer knows it."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def gather(model: Llama) -> Llama:

@@ -13,6 +13,7 @@ out_dir/step_NNNNNN, and leaves a Hugging Face folder in out_dir/model, where th
 
 import math
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -318,6 +319,7 @@ class Optimizers(list):
         """AdamW's moments of the model that masks by count extract, each as a model; none before the first step."""
         if not isinstance(self.masks, CountMasks) or not self or not self[0].state:
             return {}
+        parallel.let_go(self.model)
         powers, state = zip(checkpoint.MOMENTS, (-1, -2), strict=True), self[0].state
         return {name: extract(self.model, self.masks, lambda p, name=name: state[p][name], n) for name, n in powers}
 
@@ -346,6 +348,11 @@ def autocast(cfg: Config, device: str) -> torch.autocast:
     return torch.autocast(device.partition(":")[0], torch.bfloat16, enabled=cfg.dtype == "bfloat16")
 
 
+def eager(cfg: Config, ramp: float = 0.0) -> AbstractContextManager:
+    """Compiled blocks run as they are written where shapes are not those of every step: evaluation, and the ramp."""
+    return torch.compiler.set_stance("force_eager") if cfg.compile and ramp < 1.0 else nullcontext()
+
+
 def kept_by(masks: Masks | None, z: dict | None, device: str):
     """The subnetwork of mask values z; None, the whole model, where nothing is pruned."""
     return subnetwork(masks.source, z, device, PAD[device.partition(":")[0]]) if masks else None
@@ -366,7 +373,8 @@ def forward_backward(network, teacher, masks, train, batch, step: int, stop: boo
         tokens = to_device(torch.from_numpy(train.read(batch[rows])), ranks.device).long()  # (B, T + 1)
         if not samples or (masks and masks.sampled):
             samples.append(kept_by(masks, masks and masks.sample(cfg.seed, step, i, ramp), ranks.device))
-        with parallel.accumulating(network, ranks, is_last=i + ranks.world_size >= n_micro_batches):
+        is_last = i + ranks.world_size >= n_micro_batches
+        with parallel.accumulating(network, ranks, is_last), eager(cfg, ramp):
             with autocast(cfg, ranks.device):
                 lesson = teacher and teacher.teach(tokens[:, :-1], cfg.distill)
                 loss = network(tokens[:, :-1], tokens[:, 1:], samples[-1], teacher=lesson)
@@ -412,9 +420,7 @@ def run(cfg: Config) -> dict:  # noqa: PLR0912, PLR0915 (the loop is read from t
             introduce(cfg, ranks, model, shapes, val, out)
             start_masks(cfg, ranks, model, masks, mix)
         network = prepare_network(cfg, ranks, model)
-        with autocast(cfg, ranks.device):
-            taught_M = teacher and evaluate(teacher, val, cfg.eval_sequences, cfg.micro_batch_size, ranks.device)
-        last = {}
+        teacher_loss_M, last = examine(cfg, ranks, teacher, val, out), {}
 
         # tokens -> loader -> model -> loss by domain -> mix -> loader; masks -> subnetwork -> model
         while True:
@@ -422,7 +428,7 @@ def run(cfg: Config) -> dict:  # noqa: PLR0912, PLR0915 (the loop is read from t
             if due(s.step, cfg.eval_interval, cfg):
                 start = time.perf_counter()
                 kept = kept_by(masks, masks and masks.deterministic(ramp), ranks.device)
-                with autocast(cfg, ranks.device):
+                with autocast(cfg, ranks.device), eager(cfg):
                     loss_M = evaluate(model, val, cfg.eval_sequences, cfg.micro_batch_size, ranks.device, kept)
                 evaluated = time.perf_counter()
                 warnings = []
@@ -433,8 +439,8 @@ def run(cfg: Config) -> dict:  # noqa: PLR0912, PLR0915 (the loop is read from t
                 seconds = {"eval_s": evaluated - start, "mix_s": time.perf_counter() - evaluated}
                 more = masks.record(ramp) if masks else {}
                 if teacher:
-                    more |= {"teacher_loss": taught_M}
-                    warnings += passed(taught_M, loss_M, last)
+                    more |= {"teacher_loss": teacher_loss_M}
+                    warnings += passed(teacher_loss_M, loss_M, last)
                 last = out.log_eval(s, loss_M, warnings, seconds, more)
                 if masks:
                     masks.mark(ramp)
@@ -483,7 +489,7 @@ def run(cfg: Config) -> dict:  # noqa: PLR0912, PLR0915 (the loop is read from t
 
 
 def prepare_network(cfg: Config, ranks: parallel.Ranks, model: Llama) -> torch.nn.Module:
-    """What a step runs. Pruning compiles each block by itself: which of them are kept may change, their graph not."""
+    """What a step runs. Pruning compiles each block by itself: which blocks are kept changes, their graph does not."""
     if not cfg.max_steps:
         return model
     if cfg.compile and cfg.stage == "prune":
@@ -491,6 +497,18 @@ def prepare_network(cfg: Config, ranks: parallel.Ranks, model: Llama) -> torch.n
             block.compile()
     network = torch.compile(model) if cfg.compile and cfg.stage != "prune" else model
     return parallel.wrap(network, ranks, find_unused=cfg.stage == "prune")
+
+
+def examine(
+    cfg: Config, ranks: parallel.Ranks, teacher: Llama | None, val: DomainLoader, out: Out
+) -> np.ndarray | None:
+    """The teacher's loss on each domain, nats, (M,), on the windows that the model is evaluated on."""
+    if not teacher:
+        return None
+    with autocast(cfg, ranks.device):
+        loss_M = evaluate(teacher, val, cfg.eval_sequences, cfg.micro_batch_size, ranks.device)
+    out.log.say(f"teacher: mean {loss_M.mean():.4f}")
+    return loss_M
 
 
 def passed(teacher_loss_M: np.ndarray, loss_M: np.ndarray, last: dict) -> list[str]:

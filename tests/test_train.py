@@ -17,9 +17,10 @@ import configurator
 import evaluate
 import hf
 import model as llama
+import prune
 import train
 from configurator import UserError
-from data.loader import DomainLoader
+from data.loader import Batch, DomainLoader
 from kernels import fused, masked_swiglu, pack
 from kernels.masked_linear import masked_linear, packed_linear
 from metrics import read_metrics
@@ -47,15 +48,25 @@ def test_a_pruned_model_trains_on_and_gets_better(data, pruned, tmp_path):
     assert hf.load(tmp_path / "c/model").config == hf.load(out / "model").config
 
 
-def test_metrics_hold_every_number_a_figure_needs(pruned):
-    out, _ = pruned
+@pytest.fixture(scope="session")
+def published(data, source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "published"
+    return out, train.main(prune_tiny(data, out, source, masks="published"))
+
+
+OF_MASKS = {"count": ("on_slope", "entered"), "published": ("lambda1", "lambda2")}
+
+
+@pytest.mark.parametrize("kind", OF_MASKS)
+def test_metrics_hold_every_number_a_figure_needs(kind, pruned, published):
+    out, _ = pruned if kind == "count" else published
     steps, evals = metrics(out, "train"), metrics(out, "eval")
     assert [r["step"] for r in steps] == list(range(1, 41))
     assert [r["step"] for r in evals] == [0, 10, 20, 30, 40]
     masks = {"hidden", "head", "intermediate", "layer"}
     for r in steps:
         assert {"loss", "lr", "step_s", "tokens_per_s", "ratio", "tokens", "overall_sparsity"} <= set(r)
-        for name in ("sparsity", "target_sparsity", "lambda1", "lambda2"):
+        for name in ("sparsity", "target_sparsity", *OF_MASKS[kind]):
             assert set(r[name]) == masks
     assert evals[-1]["tokens"] == pytest.approx(steps[-1]["tokens"])
     assert sum(evals[-1]["tokens"]) == 40 * 8 * T
@@ -74,10 +85,12 @@ def stop_at(monkeypatch, step):
     monkeypatch.setattr(train, "learning_rate", dying)
 
 
-@pytest.mark.parametrize(("stage", "died_at"), [("pretrain", 3), ("prune", 10), ("prune", 27)])
+@pytest.mark.parametrize(
+    ("stage", "died_at"), [("pretrain", 3), ("count", 10), ("count", 27), ("published", 10), ("published", 27)]
+)
 def test_a_resumed_run_ends_with_the_same_bytes(stage, died_at, data, source, tmp_path, monkeypatch):
     def config(name, **changes):
-        make = tiny if stage == "pretrain" else lambda *a, **k: prune_tiny(*a[:2], source, **k)
+        make = tiny if stage == "pretrain" else lambda *a, **k: prune_tiny(*a[:2], source, masks=stage, **k)
         return make(
             data, tmp_path / name, mix="dro", reference_losses=(1.0, 1.0), domains=("count", "pairs"), **changes
         )
@@ -132,9 +145,10 @@ def assert_same_run(one, other):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["ratio"] == pytest.approx(b["ratio"], rel=1e-4)
         assert a["tokens"] == b["tokens"]
-    last = [metrics(run, "train")[-1] for run in (one, other)]
-    for mask in last[0]["lambda1"]:
-        assert last[0]["lambda1"][mask] == pytest.approx(last[1]["lambda1"][mask], rel=1e-4)
+        for name in {"sparsity", "on_slope", "kl"} & a.keys():
+            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), name
+    last = [metrics(run, "train")[-1].get("lambda1", {}) for run in (one, other)]
+    assert last[0] == pytest.approx(last[1], rel=1e-4)
     ends = [dict(hf.load(run / "model").named_parameters()) for run in (one, other)]
     assert all(torch.allclose(ends[0][name], ends[1][name], atol=1e-4) for name in ends[0])
 
@@ -153,8 +167,22 @@ def domains_seen(cfg, steps, ranks):
 @pytest.fixture(scope="session")
 def alone(data, source, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "one"
-    train.main(prune_tiny(data, out, source, **RANKS))
+    train.main(prune_tiny(data, out, source, masks="published", **RANKS))
     return out
+
+
+BY_COUNT = RANKS | dict(kappa=3.0, mask_lr=0.3, calibration=7, distill=0.5)
+
+
+@pytest.mark.parametrize("parallel", ["fsdp", pytest.param("ddp", marks=pytest.mark.full)])
+def test_ranks_score_prune_by_count_and_learn_from_a_teacher_like_one_process(parallel, data, source, tmp_path):
+    train.main(prune_tiny(data, tmp_path / "one", source, **BY_COUNT))
+    torchrun(prune_tiny(data, tmp_path / "many", source, parallel=parallel, **BY_COUNT), 2)
+    assert_same_run(tmp_path / "one", tmp_path / "many")
+    for name in ("exp_avg", "exp_avg_sq"):
+        ends = [dict(hf.load(tmp_path / run / "model/adamw" / name).named_parameters()) for run in ("one", "many")]
+        for key, moment in ends[0].items():
+            assert torch.allclose(moment, ends[1][key], rtol=1e-2, atol=1e-3 * moment.abs().max().item()), key
 
 
 NODE_OF_TWO = """
@@ -173,7 +201,7 @@ train.main(configurator.load(train.Config, sys.argv[1:]))
 def test_many_ranks_take_the_same_steps_as_one(ranks, parallel, data, source, alone, tmp_path):
     """Blocks die on one rank and live on the other: the layer mask is sampled per micro-batch."""
     (tmp_path / "node.py").write_text(NODE_OF_TWO.format(root=str(ROOT)))
-    cfg = prune_tiny(data, tmp_path / "many", source, parallel=parallel, **RANKS)
+    cfg = prune_tiny(data, tmp_path / "many", source, masks="published", parallel=parallel, **RANKS)
     torchrun(cfg, ranks, tmp_path / "node.py" if parallel == "hsdp" else "train.py")
     assert_same_run(alone, tmp_path / "many")
     alive = [r["sparsity"]["layer"] for r in metrics(tmp_path / "many", "train")]
@@ -187,7 +215,7 @@ def test_many_ranks_take_the_same_steps_as_one(ranks, parallel, data, source, al
     ("changes", "tolerance"), [(dict(checkpoint_activations=True), 1e-5), (dict(dtype="bfloat16"), 2e-2)]
 )
 def test_sharded_ranks_recompute_activations_and_compute_in_bfloat16(changes, tolerance, data, source, alone, tmp_path):
-    torchrun(prune_tiny(data, tmp_path / "r", source, parallel="fsdp", **(RANKS | changes)), 2)
+    torchrun(prune_tiny(data, tmp_path / "r", source, masks="published", parallel="fsdp", **(RANKS | changes)), 2)
     for a, b in zip(metrics(alone, "train"), metrics(tmp_path / "r", "train"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=tolerance)
 
@@ -205,7 +233,7 @@ train.main(configurator.load(train.Config, sys.argv[1:]))
 @pytest.mark.parametrize(("first", "then"), [pytest.param(*n, marks=pytest.mark.full) for n in ((2, 4), (4, 1))])
 def test_a_sharded_run_goes_on_with_another_number_of_ranks(first, then, data, source, alone, tmp_path):
     (tmp_path / "dies.py").write_text(DIES_AT_25.format(root=str(ROOT)))
-    cfg = prune_tiny(data, tmp_path / "r", source, parallel="fsdp", **RANKS)
+    cfg = prune_tiny(data, tmp_path / "r", source, masks="published", parallel="fsdp", **RANKS)
     torchrun(cfg, first, script=tmp_path / "dies.py", succeeds=False)
     assert metrics(tmp_path / "r", "train")[-1]["step"] == 25
     torchrun(dataclasses.replace(cfg, resume=True), then)
@@ -241,8 +269,8 @@ def test_triton_kernels_prune_like_torch(linear, data, tmp_path, monkeypatch):
     shape = dict(n_layers=1, hidden_size=8, intermediate_size=12, n_heads=1)
     small = dict(seq_len=2, batch_size=1, micro_batch_size=1, max_steps=20, eval_interval=20, eval_sequences=1)
     for kernels in ("torch", "triton"):
-        cfg = prune_tiny(data, tmp_path / kernels, tmp_path / "model", kernels=kernels, mask_lr=1.0, **shape, **small)
-        train.main(cfg)
+        options = dict(kernels=kernels, masks="published", mask_lr=1.0)
+        train.main(prune_tiny(data, tmp_path / kernels, tmp_path / "model", **options, **shape, **small))
     assert fused.fastest == {fused.ELSE: linear}
     for a, b in zip(metrics(tmp_path / "torch", "train"), metrics(tmp_path / "triton", "train"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
@@ -266,12 +294,160 @@ def test_the_model_compiles_without_a_graph_break():
     model.init_weights(0)
     tokens = torch.randint(0, VOCAB, (2, T + 1))
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    assert torch.allclose(compiled(tokens[:, :-1], tokens[:, 1:]), model(tokens[:, :-1], tokens[:, 1:]), atol=1e-6)
+    losses = [network(tokens[:, :-1], tokens[:, 1:]).cross_entropy for network in (compiled, model)]
+    assert torch.allclose(*losses, atol=1e-6)
+
+
+# ---- masks by count in the loop
+
+
+def test_the_number_of_units_follows_the_ramp_exactly_and_the_loss_is_masked_as_it_is_extracted(pruned):
+    out, record = pruned
+    for r in metrics(out, "train"):
+        for mask, sparsity in r["sparsity"].items():
+            units = {"hidden": 32, "head": 3 * 2, "intermediate": 3 * 48, "layer": 3}[mask]
+            assert abs(sparsity - r["target_sparsity"][mask]) * units <= 0.5 + 1e-9
+    assert record["val_loss"] == pytest.approx(record["masked_val_loss"], rel=1e-6)
+    assert metrics(out, "eval")[0]["val_loss"] == pytest.approx(metrics(source_of(out), "eval")[-1]["val_loss"])
+    assert len({r["lr"] for r in metrics(out, "train")[4:]}) == 1  # no decay: the next stage has it
+
+
+def source_of(out):
+    return os.path.dirname(read_metrics(out / "metrics.jsonl")[0]["config"]["init_from"])
+
+
+def test_no_step_is_one_shot_pruning_by_scores(data, source, tmp_path):
+    cfg = prune_tiny(data, tmp_path / "r", source, max_steps=0, sparsity_warmup=10, lr_warmup=4)
+    record = train.main(cfg)
+    assert record["val_loss"] == record["masked_val_loss"]
+    model, text = hf.load(source), DomainLoader(cfg.data, ("count", "pairs"), T, cfg.seed, "train")
+    target = target_config(model.config, hidden_size=16, intermediate_size=24, n_layers=2, n_heads=2)
+    windows = text.read(text.next_batch(0, text.size_M / text.size_M.sum(), 64))
+    masks = prune.CountMasks(model.config, target)
+    masks.start(prune.scores(model, target, windows, "cpu"), 1e9)
+    small = hf.load(tmp_path / "r/model")
+    for (name, p), q in zip(small.named_parameters(), prune.extract(model, masks).parameters(), strict=True):
+        assert torch.equal(p, q), name
+    assert set(small.embed_tokens.weight[5].tolist()) <= set(model.embed_tokens.weight[5].tolist())  # z = 1
+    assert not (tmp_path / "r/model/adamw").exists()
+    before = (tmp_path / "r/model/model.safetensors").read_bytes()
+    assert train.main(dataclasses.replace(cfg, resume=True))["val_loss"] == record["val_loss"]
+    assert (tmp_path / "r/model/model.safetensors").read_bytes() == before
+
+
+def test_a_stage_that_continues_an_extracted_model_takes_the_steps_that_pruning_would_have(
+    data, source, tmp_path, monkeypatch
+):
+    """With masks that do not change and no decay: 12 steps of pruning are 8 of pruning and 4 of the small model."""
+    first = [0]
+
+    def fixed(loader, step, _ratio, n):
+        rng = np.random.default_rng(step + first[0])
+        return Batch(rng.integers(0, 2, n), rng.integers(0, 100, n))
+
+    monkeypatch.setattr(DomainLoader, "next_batch", fixed)
+    monkeypatch.setattr(train, "learning_rate", lambda step, cfg: 1.0)
+    still = dict(mask_lr=0.0, sparsity_warmup=0, kappa=1e6, mix="constant", lr_warmup=0)
+    for steps in (12, 8):
+        train.main(prune_tiny(data, tmp_path / str(steps), source, max_steps=steps, **still))
+    first[0] = 8
+    continued = tiny(data, tmp_path / "c", stage="continue", init_from=str(tmp_path / "8/model"), **NO_SHAPE)
+    train.main(dataclasses.replace(continued, max_steps=4, mix="constant"))
+    losses = [[r["loss"] for r in metrics(tmp_path / run, "train")] for run in ("12", "8", "c")]
+    assert losses[0] == pytest.approx(losses[1] + losses[2], rel=1e-5)
+    assert len({round(x, 6) for x in losses[0]}) == 12
+    ends = [dict(hf.load(tmp_path / run / "model").named_parameters()) for run in ("12", "c")]
+    for name, p in ends[0].items():
+        assert torch.allclose(p, ends[1][name], rtol=1e-4, atol=1e-5), name
+
+
+def test_a_stage_that_takes_the_moments_has_no_warm_up_and_resumes_with_the_same_bytes(
+    data, pruned, tmp_path, monkeypatch
+):
+    def config(name, **changes):
+        init_from = str(pruned[0] / "model")
+        return tiny(data, tmp_path / name, stage="continue", init_from=init_from, **NO_SHAPE, **changes)
+
+    train.main(config("whole"))
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        stop_at(m, 17)
+        train.main(config("killed"))
+    train.main(config("killed", resume=True))
+    assert differences(tmp_path / "whole", tmp_path / "killed") == []
+    rates = [r["lr"] for r in metrics(tmp_path / "whole", "train")]
+    assert rates[0] == 1e-2 and rates == sorted(rates, reverse=True) and rates[-1] < 2e-3
+    hf.save(hf.load(pruned[0] / "model"), tmp_path / "exported")
+    train.main(dataclasses.replace(config("anew"), init_from=str(tmp_path / "exported")))
+    assert metrics(tmp_path / "anew", "train")[0]["lr"] == pytest.approx(1e-2 / 5)
+
+
+def test_after_the_ramp_a_block_has_one_graph_whichever_blocks_and_units_are_kept():
+    config = llama.LlamaConfig(VOCAB, 32, 48, 12, 4, 2, 8)
+    target = target_config(config, hidden_size=16, intermediate_size=24, n_layers=8, n_heads=2)
+    model, masks, kept = llama.Llama(config), prune.CountMasks(config, target), []
+    model.init_weights(0)
+    for block in model.layers:
+        block.compile(backend="eager", fullgraph=True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    tokens, generator = torch.randint(0, VOCAB, (2, T + 1)), torch.Generator().manual_seed(0)
+    for step in range(6):
+        masks.start({m: torch.rand(a.shape, generator=generator) for m, a in masks.log_alpha.items()}, 3.0)
+        subnetwork = prune.subnetwork(config, masks.sample(), multiple=8)
+        kept.append(tuple(b.mlp for b in subnetwork.blocks))
+        model(tokens[:, :-1], tokens[:, 1:], subnetwork).objective.backward()
+        if not step:
+            before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert len(set(kept)) > 3
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before == 2  # the first block adds nothing up
+    torch._dynamo.reset()
+
+
+@pytest.mark.full
+def test_compiled_pruning_takes_the_same_steps(data, source, tmp_path):
+    for name, compiled in (("a", False), ("b", True)):
+        train.main(prune_tiny(data, tmp_path / name, source, compile=compiled, max_steps=20))
+    for a, b in zip(metrics(tmp_path / "a", "train"), metrics(tmp_path / "b", "train"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+# ---- a teacher
+
+
+def test_a_model_comes_closer_to_its_teacher_and_the_log_stays_cross_entropy(data, source, tmp_path):
+    settings = dict(teacher=str(source), mix="constant", lr=5e-3, seed=5)
+    train.main(tiny(data, tmp_path / "r", distill=1.0, **settings))
+    steps, evals = metrics(tmp_path / "r", "train"), metrics(tmp_path / "r", "eval")
+    assert steps[-1]["kl"] < 0.3 * steps[0]["kl"]
+    assert evals[0]["val_loss"] == pytest.approx([np.log(VOCAB)] * 2, abs=0.1)
+    assert evals[0]["teacher_loss"] == pytest.approx(metrics(source.parent, "eval")[-1]["val_loss"])
+    assert not [name for name in weights(tmp_path / "r") if "teacher" in name]
+    train.main(tiny(data, tmp_path / "plain", **(settings | {"teacher": ""})))
+    assert "kl" not in metrics(tmp_path / "plain", "train")[0]
+    assert metrics(tmp_path / "plain", "train")[0]["loss"] == pytest.approx(steps[0]["loss"], rel=1e-6)
+
+
+def test_a_model_that_passes_its_teacher_is_warned_about_once(data, source, tmp_path):
+    young = llama.Llama(hf.load(source).config)
+    young.init_weights(17)  # as the model itself starts
+    hf.save(young, tmp_path / "young")
+    train.main(tiny(data, tmp_path / "r", teacher=str(tmp_path / "young"), distill=0.1))
+    (warning,) = [r for r in metrics(tmp_path / "r", "warning") if "teacher" in r["text"]]
+    assert "the model has passed its teacher" in warning["text"] and warning["step"] in (10, 20)
 
 
 BAD = {
+    "distill = 1.5: must be from 0 to 1": dict(distill=1.5),
+    "distill = nan": dict(distill=float("nan")),
+    "distill = 0.5 needs teacher": dict(distill=0.5),
+    "calibration = 0": dict(calibration=0),
+    "masks = 'random'": dict(masks="random"),
+    "only stage = 'prune' with masks = 'count'": dict(max_steps=0),
+    "the shapes of published masks": dict(
+        stage="prune", init_from="x", masks="published", compile=True, n_kv_heads=0, head_dim=0
+    ),
     "must be one of": dict(mix="robust"),
-    "max_steps = 0": dict(max_steps=0),
+    "max_steps = -1": dict(max_steps=-1),
     "lr = nan": dict(lr=float("nan")),
     "longer than max_steps": dict(sparsity_warmup=99),
     "multiple of micro_batch_size": dict(micro_batch_size=3),
@@ -300,6 +476,28 @@ def test_bad_input_is_refused_in_one_line_and_nothing_of_a_run_is_written(messag
 def test_a_target_larger_than_the_source_is_refused(data, source, tmp_path):
     with pytest.raises(UserError, match=r"target hidden_size = 33: must be from 1 to the source's 32"):
         train.main(prune_tiny(data, tmp_path / "r", source, hidden_size=33))
+
+
+def test_a_target_as_large_as_the_source_is_refused(data, source, tmp_path):
+    same = dict(n_layers=3, hidden_size=32, intermediate_size=48, n_heads=4)
+    with pytest.raises(UserError, match="nothing to prune") as caught:
+        train.main(prune_tiny(data, tmp_path / "r", source, **same))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_teacher_of_another_vocabulary_or_tokenizer_is_refused(data, source, tmp_path):
+    other = llama.Llama(llama.LlamaConfig(VOCAB + 8, 32, 48, 1, 4, 2, 8))
+    other.init_weights(0)
+    hf.save(other, tmp_path / "other")
+    with pytest.raises(UserError, match=f"the teacher has {VOCAB + 8} tokens, the model {VOCAB}"):
+        train.main(prune_tiny(data, tmp_path / "r", source, teacher=str(tmp_path / "other"), distill=0.9))
+    for name, words in (("model", {"a": 0}), ("same", {"a": 0}), ("another", {"b": 0})):
+        shutil.copytree(source, tmp_path / name)
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps({"model": {"vocab": words}}))
+    short = dict(distill=0.9, max_steps=2, lr_warmup=0, sparsity_warmup=0)
+    train.main(prune_tiny(data, tmp_path / "r", tmp_path / "model", teacher=str(tmp_path / "same"), **short))
+    with pytest.raises(UserError, match="has other words than"):
+        train.main(prune_tiny(data, tmp_path / "s", tmp_path / "model", teacher=str(tmp_path / "another"), **short))
 
 
 def test_an_out_dir_that_holds_a_run_is_left_alone(data, source):
