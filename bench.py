@@ -33,7 +33,18 @@ from kernels import ops as kernel_ops
 from kernels.cases import Case, call, cases
 from kernels.machine_code import LLAMA_1B, LLAMA_7B
 from model import BlockUnits, Llama, LlamaConfig, Subnetwork, Units
-from prune import LOG_ALPHA_RANGE, PAD, Masks, backward_to_masks, extract, probability_pruned, subnetwork, target_config
+from plan import LiveBytes
+from prune import (
+    LOG_ALPHA_RANGE,
+    PAD,
+    Masks,
+    SampledMasks,
+    backward_to_masks,
+    extract,
+    probability_pruned,
+    subnetwork,
+    target_config,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DEMO = LlamaConfig(4096, 192, 512, 6, n_heads=6, n_kv_heads=3, head_dim=32)  # the demo's source model
@@ -42,13 +53,16 @@ if DEVICE == "cuda":  # 2/32 of the vocabulary too: the LM head keeps the share 
 else:
     SOURCE = LlamaConfig(4096, 512, 1408, 6, n_heads=8, n_kv_heads=8, head_dim=64)
     PRUNING = SOURCE, target_config(SOURCE, hidden_size=256, intermediate_size=704, n_heads=4, n_layers=4), 8, 256
+DEMO_TARGET = target_config(DEMO, hidden_size=128, intermediate_size=256, n_heads=4, n_layers=4)
+DISTILLING = PRUNING if DEVICE == "cuda" else (DEMO, DEMO_TARGET, 8, 256)
+DISTILL = 0.9  # share of the objective that is KL
 WARM_UP = 2  # calls before those that count
 FLUSH = 2**30  # bytes written before a measurement on a GPU: more than any L2 cache holds
 
 
 @dataclass(frozen=True)
 class Config:
-    only: tuple[str, ...] = ()  # which of pruning,transformers,loader,mix,kernels; empty: all, kernels where a GPU is
+    only: tuple[str, ...] = ()  # which of pruning,distilling,transformers,loader,mix,kernels; empty: all, kernels where a GPU is
     rounds: int = 15  # measurements of everything
 
 
@@ -113,8 +127,8 @@ def masked_dense(z: dict[str, Tensor], c: LlamaConfig) -> Subnetwork:
 
 
 def settled_masks(source: LlamaConfig, target: LlamaConfig) -> Masks:
-    """Masks as they are once the sparsity has reached its target: logits at both ends, the expected sparsity right."""
-    masks = Masks(source, target, seed=0)
+    """Sampled masks as they are once the sparsity has reached its target: logits at both ends, the expected sparsity right."""
+    masks = SampledMasks(source, target, seed=0)
     generator = torch.Generator().manual_seed(0)
     p_low, p_high = probability_pruned(torch.tensor(LOG_ALPHA_RANGE)).tolist()
     with torch.no_grad():
@@ -126,7 +140,7 @@ def settled_masks(source: LlamaConfig, target: LlamaConfig) -> Masks:
 
 
 def training_step(model, tokens: Tensor, forward: Callable, masks: Masks | None = None) -> Callable[[], None]:
-    """One optimizer step; forward(tokens, targets) returns the loss and the Subnetwork, if any."""
+    """One optimizer step; forward(tokens, targets) returns the objective and the Subnetwork, if any."""
     parameters = list(model.parameters())
     optimizers = [torch.optim.AdamW(parameters, 1e-4, weight_decay=0.0, fused=True)]
     if masks:
@@ -166,18 +180,43 @@ def pruning(rounds: int, shape: tuple = PRUNING) -> Iterator[tuple]:
     def masked(model: Llama, build: Callable) -> Callable:
         def forward(x, y):
             s = build(masks.sample(0, next(counter), 0))
-            return model(x, y, s).mean(), s
+            return model(x, y, s).objective, s
 
         return training_step(model, tokens, forward, masks)
 
     ways = {
         "dense": masked(dense, lambda z: masked_dense(z, source)),
         "subnetwork": masked(gathered, lambda z: subnetwork(source, z, DEVICE, PAD[DEVICE])),
-        "small": training_step(small, tokens, lambda x, y: (small(x, y).mean(), None)),
+        "small": training_step(small, tokens, lambda x, y: (small(x, y).objective, None)),
     }
     s = in_turns(ways, rounds)
     yield "pruning step, dense / subnetwork (at least 3)", s["dense"], s["subnetwork"]
     yield "pruning step, subnetwork / small model (at most 1.25)", s["subnetwork"], s["small"]
+
+
+def distilling(rounds: int, shape: tuple = DISTILLING) -> Iterator[tuple]:
+    """A step of the small model, alone and under the source as its teacher, and the teacher's forward pass alone."""
+    source, target, batch, length = shape
+    teacher = fresh(source).requires_grad_(False).to(torch.bfloat16 if DEVICE == "cuda" else torch.float32)
+    tokens = torch.randint(0, source.vocab_size, (batch, length + 1), device=DEVICE)
+
+    def step(taught: bool) -> Callable:
+        student = fresh(target)
+
+        def forward(x, y):
+            return student(x, y, teacher=teacher.teach(x, DISTILL) if taught else None).objective, None
+
+        return training_step(student, tokens, forward)
+
+    ways = {"plain": step(False), "teacher": lambda: teacher(tokens[:, :-1]), "distilled": step(True)}
+    s = in_turns(ways, 2 * rounds)
+    both = [a + b for a, b in zip(s["plain"], s["teacher"], strict=True)]
+    yield "distilled step / plain step and the teacher's forward (at most 1.1)", s["distilled"], both
+    yield "distilled step / plain step", s["distilled"], s["plain"]
+    for name in ("plain", "distilled"):
+        with LiveBytes() as live:
+            ways[name]()
+        yield f"{name} step, MiB made and held at its peak", [live.peak / 2**20] * 2
 
 
 def transformers(rounds: int, c: LlamaConfig = DEMO, batch: int = 8, length: int = 256) -> Iterator[tuple]:
@@ -189,7 +228,7 @@ def transformers(rounds: int, c: LlamaConfig = DEMO, batch: int = 8, length: int
 
     ways = {
         "transformers": training_step(theirs, tokens, their_loss),
-        "ours": training_step(ours, tokens, lambda x, y: (ours(x, y).mean(), None)),
+        "ours": training_step(ours, tokens, lambda x, y: (ours(x, y).objective, None)),
     }
     s = in_turns(ways, 2 * rounds)
     yield "training at the demo's shape, transformers / ours (at least 1)", s["transformers"], s["ours"]
@@ -240,15 +279,21 @@ def mix(rounds: int) -> Iterator[tuple]:
 
 def run(way: Callable, inputs: tuple, upstream: list[Tensor]) -> None:
     """Forward, and backward where gradients of the outputs are given."""
-    outputs = call(way, inputs, torch.bfloat16)
+    outputs = [y for y in call(way, inputs, torch.bfloat16) if y.requires_grad]
     if upstream:
         torch.autograd.grad(outputs, [t for t in inputs if isinstance(t, Tensor) and t.requires_grad], upstream)
 
 
-def whole_logits_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The token loss as it is usually written. (That of kernels.reference makes chunks of the logits, like ours.)"""
-    logits = F.linear(h, weight).float()
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+def whole_logits_loss(h: Tensor, weight: Tensor, targets: Tensor, *teacher) -> tuple[Tensor, ...]:
+    """linear_cross_entropy as it is usually written: with whole logits, and by autograd."""
+    logits, a, objective = F.linear(h, weight).float().flatten(0, 1), 0.0, 0.0
+    ce, kl = F.cross_entropy(logits, targets.flatten(), reduction="none"), ()
+    if teacher:
+        teacher_h, teacher_weight, a = teacher
+        log_q = F.linear(teacher_h, teacher_weight).float().flatten(0, 1).log_softmax(-1)
+        of_tokens = F.kl_div(logits.log_softmax(-1), log_q, reduction="none", log_target=True).sum(-1)
+        objective, kl = a * of_tokens.mean(), (of_tokens.detach().view(targets.shape),)
+    return objective + (1 - a) * ce.mean(), ce.detach().view(targets.shape), *kl
 
 
 def ways_of(case: Case, inputs: tuple, compiler: str) -> dict[str, tuple[Callable, tuple]]:
@@ -280,12 +325,14 @@ def kernels(rounds: int, *shape, compiler: str = "inductor", n: int = 8192, size
     s = in_turns({"product": lambda: a @ a, "copy": lambda: new.copy_(old)}, rounds, device_s)
     yield "large product, TFLOP/s", [2e-12 * n**3 / t for t in s["product"]]
     yield "large copy, GB/s", [2e-9 * size / t for t in s["copy"]]
-    for case in cases(*(shape or (LLAMA_7B, LLAMA_1B, 4, 4096)), torch.bfloat16, DEVICE, PAD[DEVICE]):
+    shape = shape or (LLAMA_7B, LLAMA_1B, 4, 4096)
+    for case in cases(*shape, torch.bfloat16, DEVICE, PAD[DEVICE], teacher=shape[0]):
         inputs = case.inputs()
         ways = ways_of(case, inputs, compiler)
         outputs = call(*ways["plain"], torch.bfloat16)
         nbytes = sum(t.nbytes for t in (*inputs, *outputs) if isinstance(t, Tensor))
-        for direction, upstream in (("forward", []), ("both", [torch.randn_like(y) for y in outputs])):
+        gradients = [torch.randn_like(y) for y in outputs if y.requires_grad]
+        for direction, upstream in (("forward", []), ("both", gradients)):
             name = f"{case.fused.__name__}, {case.where}, {direction}"
             s = in_turns({way: partial(run, *w, upstream) for way, w in ways.items()}, rounds, device_s)
             for way in ways.keys() - {"ours"}:
@@ -294,7 +341,7 @@ def kernels(rounds: int, *shape, compiler: str = "inductor", n: int = 8192, size
                 yield f"{name}, GB/s", [1e-9 * nbytes / t for t in s["ours"]]
 
 
-BENCHES = {"pruning": pruning, "transformers": transformers, "loader": loader, "mix": mix}
+BENCHES = {"pruning": pruning, "distilling": distilling, "transformers": transformers, "loader": loader, "mix": mix}
 BENCHES |= {"kernels": kernels} if DEVICE == "cuda" else {}
 
 

@@ -16,6 +16,8 @@ from kernels.pack import pack
 from kernels.rmsnorm import rms_norm
 from kernels.rope import rope
 
+DISTILL = 0.9  # share of the objective that is KL; the code and the time do not depend on it
+
 
 @dataclass(frozen=True)
 class Case:
@@ -30,7 +32,7 @@ def call(way: Callable, inputs: tuple, dtype: torch.dtype) -> tuple[Tensor, ...]
     """The outputs of way(*inputs), in dtype's autocast."""
     with torch.autocast(inputs[0].device.type, dtype, enabled=dtype != torch.float32):
         outputs = way(*inputs)
-    return outputs if isinstance(outputs, tuple) else (outputs,)
+    return tuple(y for y in outputs if y is not None) if isinstance(outputs, tuple) else (outputs,)
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,20 @@ def linear(make: Maker, tokens: tuple, where: str, full: tuple, kept: tuple, bia
 
 
 def cases(
-    source, target, batch: int, length: int, dtype: torch.dtype, device: str, multiple: int = 64, filled: bool = True
+    source,
+    target,
+    batch: int,
+    length: int,
+    dtype: torch.dtype,
+    device: str,
+    multiple: int = 64,
+    filled: bool = True,
+    teacher=None,
 ) -> list[Case]:
-    """source, target: LlamaConfig; target None: a model that is not pruned. batch sequences of length tokens."""
+    """source, target, teacher: LlamaConfig; target None: a model that is not pruned, teacher None: not distilled.
+
+    batch sequences of length tokens.
+    """
     c, kept, tokens, pruned = source, target or source, (batch, length), target is not None
     make = Maker(dtype, filled, torch.Generator(device).manual_seed(0))
     d, I = (-(-n // multiple) * multiple for n in (kept.hidden_size, kept.intermediate_size))
@@ -101,6 +114,11 @@ def cases(
         targets = torch.arange(batch * length, device=device).view(tokens) % V
         return make.random(*tokens, d), make.random(V, d, std=d**-0.5), targets
 
+    def distilled() -> tuple:
+        D = teacher.hidden_size
+        taught = make.random(*tokens, D).detach(), make.random(V, D, std=D**-0.5).detach()
+        return *loss(), *taught, DISTILL
+
     found = [
         Case("rms_norm", "norm", rms_norm, lambda: norm(False)),
         Case("rms_norm", "first norm", rms_norm, lambda: norm(True)),
@@ -108,6 +126,7 @@ def cases(
         Case("rope", "attention", rope, rotary),
         Case("swiglu", "mlp", masked_swiglu, swiglu),
         Case("linear_cross_entropy", "lm_head", linear_cross_entropy, loss),
+        *([Case("linear_cross_entropy", "both heads", linear_cross_entropy, distilled)] if teacher else []),
     ]
     hidden, channels = (D, d), (c.intermediate_size, I)  # full, kept
     q, kv = ((heads * K, n * K) for heads, n in ((c.n_heads, kept.n_heads), (c.n_kv_heads, kept.n_kv_heads)))

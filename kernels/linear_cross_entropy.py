@@ -15,7 +15,7 @@ there is one. At N = 16,384 and V = 32,000 the whole logits, their softmax and i
 float32. dw adds up over the chunks, in float32.
 
 The products are the library's, in the dtype of h; the softmax is float32. One kernel fuses what lies between them: a
-program walks one token's logits twice, first for the logsumexps, then for kl and dlogits. The loop over the chunks is
+program walks one token's logits twice, first for the sums of the softmaxes, then for kl and dlogits. The loop over the chunks is
 reference.chunked_loss: on a CPU it runs with that part in plain PyTorch.
 
 Shapes: N tokens, n of them in a chunk, D channels, V vocabulary; v counts it.
@@ -33,7 +33,8 @@ BLOCK, WARPS = 4096, 8  # logits a step of a program, which walks one token; not
 
 
 @triton.jit
-def _logsumexp(logits, V, BLOCK: tl.constexpr):
+def _normaliser(logits, V, BLOCK: tl.constexpr):
+    """The highest logit, and the sum of exp(logit - highest): not their logsumexp, which would round p by its size."""
     highest, total = tl.full((), -float("inf"), tl.float32), tl.full((), 0.0, tl.float32)
     for start in range(0, V, BLOCK):
         v = start + tl.arange(0, BLOCK)
@@ -41,7 +42,7 @@ def _logsumexp(logits, V, BLOCK: tl.constexpr):
         higher = tl.maximum(highest, tl.max(x, axis=0))
         total = total * tl.exp(highest - higher) + tl.sum(tl.exp(x - higher), axis=0)
         highest = higher
-    return highest + tl.log(total)
+    return highest, total
 
 
 @triton.jit
@@ -49,23 +50,24 @@ def _token_kernel(logits, targets, taught, ce, kl, dlogits, distill, V, BLOCK: t
     token = tl.program_id(0).to(tl.int64)
     logits += token * V
     target = tl.load(targets + token)
-    lse = _logsumexp(logits, V, BLOCK)
+    highest, total = _normaliser(logits, V, BLOCK)
     picked = tl.load(logits + target, mask=(target >= 0) & (target < V), other=0.0).to(tl.float32)
-    tl.store(ce + token, lse - picked)
+    tl.store(ce + token, highest + tl.log(total) - picked)
+    divergence = tl.full((), 0.0, tl.float32)
     if taught is not None:
         taught += token * V
-        taught_lse = _logsumexp(taught, V, BLOCK)
-    divergence = tl.full((), 0.0, tl.float32)
+        taught_highest, taught_total = _normaliser(taught, V, BLOCK)
+        divergence += highest - taught_highest + tl.log(total) - tl.log(taught_total)
     if taught is not None or dlogits is not None:
         for start in range(0, V, BLOCK):
             v = start + tl.arange(0, BLOCK)
-            log_p = tl.load(logits + v, mask=v < V, other=0.0).to(tl.float32) - lse
-            d = tl.exp(log_p)
+            s = tl.load(logits + v, mask=v < V, other=0.0).to(tl.float32)
+            d = tl.exp(s - highest) / total
             d = tl.where(v == target, d - (1 - distill), d)
             if taught is not None:
-                log_q = tl.load(taught + v, mask=v < V, other=0.0).to(tl.float32) - taught_lse
-                q = tl.where(v < V, tl.exp(log_q), 0.0)
-                divergence += tl.sum(q * (log_q - log_p), axis=0)
+                t = tl.load(taught + v, mask=v < V, other=-float("inf")).to(tl.float32)
+                q = tl.exp(t - taught_highest) / taught_total
+                divergence += tl.sum(q * tl.where(v < V, t - s, 0.0), axis=0)
                 d -= distill * q
             if dlogits is not None:
                 tl.store(dlogits + token * V + v, d.to(dlogits.dtype.element_ty), mask=v < V)

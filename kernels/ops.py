@@ -34,9 +34,9 @@ def plan(kernels: str) -> None:
     use("torch" if kernels == "torch" else "auto", "cuda")
 
 
-def self_check(source, target, batch: int, length: int, dtype, device: str) -> list[str]:
+def self_check(source, target, batch: int, length: int, dtype, device: str, teacher=None) -> list[str]:
     """Try every kernel on the run's shapes; PyTorch takes the place of one that fails. -> lines for the log.
 
-    source, target (None: not pruned): LlamaConfig. batch sequences of length tokens.
+    source, target (None: not pruned), teacher (None: not distilled): LlamaConfig. batch sequences of length tokens.
     """
-    return import_module("kernels.fused").self_check(source, target, batch, length, dtype, device)
+    return import_module("kernels.fused").self_check(source, target, batch, length, dtype, device, teacher)

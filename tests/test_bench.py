@@ -28,18 +28,19 @@ def small_and_on_the_cpu(monkeypatch):
 
 def test_every_part_reports_finite_positive_figures():
     rows = [*bench.pruning(2, (SOURCE, TARGET, 1, 3)), *bench.transformers(1, replace(SOURCE, head_dim=12), 1, 3)]
-    rows += [*bench.loader(2, n_tokens=5000, batches=1), *bench.mix(2)]
-    assert len({name for name, *_ in rows}) == 6
+    rows += [*bench.distilling(1, (SOURCE, TARGET, 1, 3)), *bench.loader(2, n_tokens=5000, batches=1), *bench.mix(2)]
+    assert len({name for name, *_ in rows}) == 10
     assert all(0 < v < math.inf for _, *values in rows for v in itertools.chain(*values))
     assert bench.line("a", [1.0, 2, 3], [1.0, 1, 2]) == "a: 1.5 (1 to 2; 2000 and 1000 ms)"
 
 
 def test_every_kernel_is_timed_beside_its_other_ways(monkeypatch):
     all_cases = bench.cases
-    layers = ("norm", "attention", "mlp", "lm_head", "v_proj")
-    monkeypatch.setattr(bench, "cases", lambda *a: [c for c in all_cases(*a) if c.where in layers])
+    layers = ("norm", "attention", "mlp", "lm_head", "both heads", "v_proj")
+    monkeypatch.setattr(bench, "cases", lambda *a, **k: [c for c in all_cases(*a, **k) if c.where in layers])
     rows = {name: s for name, *s in bench.kernels(2, SOURCE, TARGET, 1, 3, compiler="eager", n=16, size=64)}
     names = {"rms_norm, norm", "rope, attention", "masked_swiglu, mlp", "linear_cross_entropy, lm_head"}
+    names |= {"linear_cross_entropy, both heads"}
     names |= {"pack, lm_head", "pack, v_proj", "packed_linear, v_proj", "masked_linear, v_proj"}
     ways = {name: ["plain", "compiled", *(["cuBLAS"] if "linear, " in name else [])] for name in names}
     expected = {f"{name}, {part}, {way} / ours" for name in names for way in ways[name] for part in ("forward", "both")}
@@ -51,9 +52,10 @@ def test_every_kernel_is_timed_beside_its_other_ways(monkeypatch):
 
 def test_the_loss_that_is_measured_beside_ours_has_the_same_values():
     h, weight = (torch.randn(*shape, generator=torch.Generator().manual_seed(0)) for shape in ((2, 5, 8), (70, 8)))
-    targets = torch.arange(10).view(2, 5) * 7
-    theirs = bench.whole_logits_loss(h, weight, targets)
-    torch.testing.assert_close(theirs, reference.linear_cross_entropy(h, weight, targets))
+    targets, teacher = torch.arange(10).view(2, 5) * 7, (h[..., :3], weight[:, :3], 0.9)
+    for taught in ((), teacher):
+        ours = reference.linear_cross_entropy(h, weight, targets, *taught)
+        torch.testing.assert_close(bench.whole_logits_loss(h, weight, targets, *taught), ours[: 3 if taught else 2])
 
 
 def test_the_dense_masked_model_computes_what_the_subnetwork_does_without_a_layer_mask():
@@ -61,7 +63,7 @@ def test_the_dense_masked_model_computes_what_the_subnetwork_does_without_a_laye
     tokens, found = torch.arange(8).view(1, 8), []
     for build in (lambda z: bench.masked_dense(z, SOURCE), lambda z: subnetwork(SOURCE, z)):
         s = build(masks.sample(0, 0, 0))
-        loss = model(tokens, tokens.roll(1), s).mean()
+        loss = model(tokens, tokens.roll(1), s).objective
         loss.backward()
         backward_to_masks([s])
         found.append([loss.detach(), *(p.grad for p in masks.log_alpha.values())])
@@ -71,5 +73,5 @@ def test_the_dense_masked_model_computes_what_the_subnetwork_does_without_a_laye
 
 
 def test_a_part_that_is_not_there_is_named():
-    with pytest.raises(UserError, match="only = soak: on cpu there are pruning,"):
+    with pytest.raises(UserError, match="only = soak: on cpu there are pruning,distilling,"):
         bench.main(bench.Config(only=("soak",)))

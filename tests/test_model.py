@@ -116,7 +116,7 @@ def test_logits_loss_gradients_and_greedy_text_are_those_of_transformers(family,
     logits, expected = ours(x[:, :-1]), reference(x[:, :-1]).logits
     assert close(logits, expected)
 
-    loss = ours(x[:, :-1], x[:, 1:]).mean()
+    loss = ours(x[:, :-1], x[:, 1:]).objective
     expected_loss = torch.nn.functional.cross_entropy(expected.flatten(0, 1), x[:, 1:].flatten())
     assert close(loss, expected_loss)
     loss.backward()
@@ -150,17 +150,49 @@ def test_bfloat16_autocast_runs_every_family(family, tmp_path):
     ours, x = hf.load(tmp_path), tokens(2, 20)
     with torch.autocast("cpu", torch.bfloat16):
         loss = ours(x[:, :-1], x[:, 1:])
-    loss.mean().backward()
-    exact = ours(x[:, :-1], x[:, 1:])
-    assert (loss - exact).abs().mean() < 0.03 * exact.mean()
+    loss.objective.backward()
+    exact = ours(x[:, :-1], x[:, 1:]).cross_entropy
+    assert (loss.cross_entropy - exact).abs().mean() < 0.03 * exact.mean()
 
 
-def test_the_loss_is_per_token():
+def test_the_loss_is_cross_entropy_per_token_and_its_mean():
     ours, x = random_model(), tokens(2, 13)
     loss = ours(x[:, :-1], x[:, 1:])
     log_p = ours(x[:, :-1]).log_softmax(-1)
-    assert loss.shape == (2, 12)
-    assert torch.allclose(loss, -log_p.gather(-1, x[:, 1:, None])[..., 0], atol=1e-6)
+    expected = -log_p.gather(-1, x[:, 1:, None])[..., 0]
+    assert loss.cross_entropy.shape == (2, 12)
+    assert torch.allclose(loss.cross_entropy, expected, atol=1e-6)
+    assert torch.allclose(loss.objective, expected.mean())
+    assert loss.kl is None
+    with torch.no_grad():
+        assert not ours(x[:, :-1], x[:, 1:]).objective.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_teacher_of_another_width_gives_the_gradient_of_the_divergence_to_it(dtype):
+    student, teacher, x = random_model(), random_model(V, 24, 40, 1, 2, 2, 12), tokens(2, 13)
+    for p in teacher.to(dtype).parameters():
+        p.data.mul_(4)  # so that it is sure of something
+    loss = student(x[:, :-1], x[:, 1:], teacher=teacher.teach(x[:, :-1], 0.75))
+    loss.objective.backward()
+    found = [p.grad.clone() for p in student.parameters()]
+    student.zero_grad()
+    q, log_p = teacher(x[:, :-1]).float().softmax(-1).detach(), student(x[:, :-1]).log_softmax(-1)
+    kl, ce = (q * (q.log() - log_p)).sum(-1), -log_p.gather(-1, x[:, 1:, None])[..., 0]
+    (0.25 * ce + 0.75 * kl).mean().backward()
+    assert kl.mean() > 0.01
+    assert close(loss.kl, kl)
+    assert close(loss.cross_entropy, ce)
+    assert all(close(ours, p.grad) for ours, p in zip(found, student.parameters(), strict=True))
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_a_model_that_is_its_own_teacher_has_nothing_to_learn():
+    ours, x = random_model(), tokens(2, 13)
+    loss = ours(x[:, :-1], x[:, 1:], teacher=ours.teach(x[:, :-1], 1.0))
+    loss.objective.backward()
+    assert loss.kl.abs().max() < 1e-6
+    assert max(p.grad.abs().max() for p in ours.parameters()) < 1e-7
 
 
 def test_a_cache_takes_tokens_in_pieces_of_any_length():

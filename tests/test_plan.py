@@ -3,18 +3,26 @@
 import pytest
 import torch
 
+import hf
 import plan
 from configurator import UserError
 from kernels import ops
 from model import Llama, LlamaConfig
-from prune import Masks, subnetwork, target_config
+from prune import MASKS, subnetwork, target_config
 from train import Config
 
 torch.set_num_threads(1)
 SOURCE = LlamaConfig(2048, 192, 512, 3, n_heads=6, n_kv_heads=3, head_dim=32)
 TARGET = target_config(SOURCE, hidden_size=96, intermediate_size=256, n_layers=2, n_heads=4)
 STEP = Config(
-    seq_len=128, batch_size=8, micro_batch_size=1, kernels="torch", stage="prune", max_steps=100, device="cpu"
+    stage="prune",
+    masks="published",
+    seq_len=128,
+    batch_size=8,
+    micro_batch_size=1,
+    max_steps=100,
+    kernels="torch",
+    device="cpu",
 )
 
 
@@ -22,19 +30,22 @@ def config(**changes):
     return Config(**vars(STEP) | changes)
 
 
-def allocated(target, dtype, recompute):
-    """The peak of a real step on the CPU, beside weights and gradients, as PyTorch's profiler counts it."""
+def allocated(cfg, kept=None, learns=True):
+    """The peak of a real pass on the CPU, beside weights and gradients, as PyTorch's profiler counts it."""
     ops.use("torch", "cpu")
-    model = Llama(SOURCE)
-    model.checkpoint_activations = recompute
-    for p in model.parameters():
+    dtype, teacher = getattr(torch, cfg.dtype), None
+    model = Llama(SOURCE).to(torch.float32 if learns else dtype).requires_grad_(learns)
+    if cfg.distill and learns:
+        teacher = Llama(SOURCE).to(dtype)
+    model.checkpoint_activations = cfg.checkpoint_activations
+    for p in model.parameters() if learns else ():
         p.grad = torch.zeros_like(p)
-    kept = subnetwork(SOURCE, Masks(SOURCE, target, 0).sample(0, 0, 0), "cpu", 8) if target else None
-    tokens = torch.arange(4 * 129).view(4, 129)
+    tokens = torch.arange(cfg.micro_batch_size * 129).view(-1, 129)
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            loss = model(tokens[:, :-1], tokens[:, 1:], kept)
-        loss.mean().backward()
+            lesson = teacher and teacher.teach(tokens[:, :-1], cfg.distill)
+            loss = model(tokens[:, :-1], tokens[:, 1:], kept, teacher=lesson)
+        loss.objective.backward()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
@@ -44,21 +55,60 @@ def allocated(target, dtype, recompute):
 
 
 @pytest.mark.parametrize(
-    ("target", "dtype", "recompute"),
-    [(None, "float32", False), (None, "bfloat16", True), (TARGET, "bfloat16", False), (TARGET, "float32", True)],
+    ("target", "changes"),
+    [
+        (None, dict(dtype="float32")),
+        (None, dict(dtype="bfloat16", checkpoint_activations=True)),
+        (None, dict(dtype="bfloat16", distill=0.9)),
+        (TARGET, dict(dtype="bfloat16")),
+        (TARGET, dict(dtype="float32", checkpoint_activations=True)),
+        (TARGET, dict(dtype="bfloat16", masks="count", distill=0.9)),
+    ],
 )
-def test_the_plan_is_within_3_percent_of_what_a_step_allocates(target, dtype, recompute):
-    cfg = config(micro_batch_size=4, dtype=dtype, checkpoint_activations=recompute)
-    planned = plan.activation_bytes(cfg, SOURCE, target, multiple=8)
-    assert planned == pytest.approx(allocated(target, getattr(torch, dtype), recompute), rel=0.03)
+def test_the_plan_is_within_3_percent_of_what_a_step_allocates(target, changes):
+    cfg = config(micro_batch_size=4, **changes)
+    kept = target and subnetwork(SOURCE, MASKS[cfg.masks](SOURCE, target, 0).sample(0, 0, 0), "cpu", 8)
+    assert plan.activation_bytes(cfg, SOURCE, target, multiple=8) == pytest.approx(allocated(cfg, kept), rel=0.03)
 
 
-def test_flops_of_a_whole_model_are_six_a_weight_beside_attention_and_the_logits_made_again():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_plan_of_no_step_is_within_3_percent_of_what_a_window_of_the_scores_allocates(dtype):
+    cfg = config(masks="count", max_steps=0, dtype=dtype, checkpoint_activations=True, distill=0.9)
+    ones = {m: torch.ones_like(a).requires_grad_() for m, a in MASKS["count"](SOURCE, TARGET).log_alpha.items()}
+    expected = allocated(cfg, subnetwork(SOURCE, ones), learns=False)
+    assert plan.activation_bytes(cfg, SOURCE, TARGET) == pytest.approx(expected, rel=0.03)
+    memory = plan.memory_of(config(masks="count", max_steps=0, dtype="bfloat16", distill=0.9), SOURCE, TARGET)
+    assert memory.keys() == {"weights", "activations"}
+    assert memory["weights"] == 2 * Llama(SOURCE).n_parameters()
+
+
+def test_flops_of_a_whole_model_are_six_a_weight_beside_attention_and_two_of_its_teacher():
     weights = 3 * 192 * (2 * 32 * (6 + 3) + 3 * 512)
     head, attention = 192 * 2048, 3 * 6 * 32 * 128
-    assert plan.flops_per_token(SOURCE, {}, 128, recompute=False) == 6 * (weights + attention) + 8 * head
+    assert plan.flops_per_token(SOURCE, {}, 128, recompute=False) == 6 * (weights + attention + head)
+    assert plan.flops_per_token(SOURCE, {}, 128, recompute=True) == 8 * (weights + attention) + 6 * head
     halves = plan.flops_per_token(SOURCE, {"hidden": 0.5, "layer": 0.5}, 128, recompute=False)
-    assert halves == 6 * (weights / 4 + attention / 2) + 4 * head
+    assert halves == 6 * (weights / 4 + attention / 2) + 3 * head
+    text = plan.plan(config(gpus=1, distill=0.9), SOURCE, TARGET)
+    assert f"FLOPs a token of the teacher: {2 * (weights + attention + head):.3e}" in text
+
+
+def test_a_teacher_is_that_of_its_folder_or_the_source_and_is_shared_out_as_the_model_is(tmp_path):
+    small = target_config(SOURCE, hidden_size=96, intermediate_size=256, n_layers=1, n_heads=2)
+    hf.save(Llama(small), tmp_path)
+    assert "teacher's weights" not in plan.memory_of(config(), SOURCE, TARGET)
+    for folder, shape in (("", SOURCE), (str(tmp_path), small)):
+        for parallel, gpus, sharing in (("ddp", 8, 1), ("fsdp", 8, 8)):
+            cfg = config(teacher=folder, distill=0.5, dtype="bfloat16", parallel=parallel, gpus=gpus)
+            memory = plan.memory_of(cfg, SOURCE, TARGET)
+            assert memory["teacher's weights"] == 2 * Llama(shape).n_parameters() / sharing
+
+
+def test_a_stage_without_steps_has_a_plan():
+    text = plan.plan(config(masks="count", max_steps=0, gpus=1, mix="dro"), SOURCE, TARGET)
+    assert "scores: 64 windows" in text
+    assert "mix" not in text
+    assert "tokens" not in text
 
 
 @pytest.mark.parametrize(("gpu_memory", "verdict"), [(80.0, "fits into 80 GiB"), (0.01, "DOES NOT FIT into 0.01 GiB")])
