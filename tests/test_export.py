@@ -17,7 +17,7 @@ from configurator import UserError
 from data.shards import write_meta, write_shard
 from evaluate import load_any
 from metrics import read_metrics
-from prune import Masks, extract, target_config
+from prune import SampledMasks, extract, target_config
 
 TARGET = dict(n_layers=2, hidden_size=32, intermediate_size=40, n_heads=2)
 OURS = [family for family in FAMILIES if family != "seed_oss"]
@@ -29,7 +29,7 @@ def test_a_pruned_model_of_every_family_gives_the_same_logits_in_transformers(fa
     reference = reference_model(family, shape)
     reference.save_pretrained(tmp_path / "source")
     source = hf.load(tmp_path / "source")
-    masks = Masks(source.config, target_config(source.config, **TARGET), seed=0)
+    masks = SampledMasks(source.config, target_config(source.config, **TARGET), seed=0)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(1)
         for a in masks.log_alpha.values():

@@ -56,15 +56,17 @@ def poison(monkeypatch, calls_that_are_bad, of_gradient=False):
     """Makes the loss of one sequence, or the gradient, NaN at these forward passes of training."""
     forward, calls = Llama.forward, []
 
-    def poisoned(self, tokens, targets=None, subnetwork=None):
-        loss_BT = forward(self, tokens, targets, subnetwork)
-        calls.extend([1] * torch.is_grad_enabled())
-        if not torch.is_grad_enabled() or len(calls) not in calls_that_are_bad:
-            return loss_BT
+    def poisoned(self, tokens, targets=None, subnetwork=None, **more):
+        loss = forward(self, tokens, targets, subnetwork, **more)
+        training = torch.is_grad_enabled() and len(tokens) > 1  # scores take one window at a time
+        calls.extend([1] * training)
+        if not training or len(calls) not in calls_that_are_bad:
+            return loss
         if of_gradient:
-            loss_BT.register_hook(lambda gradient: gradient * torch.nan)
-            return loss_BT
-        return torch.cat((loss_BT[:-1], loss_BT[-1:] * torch.nan))
+            loss.objective.register_hook(lambda gradient: gradient * torch.nan)
+            return loss
+        bad_BT = torch.cat((loss.cross_entropy[:-1], loss.cross_entropy[-1:] * torch.nan))
+        return loss._replace(objective=loss.objective * torch.nan, cross_entropy=bad_BT)
 
     monkeypatch.setattr(Llama, "forward", poisoned)
 
@@ -80,7 +82,8 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_said_with_domain_and_s
     cfg = config_of(whole, tmp_path / "r", max_steps=12, save_interval=1, keep_checkpoints=100)
     assert np.isfinite(train.main(cfg)["val_loss"]).all()
     before, after = tensors_in(tmp_path / "r/step_000006"), tensors_in(tmp_path / "r/step_000007")
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    learned = [name for name in before if "marked" not in name]  # what an evaluation has seen is no part of it
+    assert all(torch.equal(before[name], after[name]) for name in learned)
     steps = metrics(tmp_path / "r", "train")
     assert [r["skipped"] for r in steps] == [0] * 6 + [1] * 6
     assert steps[6]["loss"] is None and steps[6]["tokens"] == steps[5]["tokens"]

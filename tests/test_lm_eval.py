@@ -36,7 +36,7 @@ def loglikelihood(model, tokenizer, context, continuation):
     n = len(tokenizer.encode(context).ids)
     tokens = torch.tensor([tokenizer.encode(context + continuation).ids])
     with torch.no_grad():
-        return -model(tokens[:, :-1], tokens[:, 1:])[0, n - 1 :].double().sum().item()
+        return -model(tokens[:, :-1], tokens[:, 1:]).cross_entropy[0, n - 1 :].double().sum().item()
 
 
 @pytest.mark.full

@@ -46,8 +46,8 @@ def backward(network, ranks):
     tokens = torch.randint(0, 64, (N_MICRO_BATCHES, 2, 9), generator=torch.Generator().manual_seed(0))
     for i in range(ranks.rank, N_MICRO_BATCHES, ranks.world_size):
         with parallel.accumulating(network, ranks, is_last=i + ranks.world_size >= N_MICRO_BATCHES):
-            loss_BT = network(tokens[i, :, :-1], tokens[i, :, 1:])
-            (loss_BT.mean() * ranks.world_size / N_MICRO_BATCHES).backward()
+            loss = network(tokens[i, :, :-1], tokens[i, :, 1:])
+            (loss.objective * ranks.world_size / N_MICRO_BATCHES).backward()
 
 
 def whole_gradients(model):
