@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import configurator
+from configurator import UserError
 from train import Config
 
 FIXED = {"dynamic_reference": False, "dynamic_ratio": False}
@@ -15,7 +16,7 @@ COMMON = Config(seq_len=128, batch_size=8, micro_batch_size=8, eval_sequences=4,
 PRETRAIN = replace(COMMON, batch_size=32, micro_batch_size=16, max_steps=1600)  # 32 * 128 = 4,096 tokens a step
 PRETRAIN = replace(PRETRAIN, lr=2e-3, lr_warmup=80, eval_interval=400, save_interval=200)
 PRUNE = replace(COMMON, stage="prune", max_steps=256, lr=1e-3, lr_warmup=26)  # 8 * 128 = 1,024 tokens a step
-PRUNE = replace(PRUNE, mask_lr=0.5, sparsity_warmup=51, eval_interval=4, save_interval=128)
+PRUNE = replace(PRUNE, masks="published", mask_lr=0.5, sparsity_warmup=51, eval_interval=4, save_interval=128)
 CONTINUE = replace(COMMON, stage="continue", max_steps=384, lr=2e-3, lr_warmup=12, eval_interval=8, save_interval=128)
 SHAPE = ("n_layers", "hidden_size", "intermediate_size", "n_heads")
 
@@ -47,11 +48,11 @@ class Arm:
     view: str = "plain"  # of the data: views.py
     evaluate: float = 1.0  # times as often
     carries_mix: bool = False  # continued training begins with the mix that pruning ended with
-    damping: float = 1.0  # of the Lagrangian
+    damping: float = 1.0  # lambda2's rate over lambda1's, a setting when these arms ran: no other value runs again
 
 
 SMOLLM2 = configurator.load(Config, [str(Path(__file__).parents[1] / "config/prune_smollm2.py")])
-SMOLLM2 = replace(SMOLLM2, device="cpu", eval_interval=5, **CONSTANT)
+SMOLLM2 = replace(SMOLLM2, masks="published", device="cpu", eval_interval=5, **CONSTANT)
 SOURCES = {
     "A": Source(
         {"4th": shape(4, 96, 160, 2), "8th": shape(3, 64, 160, 2), "16th": shape(2, 64, 104, 2)},
@@ -117,6 +118,8 @@ def runs(study: str) -> list[str]:
 def stages(name: str, out: str, domains: tuple[str, ...] = ("all",), reference: tuple[float, ...] = ()) -> list[Config]:
     """The settings of the stages of a run (A/paper/3) or of a source (A/source), in their order, in folders of `out`.
 
+    Raises UserError for an arm of settings that are gone.
+
     domains: of the run's view of the data. reference: the source's losses on them, nats, for the arms that need any.
     """
     source_name, arm_name, *seed = name.split("/")
@@ -124,6 +127,8 @@ def stages(name: str, out: str, domains: tuple[str, ...] = ("all",), reference: 
     if arm_name == "source":
         data = f"{out}/{source_name}/views/plain"
         return [replace(source.pretrain, data=data, out_dir=folder, resume=True)] if source.pretrain else []
+    if ARMS[arm_name].damping != 1.0:
+        raise UserError(f"{name}: its masks were damped, which is no setting any more: its results stand")
     arm, all_steps = ARMS[arm_name], source.prune.max_steps + source.go_on.max_steps
     target, mix = source.targets[arm.target], {**arm.mix, "domains": domains}
     if arm.mix.get("ratios") == "uniform":
@@ -145,7 +150,7 @@ def stages(name: str, out: str, domains: tuple[str, ...] = ("all",), reference: 
         return [stage(source.go_on, "continue", f"{folder}/oneshot", 2, max_steps=all_steps)]
     if arm.start == "oneshot_same":
         return [stage(source.go_on, "continue", f"{folder}/oneshot", 2)]
-    prune = stage(source.prune, "prune", start, 1, **target, damping=arm.damping)
+    prune = stage(source.prune, "prune", start, 1, **target)
     if arm.start == "only_masks":
         return [replace(prune, max_steps=all_steps)]
     return [prune, stage(source.go_on, "continue", f"{prune.out_dir}/model", 2)]

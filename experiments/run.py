@@ -33,11 +33,10 @@ from dro import Mix
 from evaluate import evaluate
 from experiments import views
 from experiments.arms import ARMS, SOURCES, STUDIES, runs, source_folder, stages
-from experiments.oneshot import one_shot
 from metrics import read_metrics
 from model import LlamaConfig
 from out import MAY_CHANGE_ON_RESUME
-from prune import Masks, target_config
+from prune import CountMasks, SampledMasks, extract, scores, target_config
 
 CALIBRATION = 64  # training windows that one-shot pruning looks at
 HISTORY = 16  # points of the mix's course that are recorded for a stage
@@ -105,7 +104,7 @@ def predictions(cfg: train.Config, clip: bool) -> dict:
     mix = Mix(tuple(header["domains"]), np.array(evals[0]["ratio"]), "constant", clip_reference=clip)
     end, predicted = (), []
     if header["target"]:
-        end = (Masks(*(LlamaConfig(**header[name]) for name in ("source", "target")), seed=0).overall_target(),)
+        end = (SampledMasks(*(LlamaConfig(**header[name]) for name in ("source", "target")), seed=0).overall_target(),)
     for r in evals[1:]:
         sparsity, progress = (r["overall_sparsity"], *end) if end else (), r["step"] / cfg.max_steps
         mix.update(np.array(r["val_loss"]), np.array(r["tokens"]), progress, *sparsity)
@@ -118,8 +117,10 @@ def prune_at_once(cfg: train.Config, source: str, target: dict, data: Path) -> N
     """Write the model that the run continues with."""
     text = loader(data / "plain", cfg.seq_len, "train", cfg.seed - 1)
     batch = text.next_batch(0, text.size_M / text.size_M.sum(), CALIBRATION)
-    tokens, model = torch.from_numpy(text.read(batch)).long()[:, :-1], hf.load(source)
-    hf.save(one_shot(model, target_config(model.config, **target), tokens), cfg.init_from)
+    model = hf.load(source)
+    masks = CountMasks(model.config, target_config(model.config, **target))
+    masks.start(scores(model, masks.target, text.read(batch), "cpu"), train.ONE_SHOT)
+    hf.save(extract(model, masks), cfg.init_from)
 
 
 def source_record(name: str, opt: Options, data: Path) -> dict:

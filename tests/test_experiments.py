@@ -14,13 +14,13 @@ from scipy import stats
 
 from configurator import UserError
 from data.shards import write_meta, write_shard
-from experiments import arms, oneshot, report, run, tasks, views
+from experiments import arms, report, run, tasks, views
 from metrics import read_metrics
 from model import Llama, LlamaConfig
-from prune import target_config
 
 torch.set_num_threads(1)
 DOMAINS = ("python", "cpp", "apidoc", "legal", "literature", "wiki")
+DAMPED = ("constant_damped", "paper_damped")  # with a setting that is gone
 PUBLISHED = run.read_results(Path(report.__file__).with_name("results.jsonl"))
 
 
@@ -31,6 +31,8 @@ def stages_of(arm, seed=1, source="A"):
 def test_the_plan_has_105_runs_on_as_many_tokens_each_and_no_two_stages_share_their_order_of_text():
     assert len(arms.runs("evidence")) == 93 + 12  # planned, and added afterwards
     for source, arm in {tuple(name.split("/")[:2]) for study in arms.STUDIES for name in arms.runs(study)}:
+        if arm in DAMPED:
+            continue
         budget = 655_360 if source != "smollm2" else 720 * 512
         budget -= arms.PRUNE.max_steps * 1024 if arm == "oneshot_384" else 0  # it takes continued training alone
         stages = stages_of(arm, source=source)
@@ -44,7 +46,8 @@ def test_no_two_arms_are_the_same_and_the_mixes_differ_from_constant_in_the_mix_
     def settings(arm, *but):
         return [{k: v for k, v in vars(cfg).items() if k not in ("out_dir", *but)} for cfg in stages_of(arm)]
 
-    assert len({str(settings(arm, "init_from")) + arms.ARMS[arm].start for arm in arms.ARMS}) == len(arms.ARMS)
+    run_again = [arm for arm in arms.ARMS if arm not in DAMPED]
+    assert len({str(settings(arm, "init_from")) + arms.ARMS[arm].start for arm in run_again}) == len(run_again)
     mix = ("init_from", "mix", "reference_losses", "dynamic_reference", "dynamic_ratio", "ratios")
     for arm in ("sheared", "paper", "bandit", "dro_fixed", "uniform", "sheared_law"):
         assert settings(arm, *mix) == settings("constant", *mix)
@@ -56,21 +59,6 @@ def model():
     small = Llama(LlamaConfig(vocab_size=40, **sizes))
     small.init_weights(0)
     return small
-
-
-@torch.no_grad()
-def test_units_with_large_activations_are_kept_and_a_block_that_changes_nothing_goes_first(model):
-    for layer in model.layers:
-        layer.input_layernorm.weight[5] = 30.0
-    model.layers[1].self_attn.v_proj.weight[4:8] *= 50  # key/value head 1
-    model.layers[1].mlp.up_proj.weight[7] *= 50
-    for name in ("self_attn.o_proj", "mlp.down_proj"):
-        model.layers[2].get_submodule(name).weight.zero_()
-    score = oneshot.scores(model, torch.arange(72).view(6, 12) % 40)
-    target = target_config(model.config, hidden_size=8, intermediate_size=10, n_layers=3, n_heads=2)
-    z = oneshot.one_shot_masks(model.config, target, score).deterministic()
-    assert z["hidden"][0, 5] == z["head"][1, 1] == z["intermediate"][1, 7] == 1
-    assert z["layer"][0].tolist() == [1, 1, 0, 1]
 
 
 LETTERS = SimpleNamespace(  # a tokenizer whose tokens are characters
