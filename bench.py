@@ -30,7 +30,7 @@ from data.shards import write_meta, write_shard
 from dro import Mix
 from hf import to_hugging_face
 from kernels import ops as kernel_ops
-from kernels.cases import Case, call, cases
+from kernels.cases import DISTILL, Case, call, cases
 from kernels.machine_code import LLAMA_1B, LLAMA_7B
 from model import BlockUnits, Llama, LlamaConfig, Subnetwork, Units
 from plan import LiveBytes
@@ -55,14 +55,13 @@ else:
     PRUNING = SOURCE, target_config(SOURCE, hidden_size=256, intermediate_size=704, n_heads=4, n_layers=4), 8, 256
 DEMO_TARGET = target_config(DEMO, hidden_size=128, intermediate_size=256, n_heads=4, n_layers=4)
 DISTILLING = PRUNING if DEVICE == "cuda" else (DEMO, DEMO_TARGET, 8, 256)
-DISTILL = 0.9  # share of the objective that is KL
 WARM_UP = 2  # calls before those that count
 FLUSH = 2**30  # bytes written before a measurement on a GPU: more than any L2 cache holds
 
 
 @dataclass(frozen=True)
 class Config:
-    only: tuple[str, ...] = ()  # which of pruning,distilling,transformers,loader,mix,kernels; empty: all, kernels where a GPU is
+    only: tuple[str, ...] = ()  # of pruning,distilling,transformers,loader,mix,kernels; empty: all, kernels on a GPU
     rounds: int = 15  # measurements of everything
 
 
@@ -127,7 +126,7 @@ def masked_dense(z: dict[str, Tensor], c: LlamaConfig) -> Subnetwork:
 
 
 def settled_masks(source: LlamaConfig, target: LlamaConfig) -> Masks:
-    """Sampled masks as they are once the sparsity has reached its target: logits at both ends, the expected sparsity right."""
+    """Sampled masks as they are once the sparsity is at its target: logits at both ends, the expected one right."""
     masks = SampledMasks(source, target, seed=0)
     generator = torch.Generator().manual_seed(0)
     p_low, p_high = probability_pruned(torch.tensor(LOG_ALPHA_RANGE)).tolist()

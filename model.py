@@ -146,7 +146,7 @@ class Subnetwork:
     norm: Units = ALL
     lm_head: Units = ALL
     z_backward: Callable[[Tensor], None] | None = None  # hands the gradient of every mask value, flat, on to log_alpha
-    z_gradient: Callable[[], Tensor] | None = None  # of every mask value, flat, on the device: the scales above are leaves
+    z_gradient: Callable[[], Tensor] | None = None  # of every mask value, flat, on the device
 
 
 class Teacher(NamedTuple):

@@ -92,9 +92,7 @@ def milliseconds(case: Case, dtype: torch.dtype) -> float:
     return median(times)
 
 
-def self_check(
-    source, target, batch: int, length: int, dtype: torch.dtype, device: str, teacher=None
-) -> list[str]:
+def self_check(source, target, batch: int, length: int, dtype: torch.dtype, device: str, teacher=None) -> list[str]:
     """See ops.self_check. Each linear layer also gets the faster of its two kernels."""
     start, lines, broken = time.perf_counter(), [], set()
     tried = cases(source, target, batch, length, dtype, device, teacher=teacher)

@@ -1,22 +1,23 @@
 """Hidden states to cross-entropy, KL to a teacher, and their gradient, without ever holding all the (N, V) logits.
 
-ce_n = logsumexp_v(s_n) - s_n,target(n)      kl_n = sum_v q_nv (log q_nv - log p_nv)      objective = mean_n (1 - a) ce_n + a kl_n
+ce_n = logsumexp_v(s_nv) - s_n,target(n),   kl_n = sum_v q_nv (log q_nv - log p_nv),
+objective = mean_n (1 - a) ce_n + a kl_n.
 
 s = h @ w^T are the model's logits, t the teacher's, p and q their softmaxes, a = distill; without a teacher a = 0.
 
 The gradient is made in the same pass as the loss:  dlogits = (p - (1 - a) onehot(target) - a q) / N,  dh = dlogits @ w,
 dw = dlogits^T @ h.  Three products in all, and one for the teacher's logits; a loss that makes its logits again in
-backward takes one more. The price: the objective is one number, so that its upstream gradient is one number too and
-scales dh and dw afterwards. The losses of each token come out beside it and carry no gradient. Where no gradient is
-asked for, none is made.
+backward takes one more. The price: the objective is one number, so that its upstream gradient is one number too. It
+scales dh and dw in place, which is why backward runs once. The losses of each token come out beside the objective and
+carry no gradient. Where no gradient is asked for, none is made.
 
 Tokens go through in chunks: of so many that the logits of both heads stay within reference.CHUNK_BYTES. Where all fit
 there is one. At N = 16,384 and V = 32,000 the whole logits, their softmax and its gradient would be 2 GiB each in
 float32. dw adds up over the chunks, in float32.
 
 The products are the library's, in the dtype of h; the softmax is float32. One kernel fuses what lies between them: a
-program walks one token's logits twice, first for the sums of the softmaxes, then for kl and dlogits. The loop over the chunks is
-reference.chunked_loss: on a CPU it runs with that part in plain PyTorch.
+program walks one token's logits twice, first for the sums of the softmaxes, then for kl and dlogits. The loop over the
+chunks is reference.chunked_loss: on a CPU it runs with that part in plain PyTorch.
 
 Shapes: N tokens, n of them in a chunk, D channels, V vocabulary; v counts it.
 """

@@ -71,9 +71,8 @@ def test_the_plan_is_within_3_percent_of_what_a_step_allocates(target, changes):
     assert plan.activation_bytes(cfg, SOURCE, target, multiple=8) == pytest.approx(allocated(cfg, kept), rel=0.03)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_plan_of_no_step_is_within_3_percent_of_what_a_window_of_the_scores_allocates(dtype):
-    cfg = config(masks="count", max_steps=0, dtype=dtype, checkpoint_activations=True, distill=0.9)
+def test_the_plan_of_no_step_is_within_3_percent_of_what_a_window_of_the_scores_allocates():
+    cfg = config(masks="count", max_steps=0, checkpoint_activations=True, distill=0.9)
     ones = {m: torch.ones_like(a).requires_grad_() for m, a in MASKS["count"](SOURCE, TARGET).log_alpha.items()}
     expected = allocated(cfg, subnetwork(SOURCE, ones), learns=False)
     assert plan.activation_bytes(cfg, SOURCE, TARGET) == pytest.approx(expected, rel=0.03)
