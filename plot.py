@@ -4,7 +4,9 @@
     python plot.py out/a out/b out/c --out=out/compare
 
 loss.png: validation loss of each domain, its reference loss, and the moving training loss. mix.png: the ratio of each
-domain and its reference ratio. sparsity.png: expected against target sparsity of each mask, and the multipliers.
+domain and its reference ratio. sparsity.png: the share of units pruned of each mask type against its target; for masks
+by count the share of units whose z is between 0 and 1, and how many units have come in since the evaluation before; for
+published masks the multipliers.
 step_time.png: milliseconds a step, evaluation apart.
 """
 
@@ -24,6 +26,12 @@ import configurator
 from configurator import UserError
 from metrics import read_metrics
 
+OF_MASKS = {  # a number for each mask type: what it is, and in which records
+    "on_slope": ("share of units with 0 < z < 1", "train"),
+    "entered": ("units that came in since the evaluation before", "evals"),
+    "lambda1": ("lambda1 (nats)", "train"),
+    "lambda2": ("lambda2 (nats)", "train"),
+}
 SMOOTH = 0.1  # weight of the newest point in the moving averages drawn
 
 
@@ -118,16 +126,16 @@ def plot_mix(runs: list[Run], out: Path) -> Path:
 
 def plot_sparsity(runs: list[Run], out: Path) -> Path:
     """Of the runs that prune."""
-    names = [mask for run in runs for mask in run.train[0]["sparsity"]] + ["lambda1", "lambda2"]
-    title = "Expected and target sparsity of each mask type, and its Lagrange multipliers"
-    figure, axes = panels(names, title, "share of units pruned  |  multiplier (nats)")
+    shown = [key for key in OF_MASKS if any(key in run.train[0] for run in runs)]
+    names = [mask for run in runs for mask in run.train[0]["sparsity"]] + [OF_MASKS[key][0] for key in shown]
+    figure, axes = panels(names, "Sparsity of each mask type, and how the masks move", "share of units pruned")
     for i, run in enumerate(runs):
         for j, mask in enumerate(run.train[0]["sparsity"], len(runs)):
-            line(axes[mask], run.train, "sparsity", mask, color=f"C{i}", label=f"{run.name}: expected sparsity")
+            line(axes[mask], run.train, "sparsity", mask, color=f"C{i}", label=f"{run.name}: sparsity")
             line(axes[mask], run.train, "target_sparsity", mask, color="k", ls="--", lw=1, label="target sparsity")
-            style = {"color": f"C{j}", "ls": "-" if i == 0 else ":", "label": f"multiplier of {mask}"}
-            line(axes["lambda1"], run.train, "lambda1", mask, **style)
-            line(axes["lambda2"], run.train, "lambda2", mask, **style)
+            style = {"color": f"C{j}", "ls": "-" if i == 0 else ":", "label": f"of {mask}"}
+            for key in shown:
+                line(axes[OF_MASKS[key][0]], getattr(run, OF_MASKS[key][1]), key, mask, **style)
     return finish(figure, axes, out / "sparsity.png")
 
 
