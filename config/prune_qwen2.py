@@ -19,6 +19,7 @@ batch_size = 32  # 32 * 4096 = 131,072 tokens a step
 micro_batch_size = 1
 max_steps = 3200  # 0.42 B tokens
 lr, mask_lr = 1e-4, 1.0
+distill = 0.9  # the source is the teacher
 lr_warmup = 320
 sparsity_warmup = 640
 eval_interval = 50

@@ -12,11 +12,11 @@ init_from = "data/smollm2/model"
 data = "data/smollm2/data"
 n_layers, hidden_size, intermediate_size, n_heads = 24, 512, 1088, 6
 seq_len = 256
-batch_size = micro_batch_size = 2  # 512 tokens and one mask sample a step: the masks need steps more than tokens
+batch_size = micro_batch_size = 2  # 512 tokens a step: the masks need steps more than tokens
 max_steps = 240  # 0.12 M tokens: enough to see it work, not to recover
 lr, lr_warmup = 3e-4, 8
-mask_lr = 2.0  # the Lagrangian alone, without text, comes to rest at its target by step 100
-sparsity_warmup = 40
+kappa, mask_lr = 30.0, 1.0  # few units on the slope at a time: there are only 3 key/value groups a layer
+distill = 0.9
 eval_interval = 20  # 13 evaluations
 eval_sequences = 1  # 6 * 256 tokens forward against 20 * 512 forward and backward
 save_interval = 120
