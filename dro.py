@@ -96,12 +96,16 @@ def bandit_ratio(loss_M, reference_loss_M, ratio_M) -> np.ndarray:
     return _smoothed_softmax(*_checked(ratio_M, loss_M, reference_loss_M))
 
 
-def next_reference_ratio(reference_ratio_M, ratio_M, initial_ratio_M) -> np.ndarray:
-    """The dynamic reference ratio: p follows q, within [p0 / n, n p0] and then [min p0, max p0] (all (M,))."""
+def next_reference_ratio(reference_ratio_M, ratio_M, initial_ratio_M, within_extremes=True) -> np.ndarray:
+    """The dynamic reference ratio: p follows q, within [p0 / n, n p0] and then [min p0, max p0] (all (M,)).
+
+    within_extremes: the last, as published; it lets an equal p0 never move.
+    """
     p0_M, p_M, q_M = _checked(initial_ratio_M, reference_ratio_M, ratio_M)
     p_M = (1 - MOVE) * p_M + MOVE * q_M
     p_M = np.clip(p_M / p_M.sum(), p0_M / CLAMP, p0_M * CLAMP)
-    p_M = np.clip(p_M / p_M.sum(), p0_M.min(), p0_M.max())
+    if within_extremes:
+        p_M = np.clip(p_M / p_M.sum(), p0_M.min(), p0_M.max())
     return p_M / p_M.sum()
 
 
@@ -109,7 +113,9 @@ RULES: dict[str, Callable[["Mix", np.ndarray], np.ndarray]] = {  # (mix, loss_M)
     "constant": lambda mix, loss_M: mix.ratio_M,
     "sheared": lambda mix, loss_M: sheared_ratio(loss_M, mix.reference_loss_M, mix.ratio_M),
     "bandit": lambda mix, loss_M: bandit_ratio(loss_M, mix.reference_loss_M, mix.ratio_M),
-    "dro": lambda mix, loss_M: chi_square_ratio(loss_M, mix.reference_loss_M, mix.reference_ratio_M),
+    "dro": lambda mix, loss_M: chi_square_ratio(
+        loss_M, mix.reference_loss_M, mix.reference_ratio_M, clamp_to_min=mix.absolute
+    ),
 }
 
 
@@ -125,11 +131,14 @@ class Mix:
     clip_reference: bool = True  # a prediction lies under all losses so far and never rises (inert in a sparsity ramp)
     on_training_loss: bool = False  # the rule sees the moving average of the training loss
     reference_loss_M: np.ndarray | None = None  # nats; None: the mix stays until each domain has a law
+    prior: float = 1.0  # the mix starts, and its ball is centred, at initial_ratio^prior; below 1 bounds are relative
 
     def __post_init__(self) -> None:
         M = len(self.domains)
         self.rule = RULES[self.kind]
-        self.initial_ratio_M = _checked(self.initial_ratio_M)[0]
+        p0_M = _checked(self.initial_ratio_M)[0]
+        self.initial_ratio_M = _checked(np.where(p0_M > 0, p0_M**self.prior, 0.0))[0] if self.prior != 1.0 else p0_M
+        self.absolute = self.prior == 1.0  # bounds by the smallest and largest ratio, as published
         self.ratio_M, self.reference_ratio_M = self.initial_ratio_M.copy(), self.initial_ratio_M.copy()
         self.loss_M = np.full(M, np.nan)  # the last finite validation loss of each domain
         self.train_loss_M, self.train_weight_M = np.zeros(M), np.zeros(M)  # a moving average and what it weighs
@@ -169,7 +178,9 @@ class Mix:
         self.ratio_M = self.rule(self, np.where(trained_M, self.train_loss_M, self.loss_M))
         self._warn(self.ratio_M > max(NEARLY_ONE, self.initial_ratio_M.max()), "the mix is nearly this domain alone")
         if self.kind == "dro" and self.dynamic_ratio and progress >= MOVE_FROM:
-            self.reference_ratio_M = next_reference_ratio(self.reference_ratio_M, self.ratio_M, self.initial_ratio_M)
+            self.reference_ratio_M = next_reference_ratio(
+                self.reference_ratio_M, self.ratio_M, self.initial_ratio_M, within_extremes=self.absolute
+            )
 
     def _predict_reference(self, progress: float, final_sparsity: float) -> None:
         """reference <- the scaling law's loss at the end of the run, fitted to the history."""

@@ -105,6 +105,7 @@ class Config:
     seed: int = 17  # of random weights, masks and the order of the data
     # the mix: see dro.py
     mix: str = "dro"  # constant | sheared | bandit | dro, or another rule of dro.RULES
+    prior: float = 1.0  # exponent of ratios: 1 as they are | 0.5 | 0 equal; below 1 the mix's bounds are relative
     mix_loss: str = "val"  # val | train: the loss that is compared with the reference
     dynamic_reference: bool = True  # reference losses by scaling law
     dynamic_ratio: bool = True  # the reference ratio follows the mix
@@ -148,6 +149,7 @@ def check(cfg: Config) -> None:
         (0 < cfg.max_steps < cfg.lr_warmup, f"lr_warmup = {cfg.lr_warmup} is longer than max_steps = {cfg.max_steps}"),
         (0 < cfg.max_steps < cfg.sparsity_warmup, f"sparsity_warmup is longer than max_steps = {cfg.max_steps}"),
         (not 0 <= cfg.distill <= 1, f"distill = {cfg.distill}: must be from 0 to 1"),
+        (not 0 <= cfg.prior <= 1, f"prior = {cfg.prior}: must be from 0 to 1"),
         (cfg.distill and not teacher_of(cfg), f"distill = {cfg.distill} needs teacher, a model's folder"),
         (cfg.stage != "pretrain" and not cfg.init_from, f"stage = {cfg.stage!r} needs init_from, a model's folder"),
         (missing, f"stage = {cfg.stage!r} needs {', '.join(missing)}"),
@@ -218,6 +220,7 @@ def read_data(cfg: Config) -> tuple[DomainLoader, DomainLoader, dro.Mix]:
         dynamic_ratio=cfg.dynamic_ratio,
         clip_reference=cfg.clip_reference,
         on_training_loss=cfg.mix_loss == "train",
+        prior=cfg.prior,
         reference_loss_M=np.array(cfg.reference_losses) if cfg.reference_losses else None,
     )
     return train, val, mix

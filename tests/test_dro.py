@@ -277,3 +277,22 @@ def test_a_rule_added_from_outside_is_used(monkeypatch):
     m = mix("mine", dynamic_reference=False, reference_loss_M=np.ones(3))
     m.update(np.array([2.0, 1.0, 5.0]), np.ones(3), 0.5)
     assert np.allclose(m.ratio_M, [0.25, 0.125, 0.625])
+
+
+@pytest.mark.parametrize(("prior", "begins"), [(1.0, [0.8, 0.2]), (0.5, [2 / 3, 1 / 3]), (0.0, [0.5, 0.5])])
+def test_a_prior_flattens_the_ratios_that_the_mix_begins_with_and_bounds_are_relative_to(prior, begins):
+    mix = Mix(("a", "b"), np.array([0.8, 0.2]), "dro", False, reference_loss_M=np.ones(2), prior=prior)
+    assert mix.ratio_M == pytest.approx(begins)
+    for step in range(1, 300):
+        mix.update(np.array([1.1, 3.0]), np.ones(2), step / 300)
+    share = mix.reference_ratio_M[1]
+    assert share == pytest.approx(min(2 * begins[1], 1 - begins[0] / 2), abs=0.05)  # p0 / n to n p0 can be reached
+    for step in range(1, 300):
+        mix.update(np.array([3.0, 1.1]), np.ones(2), step / 300)
+    least = 0.2 if prior == 1.0 else begins[1] / 2  # published: never under the least ratio of the start
+    assert mix.reference_ratio_M[1] == pytest.approx(least, abs=0.02)
+
+
+def test_a_domain_without_a_share_gets_none_from_an_equal_prior():
+    mix = Mix(("a", "b", "c"), np.array([0.7, 0.3, 0.0]), prior=0.0)
+    assert mix.ratio_M.tolist() == [0.5, 0.5, 0.0]

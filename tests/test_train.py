@@ -441,6 +441,7 @@ BAD = {
     "distill = nan": dict(distill=float("nan")),
     "distill = 0.5 needs teacher": dict(distill=0.5),
     "calibration = 0": dict(calibration=0),
+    "prior = 2.0: must be from 0 to 1": dict(prior=2.0),
     "masks = 'random'": dict(masks="random"),
     "only stage = 'prune' with masks = 'count'": dict(max_steps=0),
     "the shapes of published masks": dict(
