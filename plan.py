@@ -79,7 +79,7 @@ def pass_bytes(
     dtype, before = getattr(torch, cfg.dtype), dict(vars(ops.ops))
     ops.plan(cfg.kernels)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = held_in(torch.float32 if learns else dtype, source).requires_grad_(learns)
+        model = held_in(torch.float32 if cfg.max_steps else dtype, source).requires_grad_(learns)
         model.checkpoint_activations = recompute
         for p in model.parameters() if learns else ():
             p.grad = torch.empty_like(p)
@@ -185,7 +185,7 @@ def hours(cfg, source: LlamaConfig, target: LlamaConfig | None, micro_batches: i
     lines, seconds = [], 0.0
     if target and cfg.masks == "count":
         seconds = cfg.calibration * cfg.seq_len * flops_per_token(source, {}, cfg.seq_len, recompute=True) / rate
-        lines.append(f"scores: {cfg.calibration} windows, {seconds / 3600:.2f} hours")
+        lines.append(f"scores: {cfg.calibration} windows, {seconds:.0f} s")
     if cfg.max_steps:
         mean = 0.0
         for step in range(cfg.max_steps):

@@ -392,6 +392,24 @@ def test_one_chunk_or_many_a_loss_is_the_same_to_rounding(monkeypatch):
             assert relative_error(t, whole[name].double()) < 1e-6, name
 
 
+@pytest.mark.parametrize("way", [linear_cross_entropy, reference.linear_cross_entropy])
+def test_the_gradient_of_the_weight_adds_up_in_float32(way, monkeypatch):
+    """A sum of 512 equal numbers, one a chunk: in bfloat16 it would stop at half of it."""
+    monkeypatch.setattr(reference, "CHUNK_BYTES", 1)
+    h, weight = torch.ones(512, 2).bfloat16(), torch.zeros(3, 2).bfloat16().requires_grad_()
+    (found,) = torch.autograd.grad(way(h, weight, torch.zeros(512).long())[0], weight)
+    assert relative_error(found, torch.tensor([[-2 / 3], [1 / 3], [1 / 3]]).expand(3, 2).double()) < 1e-2
+
+
+@pytest.mark.parametrize("op", LOSS_OPS)
+def test_a_loss_compiles_without_a_graph_break(op):
+    inputs = rich(op, F32, F32)
+    compiled = torch.compile(WAYS[op][0], backend="aot_eager", fullgraph=True)
+    found, expected = (evaluate(way, inputs, F32) for way in (compiled, WAYS[op][0]))
+    assert found.keys() == expected.keys()
+    assert all(relative_error(t, expected[name].double()) < 1e-6 for name, t in found.items())
+
+
 @pytest.mark.parametrize("op", LOSS_OPS)
 def test_a_loss_reads_its_inputs_only_and_its_backward_runs_once(op):
     inputs = rich(op, F32, F32)
