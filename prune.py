@@ -125,7 +125,9 @@ class Masks(nn.Module):
                 shape = (source.n_layers if t.per_layer else 1, getattr(source, t.size))
                 self.log_alpha[mask] = nn.Parameter(torch.zeros(shape))
         if not self.log_alpha:
-            raise UserError(f"the target is as large as the source, {target}: there is nothing to prune")
+            raise UserError(
+                "the target is as large as the source, there is nothing to prune: make one of its sizes smaller"
+            )
 
     def sizes(self) -> dict[str, int]:
         """How many units of a row the target has."""

@@ -421,6 +421,8 @@ def run(cfg: Config) -> dict:  # noqa: PLR0912, PLR0915 (the loop is read from t
         out.resume(s, shapes, learned, optimizers, mix, train)
         if not s.step:
             introduce(cfg, ranks, model, shapes, val, out)
+            if s.carried:
+                out.log.say(f"goes on with AdamW's moments of {s.carried} steps, without a warm-up")
             start_masks(cfg, ranks, model, masks, mix)
         network = prepare_network(cfg, ranks, model)
         teacher_loss_M, last = examine(cfg, ranks, teacher, val, out), {}

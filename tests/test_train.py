@@ -103,6 +103,23 @@ def test_a_resumed_run_ends_with_the_same_bytes(stage, died_at, data, source, tm
     assert differences(tmp_path / "whole", tmp_path / "killed") == []
 
 
+def test_a_run_from_before_there_were_masks_by_count_is_read_and_resumed_as_published(
+    data, source, published, tmp_path
+):
+    run = tmp_path / "r"
+    shutil.copytree(published[0], run)
+    for path in (run / "metrics.jsonl", *run.glob("step_*/state.json")):
+        text = path.read_text()
+        assert '"masks": "published", ' in text
+        path.write_text(text.replace('"masks": "published", ', ""))
+    read, model = evaluate.load_any(last_checkpoint(run), "cpu"), hf.load(run / "model")
+    assert all(torch.equal(p, q) for p, q in zip(read.parameters(), model.parameters(), strict=True))
+    with pytest.raises(UserError, match="was written with masks = 'published', this run has 'count'"):
+        train.main(prune_tiny(data, run, source, resume=True))
+    again = train.main(prune_tiny(data, run, source, masks="published", resume=True))
+    assert again["val_loss"] == published[1]["val_loss"]
+
+
 def test_evaluating_more_often_does_not_change_the_training(data, tmp_path):
     for name, interval in (("often", 4), ("rarely", 20)):
         train.main(tiny(data, tmp_path / name, mix="constant", eval_interval=interval, max_steps=20))
