@@ -22,6 +22,7 @@ import io
 import json
 import multiprocessing
 import os
+import shlex
 import signal
 import sys
 import time
@@ -29,7 +30,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
@@ -43,7 +44,20 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import configurator
 from configurator import UserError
-from data.shards import DOMAIN, HEADER_BYTES, SPLITS, header, read_json, sha256, shard_files, token_dtype, write_meta
+from data.shards import (
+    DOMAIN,
+    HEADER_BYTES,
+    SPLITS,
+    VERSION,
+    command_of,
+    header,
+    read_json,
+    read_meta,
+    sha256,
+    shard_files,
+    token_dtype,
+    write_meta,
+)
 from data.tokenizer import install_tokenizer, load_tokenizer, train_tokenizer
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.bz2", ".jsonl.zst", ".json.gz", ".json.zst", ".parquet")  # read in a folder
@@ -61,8 +75,7 @@ DIGESTS = "unfinished.digests"  # 64 bits of the sha256 of each document so far
 class Config:
     out: str = ""  # folder of the data set
     tokenizer: str = ""  # a sentencepiece .model, a file of tiktoken ranks, a tokenizer.json, tiktoken:NAME, or train
-    bos: str = ""  # token that starts a document, by name (tokenizer.json only)
-    eos: str = ""  # end-of-text token, by name (tokenizer.json only)
+    eos: str = ""  # token that ends a document, by name, where the tokenizer's files do not name it
     preset: str = ""  # slimpajama (7 domains, mixed in any files) or culturax (8 languages, a folder for each)
     stream: str = ""  # data set of this name on the Hugging Face hub, in place of files (needs `datasets`)
     revision: str = ""  # revision of that data set; empty: what is there at the time
@@ -238,8 +251,7 @@ def encode(chunk: Chunk, folder: str, spec: str, cfg: Config) -> list[tuple]:
         except (ValueError, RecursionError) as error:
             found.append((number, domain, str(error), "", 0, 0, None))
             continue
-        tokens_N = np.empty(len(ids) + 1, token_dtype(tokenizer.vocab_size))
-        tokens_N[0], tokens_N[1:] = tokenizer.bos, ids
+        tokens_N = np.array([*tokenizer.before, *ids, *tokenizer.after], token_dtype(tokenizer.vocab_size))
         digest = digest_of(text)
         split, short = split_of(digest, cfg.val_fraction), int.from_bytes(digest[8:16], "big")
         found.append((number, domain, "", split, short, len(text.encode()), tokens_N))
@@ -350,7 +362,9 @@ def write(cfg: Config, settings: dict, sources: list[Source], progress: dict) ->
             seal(folder, shard, vocab_size)
 
 
-def build(cfg: Config, settings: dict, sources: list[Source], domains: dict[str, dict], spec: Callable) -> dict:
+def build(
+    cfg: Config, settings: dict, sources: list[Source], domains: dict[str, dict], spec: Callable, command: str
+) -> dict:
     """The data set, from where a stop left it; returns meta.json's content. All else of a data set in the folder goes.
 
     domains: what meta.json is to say of each beside counts. spec: makes the tokenizer, returns its entry for meta.json.
@@ -375,13 +389,14 @@ def build(cfg: Config, settings: dict, sources: list[Source], domains: dict[str,
         if not any(entry[split]["documents"] for split in SPLITS):
             raise UserError(f"domain {domain}: not one usable document: see the bad records above, or leave it out")
     tokenizer = load_tokenizer(progress["tokenizer"], folder)
-    meta = {name: getattr(tokenizer, name) for name in ("vocab_size", "bos", "eos")} | {"settings": settings}
+    meta = {"command": command, "settings": settings}
+    meta |= {name: getattr(tokenizer, name) for name in ("vocab_size", "bos", "eos")}
     meta |= {name: progress[name] for name in ("tokenizer", "bad_records", "domains")}
     os.sync()
     write_meta(folder, meta)
     for name in (UNFINISHED, DIGESTS):
         (folder / name).unlink()
-    return meta
+    return read_meta(folder)
 
 
 def json_in(path: Path) -> dict:
@@ -405,14 +420,17 @@ def locked(folder: str | Path) -> Iterator[None]:
 def is_complete(folder: str | Path, settings: dict, force: bool = False) -> bool:
     """Whether the folder holds the whole data set made with these settings; where False, it may be written.
 
-    Raises UserError where another data set, or an unfinished one of other settings, would be lost. force: it may be.
+    One of an older version counts as not made. Raises UserError where another data set, or an unfinished one of other
+    settings, would be lost. force: it may be.
     """
     folder = Path(folder)
     if force:
         return False
     meta, unfinished = json_in(folder / "meta.json"), json_in(folder / UNFINISHED)
     if settings in (meta.get("settings"), unfinished.get("settings")):
-        return meta.get("settings") == settings
+        return meta.get("settings") == settings and meta.get("version") == VERSION
+    if meta and meta.get("version") != VERSION:
+        raise UserError(f"{folder}: holds a data set of an older kind: make it anew: {command_of(meta, folder)}")
     if meta or unfinished or any(folder.glob("*.bin")):
         raise UserError(f"{folder}: holds another data set (other files or settings): choose another folder or --force")
     return False
@@ -430,7 +448,7 @@ def write_dataset(
     sources = [Source(domain, partial(iter, documents), domain) for domain, documents in texts.items()]
     domains = {d: dict(zip(("source", "licence"), (about or {}).get(d, ()), strict=False)) for d in texts}
     with locked(folder):
-        return build(cfg, settings, sources, domains, lambda: spec)
+        return build(cfg, settings, sources, domains, lambda: spec, f"python {settings['made_by']}")
 
 
 # ---- the command
@@ -460,7 +478,7 @@ def texts_of(domain: str, sources: list[Source], preset: str) -> Iterator[str]:
 def make_tokenizer(cfg: Config, domains: tuple[str, ...], sources: list[Source]) -> dict:
     """meta.json's entry for the tokenizer, its file copied or trained into the folder."""
     if cfg.tokenizer != "train":
-        return install_tokenizer(cfg.tokenizer, cfg.out, cfg.bos, cfg.eos)
+        return install_tokenizer(cfg.tokenizer, cfg.out, cfg.eos)
     print(f"training a tokenizer of {cfg.vocab_size:,} pieces", flush=True)
     share = partial(training_share, n_chars=TOKENIZER_CHARS // len(domains), val_fraction=cfg.val_fraction)
     texts = (text for domain in domains for text in share(texts_of(domain, sources, cfg.preset)))
@@ -484,12 +502,22 @@ def table(meta: dict) -> str:
     return "\n".join([*lines, f"{n_bad:,} bad records and {n_repeated:,} repeated documents left out"])
 
 
+def command(cfg: Config, words: tuple[str, ...]) -> str:
+    """What makes the same data set anew, but for its folder."""
+    left_out = {"out", "processes", "force"}
+    values = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in left_out}
+    changed = {name: value for name, value in values.items() if value != getattr(Config, name)}
+    texts = {name: ",".join(value) if isinstance(value, tuple) else value for name, value in changed.items()}
+    return shlex.join(["python", "data/prepare.py", *words, *(f"--{name}={text}" for name, text in texts.items())])
+
+
 def main(cfg: Config, *words: str) -> None:
     start_s = time.perf_counter()
     check(cfg)
+    anew = command(cfg, words)
     domains, sources, origin = sources_of(cfg, words)
     cfg = replace(cfg, dedup=cfg.dedup and not cfg.preset)
-    same = ("preset", "bos", "eos", "vocab_size", "val_fraction", "shard_tokens", "max_tokens", "dedup")
+    same = ("preset", "eos", "vocab_size", "val_fraction", "shard_tokens", "max_tokens", "dedup")
     settings = {"made_by": "data/prepare.py"} | {name: getattr(cfg, name) for name in same}
     settings["tokenizer"] = sha256(cfg.tokenizer) if os.path.isfile(cfg.tokenizer) else cfg.tokenizer
     settings |= {"domains": list(domains), "origin": origin}
@@ -498,7 +526,7 @@ def main(cfg: Config, *words: str) -> None:
             print(f"{cfg.out}: complete, domains {', '.join(domains)}; nothing to do (--force prepares it again)")
         else:
             tokenizer = partial(make_tokenizer, cfg, domains, sources)
-            print(table(build(cfg, settings, sources, {domain: {} for domain in domains}, tokenizer)))
+            print(table(build(cfg, settings, sources, {domain: {} for domain in domains}, tokenizer, anew)))
             print(f"{cfg.out}: done in {time.perf_counter() - start_s:.0f} s")
     if preset := PRESETS.get(cfg.preset):
         total = sum(preset.ratios[domain] for domain in domains)

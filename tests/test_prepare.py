@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import random
 import re
+import shlex
 import signal
 import sys
 import time
@@ -56,9 +57,9 @@ def stored(folder: Path, domain: str, split: str) -> list[str]:
     """The documents in the shards."""
     meta = read_meta(folder)
     tokens = [int(t) for s in meta["domains"][domain][split]["shards"] for t in open_shard(folder / s["file"])]
-    starts = [i for i, token in enumerate(tokens) if token == meta["bos"]] + [len(tokens)]
+    ends = [0] + [i + 1 for i, token in enumerate(tokens) if token == meta["eos"]]
     tokenizer = load_tokenizer(meta, folder)
-    return [tokenizer.decode(tokens[i + 1 : j]) for i, j in itertools.pairwise(starts)]
+    return [tokenizer.decode(tokens[i:j]) for i, j in itertools.pairwise(ends)]
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,8 @@ def test_every_good_document_is_there_once_on_the_side_its_hash_says(inputs, mod
         documents = [t for t in getattr(inputs, domain) if side(t) == split]
         part = meta["domains"][domain][split]
         tokens = [int(t) for shard in part["shards"] for t in open_shard(inputs.out / shard["file"])]
-        assert tokens == [t for text in documents for t in (tokenizer.bos, *tokenizer.encode(text))]
+        assert (meta["version"], meta["bos"], meta["eos"]) == (2, 1, 2)
+        assert tokens == [t for text in documents for t in (1, *tokenizer.encode(text), 2)]
         assert {shard["tokens"] for shard in part["shards"][:-1]} == {1500}
         assert (part["documents"], part["tokens"]) == (len(documents), len(tokens))
         assert part["bytes"] == sum(len(text.encode()) for text in documents)
@@ -125,7 +127,7 @@ def test_a_text_that_the_tokenizer_cannot_encode_is_a_bad_record(tmp_path, model
             raise ValueError("too long a word")
         return [1, 2]
 
-    tokenizer = types.SimpleNamespace(vocab_size=400, bos=1, encode=encode)
+    tokenizer = types.SimpleNamespace(vocab_size=400, before=[1], after=[2], encode=encode)
     monkeypatch.setattr(prepare, "tokenizer_of", lambda *_: tokenizer)
     meta = write(tmp_path, model, {"web": some_documents(40, seed=1)})
     assert meta["bad_records"] == {"web": 1}
@@ -196,7 +198,7 @@ def test_a_domain_is_full_after_the_document_that_reaches_max_tokens(inputs, mod
         whole, taken = (stored(inputs.folder / out, domain, "train") for out in ("out", "full-1"))
         n_tokens = read_meta(inputs.folder / "full-1")["domains"][domain]["train"]["tokens"]
         assert taken == whole[: len(taken)]
-        assert n_tokens >= 2000 > n_tokens - len(SentencePiece(model).encode(taken[-1])) - 1
+        assert n_tokens >= 2000 > n_tokens - len(SentencePiece(model).encode(taken[-1])) - 2
 
 
 def test_without_dedup_every_repeat_stays(inputs, model):
@@ -371,6 +373,29 @@ def test_a_complete_data_set_is_left_alone_and_another_one_refused(inputs, model
     with pytest.raises(UserError, match="holds another data set"):
         run(inputs.folder, model, "out", val_fraction=0.3)
     assert {path: path.stat().st_mtime_ns for path in inputs.out.iterdir()} == written
+
+
+def test_one_made_before_documents_ended_with_eos_names_the_command_that_makes_it_anew(inputs, model):
+    old, words = inputs.folder / "old", [f"web={inputs.folder}/web-0.jsonl", f"code={inputs.folder}/code*"]
+    words += [f"web={inputs.folder}/web-1.jsonl.gz"]
+    run(inputs.folder, model, "old")
+    meta = json.loads((old / "meta.json").read_text())
+    assert meta["command"] == shlex.join(["python", "data/prepare.py", *words, f"--tokenizer={model}"]) + (
+        " --val_fraction=0.2 --shard_tokens=1500"
+    )
+    (old / "meta.json").write_text(json.dumps(meta | {"version": 1}))
+    made_anew = re.escape(f"{meta['command']} --out={old} --force")
+    with pytest.raises(UserError, match=f"version 1, expected 2: .*make it anew: {made_anew}"):
+        read_meta(old)
+    (old / "meta.json").write_text(json.dumps({k: v for k, v in meta.items() if k not in ("version", "command")}))
+    with pytest.raises(UserError, match=f"make it anew: python data/prepare.py ... --out={old} --force"):
+        read_meta(old)
+    settings = meta["settings"]
+    assert not is_complete(old, settings)
+    with pytest.raises(UserError, match=r"an older kind: .* --force"):
+        is_complete(old, settings | {"made_by": "another"})
+    run(inputs.folder, model, "old", force=True)
+    assert content(old) == content(inputs.out)
 
 
 def test_an_unfinished_data_set_of_other_settings_is_refused(inputs, model, monkeypatch):
