@@ -23,7 +23,6 @@ from torch import Tensor
 
 from configurator import UserError
 from data.shards import read_json
-from data.tokenizer import open_tokenizer, write_json
 from model import FAMILIES, Llama, LlamaConfig
 
 INDEX = "model.safetensors.index.json"
@@ -119,7 +118,7 @@ def read_config(folder: str | Path) -> LlamaConfig:
     eos_token_id: the ids of config.json and of generation_config.json, at any of which a text ends.
     """
     path = Path(folder, "config.json")
-    theirs = read_json(path, "a model is a folder of config.json and weights")
+    theirs = read_json(path, "a model is a folder; `hf download NAME --local-dir=FOLDER` brings one")
     by_name = {f.architecture: family for family, f in FAMILIES.items()}
     family = theirs.get("model_type") or by_name.get((theirs.get("architectures") or [""])[0])
     try:
@@ -352,5 +351,3 @@ def copy_tokenizer(sources: Sequence[str | Path], folder: Path) -> None:
     for name, file in taken.items():
         if file.parent.resolve() != folder.resolve():
             shutil.copyfile(file, folder / name)
-    if homes and not fast:
-        write_json(open_tokenizer(folder / "tokenizer.model"), folder)
