@@ -47,9 +47,7 @@ class Tokenizer:
         """before, after: ids that a template puts around a text. EOS ends it, unless it is among them already."""
         self.before, self.eos, self.bos = before, eos, before[0] if before else None
         self.after = after if eos in (*before, *after) else [*after, eos]
-
-    def without_special(self, tokens: list[int]) -> list[int]:
-        return [token for token in tokens if token not in self.before and token not in self.after]
+        self.around = {*self.before, *self.after}
 
 
 class SentencePiece(Tokenizer):
@@ -108,7 +106,7 @@ class Tiktoken(Tokenizer):
         return self.model.encode(text, disallowed_special=())  # encode_ordinary would panic then
 
     def decode(self, tokens: list[int]) -> str:
-        return self.model.decode(self.without_special(tokens))
+        return self.model.decode([token for token in tokens if token not in self.around])
 
     def to_json(self) -> tokenizers.Tokenizer:
         """Inside a word, which the pattern cuts, bytes join into the token of the lowest rank first."""
@@ -197,7 +195,7 @@ class HuggingFace(Tokenizer):
         return self.model.encode(text, add_special_tokens=False).ids
 
     def decode(self, tokens: list[int]) -> str:
-        return self.model.decode(self.without_special(tokens), skip_special_tokens=False)
+        return self.model.decode([t for t in tokens if t not in self.around], skip_special_tokens=False)
 
 
 KINDS = {"sentencepiece": SentencePiece, "tiktoken": Ranks, "huggingface": HuggingFace}
