@@ -207,6 +207,8 @@ def build(cfg: Config, ranks: parallel.Ranks, vocab_size: int) -> tuple[Llama, M
             f"{cfg.data}: its vocabulary has {vocab_size} tokens, the model's {config.vocab_size}: "
             "prepare the data with the model's own tokenizer"
         )
+    if cfg.init_from:
+        hf.check_tokenizer(cfg.init_from, cfg.data)
     target = target_of(cfg, config)
     with torch.device("meta"):
         model = Llama(config)

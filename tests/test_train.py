@@ -71,6 +71,22 @@ def test_a_run_beyond_the_source_s_context_warns_and_writes_the_length_it_traine
     assert "the result loads in transformers 4.46, transformers 4.57" in capsys.readouterr().out
 
 
+def test_data_of_another_tokenizer_than_the_model_s_is_refused(data, source, tmp_path):
+    def folder(name, like, vocabulary):
+        shutil.copytree(like, tmp_path / name)
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
+        return tmp_path / name
+
+    model, same = folder("model", source, {"a": 1, "b": 2}), folder("same", data, {"a": 1, "b": 2, "<eos>": 3})
+    other = folder("other", data, {"a": 1, "b": 3})
+    cfg = tiny(same, tmp_path / "run", stage="continue", init_from=str(model), max_steps=1, lr_warmup=0, **NO_SHAPE)
+    train.main(cfg)
+    with pytest.raises(UserError, match=r"another tokenizer than .*'b' is 2 for the model and 3 in the data"):
+        train.main(dataclasses.replace(cfg, data=str(other), out_dir=str(tmp_path / "other run")))
+    with pytest.raises(UserError, match="another tokenizer"):
+        evaluate.main(evaluate.Config(data=str(other), seq_len=T), str(model))
+
+
 def test_a_model_ends_its_texts_where_its_source_did_and_where_its_data_does(data, source, tmp_path):
     other = tmp_path / "source"
     shutil.copytree(source, other)
