@@ -46,27 +46,14 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import configurator
 from configurator import UserError
-from data.shards import (
-    DOMAIN,
-    HEADER_BYTES,
-    SPLITS,
-    VERSION,
-    command_of,
-    header,
-    read_json,
-    read_meta,
-    sha256,
-    shard_files,
-    token_dtype,
-    write_meta,
-)
+from data import shards as data_set
+from data.shards import DOMAIN, HEADER_BYTES, SPLITS, header, read_json, sha256, shard_files, token_dtype, write_meta
 from data.tokenizer import install_tokenizer, load_tokenizer, train_tokenizer
 
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\0": "xz", b"PAR1": "parquet"}
-PACKED |= {
-    bytes([first]) + b"\x2a\x4d\x18": "zstd" for first in range(0x50, 0x60)
-}  # a skippable frame, as pzstd writes
-BOM, HEAD_BYTES = b"\xef\xbb\xbf", 1 << 16  # of UTF-8; what of a file is looked at to know it
+PACKED |= {bytes([first]) + b"*M\x18": "zstd" for first in range(0x50, 0x60)}  # a frame to skip: pzstd's first
+BOM, LFS = b"\xef\xbb\xbf", b"version https://git-lfs"
+HEAD_BYTES = 1 << 16  # what of a file is looked at to know it
 DAMAGE = (OSError, ValueError, EOFError, lzma.LZMAError, pyarrow.ArrowException)
 MAX_RECORD_BYTES = 1 << 26  # a longer line is no document but damage
 CHUNK_CHARS = 1 << 19  # about half a second of work for one process
@@ -203,6 +190,7 @@ def why_not(path: Path) -> str:
     reasons = {
         "empty": not head,
         "in UTF-16 (iconv -f UTF-16 -t UTF-8 makes UTF-8 of it)": head[:2] in (b"\xff\xfe", b"\xfe\xff"),
+        "a pointer of Git LFS (git lfs pull gets the file)": head.startswith(LFS),
         "an archive to unpack": head[257:262] == b"ustar" or head.startswith(b"PK\3\4"),
         "one JSON array (jq -c '.[]' makes lines of it)": first[:1] == b"[" and not (some and first[-1:] == b"]"),
         "neither JSON lines nor Parquet": not (some or (len(head) == HEAD_BYTES and first[:1] == b"{" and not more)),
@@ -482,7 +470,7 @@ def build(
     write_meta(folder, meta)
     for name in (UNFINISHED, DIGESTS):
         (folder / name).unlink()
-    return read_meta(folder)
+    return data_set.read_meta(folder)
 
 
 def json_in(path: Path) -> dict:
@@ -514,11 +502,10 @@ def is_complete(folder: str | Path, settings: dict, force: bool = False) -> bool
         return False
     meta, unfinished = json_in(folder / "meta.json"), json_in(folder / UNFINISHED)
     if settings in (meta.get("settings"), unfinished.get("settings")):
-        return meta.get("settings") == settings and meta.get("version") == VERSION
-    if meta and meta.get("version") != VERSION:
-        raise UserError(f"{folder}: holds a data set of an older kind: make it anew: {command_of(meta, folder)}")
+        return meta.get("settings") == settings and meta.get("version") == data_set.VERSION
     if meta or unfinished or any(folder.glob("*.bin")):
-        raise UserError(f"{folder}: holds another data set (other files or settings): choose another folder or --force")
+        what = f"{folder}: holds another data set (other files, settings or version)"
+        raise UserError(f"{what}: choose another folder or --force")
     return False
 
 

@@ -208,7 +208,7 @@ def read_tokenizer_json(path: str | Path) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
-        raise UserError(f"{path}: not a tokenizer.json ({error}): copy it again from the model") from None
+        raise UserError(f"{path}: not a tokenizer.json ({error}): give the model's file of that name") from None
 
 
 def settings_beside(path: str | Path) -> tuple[dict, dict]:
@@ -292,9 +292,12 @@ def write_json(tokenizer: Tokenizer, folder: str | Path) -> None:
 def kind_of(path: str | Path) -> str:
     """By the content: Meta calls a file of ranks tokenizer.model, too."""
     if not Path(path).is_file():
-        raise UserError(f"{path}: no such file: give a sentencepiece .model, tiktoken ranks or a tokenizer.json")
+        what = "is a folder" if Path(path).is_dir() else "no such file"
+        raise UserError(f"{path}: {what}: give a tokenizer.json, a sentencepiece .model or a file of tiktoken ranks")
     with open(path, "rb") as f:
         token, _, rank = f.readline(1 << 10).strip().partition(b" ")
+    if token == b"version" and b"git-lfs" in rank:
+        raise UserError(f"{path}: only a pointer of Git LFS: git lfs pull gets the file")
     if token.startswith(b"{"):
         return "huggingface"
     return "tiktoken" if rank.isdigit() and token.isascii() else "sentencepiece"

