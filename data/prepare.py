@@ -140,8 +140,8 @@ def sources_of(cfg: Config, words: tuple[str, ...]) -> tuple[tuple[str, ...], li
 
 def files_of(path: str, unread: list[tuple[Path, str]]) -> list[Path]:
     """The file, what matches the pattern, or what is in the folders, in sorted order; `unread` gets the others."""
-    names, others, seen = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True)), [], set()
-    files = [f for name in map(Path, names) for f in (below(name, others, seen) if name.is_dir() else [name])]
+    names, others = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True)), []
+    files = [*walked(map(Path, names), others, set())]
     with ThreadPoolExecutor() as pool:  # a disk far away answers many at once
         reasons = [*pool.map(why_not, files)]
     unread += (others := others + [(file, why) for file, why in zip(files, reasons, strict=True) if why])
@@ -151,16 +151,18 @@ def files_of(path: str, unread: list[tuple[Path, str]]) -> list[Path]:
     raise UserError(f"{path}: {what}: give a file, a pattern or a folder of JSON lines or Parquet")
 
 
-def below(folder: Path, others: list[tuple[Path, str]], seen: set) -> Iterator[Path]:
-    """The files in a folder and those that it holds or links to; what has two names is taken once."""
-    seen.add(os.stat(folder)[1:3])  # inode and device
-    for entry in sorted(folder.iterdir()):
-        if entry.name.startswith(".") or not entry.exists():
-            others.append((entry, "hidden" if entry.exists() else "linked to nothing"))
-        elif (key := os.stat(entry)[1:3]) in seen:
-            others.append((entry, "read by another name"))
+def walked(entries: Iterable[Path], others: list[tuple[Path, str]], seen: set) -> Iterator[Path]:
+    """These files and those in these folders, linked ones too; what has several names is taken once."""
+    for entry in entries:
+        if not entry.exists():
+            others.append((entry, "linked to nothing"))
+        elif (key := os.stat(entry)[1:3]) in seen:  # inode and device
+            others += [(entry, "read by another name")] if entry.is_symlink() else []
         elif entry.is_dir():
-            yield from below(entry, others, seen)
+            seen.add(key)
+            inside = sorted(entry.iterdir())
+            others += [(e, "hidden") for e in inside if e.name.startswith(".")]
+            yield from walked((e for e in inside if not e.name.startswith(".")), others, seen)
         else:
             seen.add(key)
             yield entry

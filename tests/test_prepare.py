@@ -240,7 +240,7 @@ def test_linked_folders_are_read_once_and_cycles_end(tmp_path, model):
     names = [str(file.relative_to(tmp_path)) for file in prepare.files_of(f"{tmp_path}/web", unread)]
     assert names == ["web/a/2.jsonl", "web/a/back/1.jsonl", "web/c.jsonl"]
     assert sorted((file.name, why) for file, why in unread) == [
-        *(("b", "read by another name"), ("gone.jsonl", "linked to nothing")),
+        ("gone.jsonl", "linked to nothing"),
         *(("up", "read by another name"), ("z", "read by another name")),
     ]
     assert prepared(tmp_path, model, f"web={tmp_path}/web", dedup=False) == sorted(one + two + three)
@@ -259,7 +259,11 @@ def test_files_of_a_folder_are_in_the_order_of_their_paths(tmp_path):
         "z/y.a",
     ]
     write_files(tmp_path, dict.fromkeys(names, b"{}"))
-    assert prepare.files_of(str(tmp_path), []) == sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    files, unread = sorted(path for path in tmp_path.rglob("*") if path.is_file()), []
+    assert prepare.files_of(str(tmp_path), unread) == prepare.files_of(f"{tmp_path}/**", unread) == files
+    (tmp_path / "again").symlink_to(tmp_path / "z")
+    assert len(prepare.files_of(f"{tmp_path}/*", unread)) == len(files)
+    assert unread == []
 
 
 def tar_gz() -> bytes:
