@@ -54,7 +54,7 @@ class SentencePiece(Tokenizer):
     """A sentencepiece model. Round trips are exact but for U+2581.
 
     In front of a text: what a tokenizer.json beside it puts there; else BOS, unless the tokenizer_config.json beside it
-    has "add_bos_token": false. eos: the piece that ends a text, where the model names none.
+    has "add_bos_token": false. EOS: as given, or named in that file, or the model's own.
     """
 
     def __init__(self, path: str | Path, eos: str = ""):
@@ -64,8 +64,10 @@ class SentencePiece(Tokenizer):
             raise UserError(f"{path}: not a sentencepiece model: give the .model file (not .vocab or .json)") from None
         self.encode, self.decode = self.model.encode, self.model.decode
         self.vocab_size, bos, self.config = self.model.vocab_size(), self.model.bos_id(), settings_beside(path)[0]
-        end = self.model.piece_to_id(eos) if eos else self.model.eos_id() if self.model.eos_id() >= 0 else bos
-        if end < 0 or end == self.model.unk_id():
+        end, unknown = self.model.piece_to_id(eos or self.config.get("eos_token") or ""), self.model.unk_id()
+        if end == unknown and not eos:
+            end = self.model.eos_id() if self.model.eos_id() >= 0 else bos
+        if end in (-1, unknown):
             raise UserError(f"{path}: no piece {eos!r} to end a text: give --eos=PIECE")
         beside, first = Path(path).with_name(JSON_FILE), bos >= 0 and self.config.get("add_bos_token", True)
         before = template_of(read_tokenizer_json(beside))[0] if beside.is_file() else [bos] if first else []

@@ -224,6 +224,8 @@ def test_a_tokenizer_without_a_known_end_of_text_asks_for_one(tmp_path):
         ({}, {"add_bos_token": False}, "<s> $A", [1], [2]),
         ({"bos_id": -1, "eos_id": 1}, {}, None, [], [1]),  # T5
         ({"eos_id": -1}, {}, None, [1], []),
+        ({"control_symbols": "<end>"}, {"eos_token": {"content": "<end>"}}, None, [1], [3]),
+        ({}, {"eos_token": "", "bos_token": ""}, None, [1], [2]),  # the first conversions of LLaMA
     ],
 )
 def test_a_sentencepiece_model_has_bos_in_front_unless_the_files_beside_it_say_otherwise(
