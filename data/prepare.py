@@ -48,7 +48,7 @@ import configurator
 from configurator import UserError
 from data import shards as data_set
 from data.shards import DOMAIN, HEADER_BYTES, SPLITS, header, read_json, sha256, shard_files, token_dtype, write_meta
-from data.tokenizer import install_tokenizer, load_tokenizer, train_tokenizer
+from data.tokenizer import JSON_FILE, MODEL_FILE, install_tokenizer, load_tokenizer, train_tokenizer
 
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\0": "xz", b"PAR1": "parquet"}
 PACKED |= {bytes([first]) + b"*M\x18": "zstd" for first in range(0x50, 0x60)}  # a frame to skip: pzstd's first
@@ -68,7 +68,9 @@ DIGESTS = "unfinished.digests"  # 64 bits of the sha256 of each document so far
 @dataclass(frozen=True)
 class Config:
     out: str = ""  # folder of the data set
-    tokenizer: str = ""  # a sentencepiece .model, a file of tiktoken ranks, a tokenizer.json, tiktoken:NAME, or train
+    tokenizer: str = (
+        ""  # a model's folder, a sentencepiece .model, tiktoken ranks, tokenizer.json, tiktoken:NAME, train
+    )
     text_field: str = "text"  # field or column that holds the text; a.b is field b of the object in field a
     eos: str = ""  # token that ends a document, by name, where the tokenizer's files do not name it
     preset: str = ""  # slimpajama (7 domains, mixed in any files) or culturax (8 languages, a folder for each)
@@ -596,6 +598,9 @@ def command(cfg: Config, words: tuple[str, ...]) -> str:
 def main(cfg: Config, *words: str) -> None:
     start_s = time.perf_counter()
     check(cfg)
+    if os.path.isdir(cfg.tokenizer):  # a model's folder
+        files = [f"{cfg.tokenizer}/{name}" for name in (JSON_FILE, MODEL_FILE)]
+        cfg = replace(cfg, tokenizer=next(filter(os.path.isfile, files), files[0]))
     anew = command(cfg, words)
     domains, sources, origin, unread = sources_of(cfg, words)
     cfg = replace(cfg, dedup=cfg.dedup and not cfg.preset)

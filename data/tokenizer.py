@@ -285,6 +285,8 @@ def write_json(tokenizer: Tokenizer, folder: str | Path) -> None:
     config = {"clean_up_tokenization_spaces": False} | {name: v for name, v in own.items() if name != "auto_map"}
     config |= {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": out.id_to_token(tokenizer.eos)}
     config |= {"bos_token": out.id_to_token(tokenizer.bos)} if tokenizer.before else {}
+    if isinstance(tokenizer, SentencePiece) and not tokenizer.model.encode("a", out_type=str)[0].startswith(SPACE):
+        config["add_prefix_space"] = False  # llama.cpp's converter asks here, not the model, and presumes a space
     Path(folder, CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 

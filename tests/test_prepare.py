@@ -14,6 +14,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import sys
 import tarfile
@@ -579,6 +580,13 @@ def is_running(pid: str) -> bool:
 
 
 # ---- what is in the folder already
+
+
+def test_a_model_s_folder_stands_for_the_tokenizer_in_it(inputs, model, tmp_path):
+    shutil.copy(model, tmp_path / "tokenizer.model")
+    run(inputs.folder, str(tmp_path), "by_folder")
+    first, second = content(inputs.out), content(inputs.folder / "by_folder")
+    assert all(first[name] == second[name] for name in first if name.endswith(".bin"))
 
 
 def test_a_complete_data_set_is_left_alone_and_another_one_refused(inputs, model, capsys):

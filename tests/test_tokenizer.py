@@ -125,6 +125,8 @@ def test_transformers_loads_the_folder_alone_or_as_a_models_and_finds_the_ids_of
         assert theirs(text, add_special_tokens=False).input_ids == ids
         assert theirs.decode(ids) == tokenizer.decode(ids)
         assert theirs(text).input_ids == [*tokenizer.before, *ids]
+    said = json.loads((folder / "tokenizer_config.json").read_text()).get("add_prefix_space")
+    assert said is (False if name == "ours" else None)  # for llama.cpp's converter
     assert theirs.chat_template == ("{{ messages }}" if name == "json" else None)
 
 
