@@ -102,6 +102,9 @@ def main(cfg: Config, folder: str) -> None:
     val = DomainLoader(cfg.data, domains, cfg.seq_len, seed=0, split="val")
     if val.vocab_size > model.config.vocab_size:
         raise UserError(f"{cfg.data}: has more tokens than the model: prepare it with the model's own tokenizer")
+    hf.check_tokenizer(folder, cfg.data)
+    if cfg.seq_len > model.config.context:
+        print(f"warning: seq_len = {cfg.seq_len} exceeds the model's context of {model.config.context} tokens")
     loss_M = evaluate(model, val, cfg.sequences, cfg.batch_size, cfg.device)
     print(f"{folder} on {cfg.data}, validation, at most {cfg.sequences} windows of {cfg.seq_len} tokens a domain")
     columns = {"loss (nats)": loss_M, "perplexity": np.exp(loss_M), "bits/byte": bits_per_byte(loss_M, val)}

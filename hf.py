@@ -1,15 +1,19 @@
 """Models as Hugging Face folders: config.json, safetensors files and the tokenizer's files, read and written.
 
-The rule: a folder gives the same numbers here as in transformers, or a UserError that says why not. Files are
-memory-mapped and one tensor is held at a time, so a rank that keeps a part of each tensor needs no more than its part.
-Names are Hugging Face's without the leading "model."; those of model.py are the same.
+The rule: a folder gives the same numbers here as in transformers, or a UserError that says why not. Which key of
+config.json and which file of the folder counts is transformers' choice (5.20.2). Files are memory-mapped and one tensor
+is held at a time, so a rank that keeps a part of each tensor needs no more than its part. Names are Hugging Face's
+without the leading "model."; those of model.py are the same.
 """
 
 import json
 import os
+import pickle
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -22,13 +26,22 @@ from data.shards import read_json
 from model import FAMILIES, Llama, LlamaConfig
 
 INDEX = "model.safetensors.index.json"
+WEIGHTS = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")  # the first there is counts
+OTHER_WEIGHTS = {  # what may be there in their place: what makes a model folder of it
+    "adapter_model.*": "an adapter: merge it into its model with peft's merge_and_unload",
+    "*.gguf": "AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE)",
+    "consolidated.*": "Meta's format: transformers' convert_llama_weights_to_hf",
+    "*.safetensors": f"parts of a model without their {INDEX}: copy that too",
+    "pytorch_model-*.bin": "parts of a model without their pytorch_model.bin.index.json: copy that too",
+}
+GENERATION = "generation_config.json"
 SHARD_BYTES = 5 * 10**9  # of a safetensors file at most, as tools expect
-DTYPES = ("F32", "F16", "BF16")  # as safetensors names them
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors names them
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # a folder with one of these has a tokenizer
 FAST = ("tokenizer.json", "tokenizer_config.json")  # what transformers' AutoTokenizer needs
 CARRIED = (  # what goes with the weights into every folder: the tokenizer, and the licence of the source
     *(*FAST, "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
-    *("chat_template.jinja", "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*"),
+    *("chat_template.jinja", GENERATION, "LICENSE*", "NOTICE*", "USE_POLICY*"),
 )
 
 # ---- config.json
@@ -44,19 +57,54 @@ OURS = {f.name for f in fields(LlamaConfig)} - {"family", "rope_scaling"}
 HF_NAMES = {name: RENAMED.get(name, name) for name in sorted(OURS)}  # ours: Hugging Face's
 SILENT = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10_000.0}
 PRESUMED = {  # what transformers takes where a family's config.json is silent; any other family has to say it
-    "llama": SILENT,
-    "mistral": SILENT | {"sliding_window": 4096},
-    "qwen2": SILENT | {"use_sliding_window": False},
-    "qwen3": SILENT | {"use_sliding_window": False},
+    "llama": SILENT | {"max_position_embeddings": 2048},
+    "mistral": SILENT | {"max_position_embeddings": 131_072, "sliding_window": 4096, "num_key_value_heads": 8},
+    "qwen2": SILENT | {"max_position_embeddings": 32_768, "use_sliding_window": False, "num_key_value_heads": 32},
+}
+PRESUMED["qwen3"] = PRESUMED["qwen2"] | {"head_dim": 128}
+
+
+def whole_heads(c: LlamaConfig) -> bool:
+    return c.hidden_size == c.n_heads * c.head_dim
+
+
+# What tools ask of a shape beyond what model.py does. The first two and llama.cpp (its converter and load) were tried;
+# vLLM's Qwen2Attention was read. Nothing else is asked of the families here, once written as below.
+LOADERS = {  # tool: family: whether it loads the shape
+    "transformers 4.46": {"qwen2": whole_heads, "qwen3": lambda _: False},  # knows no Qwen3 of any shape
+    "transformers 4.57": {},
+    "transformers 5": {},
+    "vLLM": {"qwen2": whole_heads},
+    "llama.cpp": {"qwen2": whole_heads},
 }
 
 
+def loaders(config: LlamaConfig) -> tuple[str, str]:
+    """The tools that load a model of this shape, and a warning where another size would be loaded by more."""
+    loads = {tool: families.get(config.family, lambda _: True)(config) for tool, families in LOADERS.items()}
+    names = ", ".join(tool for tool, does in loads.items() if does)
+    refusing = ", ".join(tool for tool, does in loads.items() if not does)
+    if not refusing or config.family == "qwen3":
+        return names, ""
+    step = config.n_heads // config.n_kv_heads
+    sizes = [(n, n * config.head_dim) for n in range(step, 2 * config.n_heads + step, step)]
+    sizes.sort(key=lambda size: (abs(size[1] - config.hidden_size), abs(size[0] - config.n_heads)))
+    nearest = " or ".join(f"hidden_size = {hidden} with n_heads = {n}" for n, hidden in sizes[:2])
+    shape = f"hidden_size = {config.hidden_size} with n_heads = {config.n_heads} of {config.head_dim}"
+    return names, f"{shape}: {refusing} cannot load it; all load {nearest}"
+
+
 def to_hugging_face(config: LlamaConfig, dtype: torch.dtype = torch.float32) -> dict:
-    """config.json, in words that transformers 4 and 5 both read."""
+    """config.json, in words that transformers 4 and 5 both read.
+
+    transformers 5 refuses a Llama whose hidden_size is no multiple of its heads. A Mistral without a window computes
+    the same and has no such rule.
+    """
     ours = asdict(config)
+    family = "mistral" if config.family == "llama" and config.hidden_size % config.n_heads else config.family
     return {
-        "architectures": [FAMILIES[config.family].architecture],
-        "model_type": config.family,
+        "architectures": [FAMILIES[family].architecture],
+        "model_type": family,
         "hidden_act": "silu",
         "torch_dtype": str(dtype).removeprefix("torch."),
         **{theirs: ours[name] for name, theirs in HF_NAMES.items()},
@@ -65,29 +113,56 @@ def to_hugging_face(config: LlamaConfig, dtype: torch.dtype = torch.float32) -> 
 
 
 def read_config(folder: str | Path) -> LlamaConfig:
-    """The shape of the model in a folder. Raises UserError for what model.py cannot run as transformers would."""
+    """The shape of the model in a folder. Raises UserError for what model.py cannot run as transformers would.
+
+    eos_token_id: the ids of config.json and of generation_config.json, at any of which a text ends.
+    """
     path = Path(folder, "config.json")
-    theirs = read_json(path, "a model is a folder of config.json and safetensors files")
-    name = (theirs.get("architectures") or ["a file without architectures"])[0]
-    family = next((key for key, f in FAMILIES.items() if f.architecture == name), None)
-    if family is None:
-        raise UserError(f"{path}: {name} is not supported; {', '.join(f.architecture for f in FAMILIES.values())} are")
-    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+    theirs = read_json(path, "a model is a folder; `hf download NAME --local-dir=FOLDER` brings one")
+    by_name = {f.architecture: family for family, f in FAMILIES.items()}
+    family = theirs.get("model_type") or by_name.get((theirs.get("architectures") or [""])[0])
     try:
-        rope = {"rope_type": rope.get("type", "default")} | rope
-        theirs = PRESUMED.get(family, {}) | theirs | rope
-        if reason := _unsupported(theirs, family):
+        if family not in FAMILIES:
+            what = f"model_type {family!r} ({', '.join(theirs.get('architectures') or ['no architectures'])})"
+            raise UserError(f"{what} is not supported; {', '.join(FAMILIES)} are: see docs/models.md")
+        theirs = PRESUMED.get(family, {}) | theirs
+        rope = _rope(theirs)
+        if reason := _unsupported(theirs | rope, family):
             raise UserError(f"not supported: {reason}")
-        if theirs.get("use_sliding_window") is False:
-            theirs["sliding_window"] = None
-        scaling = {key: rope[key] for key in rope.keys() - {"type", "rope_theta", "partial_rotary_factor"}}
+        if family != "mistral":
+            theirs["sliding_window"] = None  # the others have none, or have it switched off
+        generation = Path(folder, GENERATION)
+        generation = read_json(generation, "remove it or copy it again") if generation.is_file() else {}
+        theirs["eos_token_id"] = merged_ids(theirs.get("eos_token_id"), generation.get("eos_token_id"))
         values = {ours: theirs[key] for ours, key in HF_NAMES.items() if theirs.get(key) is not None}
+        values["rope_theta"] = rope["rope_theta"]
         values.setdefault("n_kv_heads", values["n_heads"])  # a wrong guess of these two does not fit the tensors
         values.setdefault("head_dim", values["hidden_size"] // values["n_heads"])
+        scaling = {key: rope[key] for key in rope.keys() - {"type", "rope_theta", "partial_rotary_factor"}}
         scaling = None if scaling["rope_type"] == "default" else scaling
-        return LlamaConfig(**values, family=family, rope_scaling=scaling)
+        config = LlamaConfig(**values, family=family, rope_scaling=scaling)
+        return replace(config, tied_embeddings=config.tied_embeddings and not _has_head_of_its_own(Path(folder)))
     except (KeyError, TypeError, AttributeError, ZeroDivisionError, UserError) as error:
-        raise UserError(f"{path}: {error}") from None
+        said = f"config.json does not say {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{path}: {said}") from None
+
+
+def _rope(theirs: dict) -> dict:
+    """What config.json says of RoPE, complete. Raises UserError where its two places, of which transformers 5 takes
+    rope_scaling and older ones know no other, mean different things."""
+    places = [theirs[key] for key in ("rope_scaling", "rope_parameters") if theirs.get(key)] or [{}]
+    theta = {"rope_theta": theirs["rope_theta"]} if "rope_theta" in theirs else {}
+    found = [{"rope_type": place.get("type", "default")} | theta | place for place in places]
+    meant = [{key: value for key, value in rope.items() if key != "type"} for rope in found]
+    if meant[0] != meant[-1]:
+        raise UserError(f"rope_scaling means {meant[0]}, rope_parameters {meant[-1]}: remove the one that is not meant")
+    return found[0]
+
+
+def merged_ids(*places: int | list | None) -> int | list | None:
+    """Token ids of several places, each once: none, one, or a list of them."""
+    ids = dict.fromkeys(i for ids in places if ids is not None for i in (ids if isinstance(ids, list) else [ids]))
+    return list(ids) if len(ids) > 1 else next(iter(ids), None)
 
 
 def _unsupported(theirs: dict, family: str) -> str:
@@ -95,14 +170,14 @@ def _unsupported(theirs: dict, family: str) -> str:
     silent = [key for key in SILENT if key not in theirs]
     reasons = {
         f"a {family} whose config.json does not say {', '.join(silent)}": silent,
-        f"hidden_act {theirs.get('hidden_act')!r}; silu is": theirs.get("hidden_act") != "silu",
+        f"hidden_act {theirs.get('hidden_act')!r}; silu is": theirs.get("hidden_act") not in ("silu", "swish"),
         "biases in the output projection (attention_bias)": theirs.get("attention_bias")
         and not FAMILIES[family].qkv_bias,
         "biases in the FFN projections (mlp_bias)": theirs.get("mlp_bias"),
         "layers that see only the last tokens (use_sliding_window)": theirs.get("use_sliding_window"),
         "layer_types other than full_attention": set(theirs.get("layer_types") or ()) - {"full_attention"},
         "quantized weights (quantization_config)": theirs.get("quantization_config"),
-        "RoPE on a part of a head (partial_rotary_factor)": theirs.get("partial_rotary_factor", 1.0) != 1.0,
+        "RoPE on a part of a head (partial_rotary_factor)": (theirs.get("partial_rotary_factor") or 1.0) != 1.0,
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
 
@@ -137,7 +212,7 @@ def tensors_of(folder: str | Path, config: LlamaConfig) -> Iterator[tuple[str, T
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in Llama(config).named_parameters()}
     places: dict[str, tuple[Path, str]] = {}  # file and key
-    for path in _safetensors_files(Path(folder)):
+    for path in weight_files(Path(folder)):
         for key, (shape, dtype) in _header(path).items():
             name = key.removeprefix("model.")
             if name in places:
@@ -151,18 +226,48 @@ def tensors_of(folder: str | Path, config: LlamaConfig) -> Iterator[tuple[str, T
                 raise UserError(f"{path}: {key} has shape {shape}, config.json makes it {shapes[name]}")
             if dtype not in DTYPES:
                 raise UserError(f"{path}: {key} is {dtype}: expected one of {', '.join(DTYPES)}")
+    if config.tied_embeddings and "lm_head.weight" in places:
+        places.setdefault("embed_tokens.weight", places["lm_head.weight"])
     if missing := [name for name in shapes if name not in places]:
-        raise UserError(f"{folder}: {len(missing)} tensors are missing, {missing[0]} among them: copy the folder again")
+        advice = "copy the folder again"
+        if missing == ["lm_head.weight"]:
+            advice = f"{advice}, or say tie_word_embeddings in config.json where the embedding is the head"
+        raise UserError(f"{folder}: {len(missing)} tensors are missing, {missing[0]} among them: {advice}")
     return ((name, _read(*places[name])) for name in shapes)
 
 
+def _has_head_of_its_own(folder: Path) -> bool:
+    """Whether the files hold an lm_head other than the embedding (a merged fine-tune, say): then nothing is tied."""
+    if not any((folder / name).is_file() for name in WEIGHTS):
+        return False
+    places = {key.removeprefix("model."): (path, key) for path in weight_files(folder) for key in _header(path)}
+    pair = [places[name] for name in ("embed_tokens.weight", "lm_head.weight") if name in places]
+    return len(pair) == 2 and not torch.equal(_read(*pair[0]), _read(*pair[1]))
+
+
 def _read(path: Path, key: str) -> Tensor:
+    if path.suffix == ".bin":
+        return _pickled(path)[key]
     with safe_open(path, framework="pt") as f:  # opened for each tensor: its pages are given back with it
         return f.get_tensor(key)
 
 
+@lru_cache(1)
+def _pickled(path: Path) -> dict[str, Tensor]:
+    """What torch.save wrote, memory-mapped where its format allows. No code in it runs."""
+    try:
+        found = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return {key: found[key] for key in found if isinstance(found[key], Tensor)}
+    except (OSError, RuntimeError, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path}: not a readable file of weights ({reason}): copy it again") from None
+
+
 def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and type of every tensor in a file, by its key."""
+    if path.suffix == ".bin":
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        return {key: (tuple(t.shape), names.get(t.dtype, str(t.dtype))) for key, t in _pickled(path).items()}
     try:
         with safe_open(path, framework="pt") as f:
             stored = {key: f.get_slice(key) for key in f.keys()}  # noqa: SIM118 (not a dict)
@@ -171,14 +276,38 @@ def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
         raise UserError(f"{path}: not a readable safetensors file ({error}): copy it again") from None
 
 
-def _safetensors_files(folder: Path) -> list[Path]:
-    """Those that the index names; without an index, all there are."""
-    names = {path.name for path in folder.glob("*.safetensors")}
-    if (folder / INDEX).is_file():
-        names = set(read_json(folder / INDEX, "copy it again from the model").get("weight_map", {}).values())
-    if not names:
-        raise UserError(f"{folder}: no *.safetensors file, or an index that names none: copy the weights there")
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers reads, sorted. Raises UserError where there are none, and for a folder in which
+    transformers would load an adapter's model instead."""
+    named = read_json(folder / "config.json", "copy it again").get("transformers_weights")
+    found = next((folder / name for name in (named, *WEIGHTS) if name and (folder / name).is_file()), None)
+    others = {pattern: what for pattern, what in OTHER_WEIGHTS.items() if any(folder.glob(pattern))}
+    if (folder / "adapter_config.json").is_file():
+        others, found = {"adapter_config.json": OTHER_WEIGHTS["adapter_model.*"]}, None
+    if found is None:
+        there = "; ".join(f"{pattern} is {what}" for pattern, what in others.items())
+        raise UserError(
+            f"{folder}: expected {' or '.join(WEIGHTS)}; {there or 'there are no weights: copy them there'}"
+        )
+    if not found.name.endswith(".index.json"):
+        return [found]
+    names = set(read_json(found, "copy it again from the model").get("weight_map", {}).values())
+    if absent := sorted(name for name in names if not (folder / name).is_file()) or (not names and ["any file"]):
+        raise UserError(
+            f"{found}: names {absent[0]}, which is not there ({len(absent)} missing): copy it from the model"
+        )
     return [folder / name for name in sorted(names)]
+
+
+def check_tokenizer(folder: str | Path, data: str | Path) -> None:
+    """Raises UserError where a model's folder and a data set's give one token two ids, by their tokenizer.json."""
+    files = [Path(place, "tokenizer.json") for place in (folder, data)]
+    if not all(file.is_file() for file in files):
+        return
+    theirs, ours = (dict(read_json(file, "copy it again")["model"]["vocab"]) for file in files)
+    if other := next((token for token in theirs.keys() & ours.keys() if theirs[token] != ours[token]), None):
+        ids = f"{other!r} is {theirs[other]} for the model and {ours[other]} in the data"
+        raise UserError(f"{data}: was made with another tokenizer than {folder}'s ({ids}): prepare it with that one")
 
 
 # ---- writing
@@ -186,6 +315,7 @@ def _safetensors_files(folder: Path) -> list[Path]:
 
 def save(model: Llama, folder: str | Path, dtype: torch.dtype = torch.float32, tokenizer: Sequence = ()) -> None:
     """Write a folder that transformers' AutoModelForCausalLM loads, and AutoTokenizer where a tokenizer is found.
+    Its generate ends at the model's eos_token_id, whatever a generation_config.json said that came along.
 
     tokenizer: folders to copy the tokenizer's files from; the first that has some is taken. A file of weights is held
     in memory at a time.
@@ -212,6 +342,10 @@ def save(model: Llama, folder: str | Path, dtype: torch.dtype = torch.float32, t
         size = model.n_parameters() * dtype.itemsize
         _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
     copy_tokenizer(tokenizer, folder)
+    generation = json.loads((folder / GENERATION).read_text()) if (folder / GENERATION).is_file() else {}
+    ids = {f"{name}_token_id": getattr(model.config, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    if found := generation | {name: value for name, value in ids.items() if value is not None}:
+        _write_json(folder / GENERATION, found)
 
 
 def _write_json(path: Path, content: dict) -> None:

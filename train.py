@@ -208,6 +208,16 @@ def teacher_of(cfg: Config) -> str:
     return (cfg.teacher or (cfg.init_from if cfg.stage == "prune" else "")) if cfg.distill else ""
 
 
+def foreseen(cfg: Config, source: LlamaConfig, target: LlamaConfig | None) -> tuple[str, list[str]]:
+    """Which tools load the result, and what is worth a warning before hours of work."""
+    tools, warning = hf.loaders(target or source)
+    warnings = [warning] if warning else []
+    if cfg.seq_len > source.max_position_embeddings:
+        context = f"the source's context of {source.max_position_embeddings} tokens"
+        warnings.append(f"seq_len = {cfg.seq_len} exceeds {context}: config.json of the result will say {cfg.seq_len}")
+    return f"the result loads in {tools}", warnings
+
+
 def read_data(cfg: Config) -> tuple[DomainLoader, DomainLoader, dro.Mix]:
     """Training and validation windows by domain, and the mix that chooses among them."""
     domains = cfg.domains or tuple(read_meta(cfg.data)["domains"])
@@ -228,13 +238,19 @@ def read_data(cfg: Config) -> tuple[DomainLoader, DomainLoader, dro.Mix]:
 
 def build(cfg: Config, ranks: parallel.Ranks, vocab_size: int) -> tuple[Llama, Masks | None]:
     """The model, and for pruning its masks. It is made without memory, then given this rank's share, then filled."""
-    config = source_of(cfg, read_meta(cfg.data))
+    meta = read_meta(cfg.data)
+    config = source_of(cfg, meta)
     config.check_length(cfg.seq_len)
+    longest = max(cfg.seq_len, config.max_position_embeddings)
+    ends = hf.merged_ids(config.eos_token_id, meta["eos"])  # what the model learns to end with ends a text, too
+    config = replace(config, max_position_embeddings=longest, eos_token_id=ends)
     if vocab_size > config.vocab_size:
         raise UserError(
             f"{cfg.data}: its vocabulary has {vocab_size} tokens, the model's {config.vocab_size}: "
             "prepare the data with the model's own tokenizer"
         )
+    if cfg.init_from:
+        hf.check_tokenizer(cfg.init_from, cfg.data)
     target = target_of(cfg, config)
     masks = MASKS[cfg.masks](config, target, cfg.seed) if target else None
     model = blank(config, cfg, ranks, learns=cfg.max_steps > 0)
@@ -268,12 +284,7 @@ def build_teacher(cfg: Config, ranks: parallel.Ranks, student: LlamaConfig) -> L
     if config.vocab_size != student.vocab_size:
         sizes = f"the teacher has {config.vocab_size} tokens, the model {student.vocab_size}"
         raise UserError(f"{folder}: {sizes}: a teacher must have the model's vocabulary")
-    files = [
-        path for path in (Path(f, "tokenizer.json") for f in (folder, cfg.init_from or cfg.data)) if path.is_file()
-    ]
-    words = [read_json(path, "copy it again").get("model", {}).get("vocab") for path in files]
-    if words[1:] and words[0] != words[1]:
-        raise UserError(f"{files[0]} has other words than {files[1]}: a teacher must have the model's tokenizer")
+    hf.check_tokenizer(folder, cfg.data)
     teacher = blank(config, cfg, ranks, learns=False)
     hf.fill(teacher, folder, parallel.put)
     return teacher
@@ -400,7 +411,9 @@ def main(cfg: Config) -> dict:
     check(cfg)
     if cfg.plan:
         source = source_of(cfg, {} if cfg.init_from else read_meta(cfg.data))
-        print(plan.plan(cfg, source, target_of(cfg, source)))
+        target = target_of(cfg, source)
+        loads, warnings = foreseen(cfg, source, target)
+        print("\n".join([plan.plan(cfg, source, target), loads, *(f"warning: {text}" for text in warnings)]))
         return {}
     return run(cfg)
 
@@ -538,6 +551,9 @@ def introduce(cfg: Config, ranks: parallel.Ranks, model: Llama, shapes: dict, va
     n_parameters = {"all": model.n_parameters(), "non_embedding": model.n_parameters(embeddings=False)}
     out.log.say(f"{cfg.stage}: {n_parameters['all']:,} parameters, {n_parameters['non_embedding']:,} not embeddings")
     out.log.say(configurator.differing(cfg))
+    target = LlamaConfig(**shapes["target"]) if shapes["target"] else None
+    loads, warnings = foreseen(cfg, source_of(cfg, read_meta(cfg.data)), target)
+    out.log.say(loads)
     record = {
         "kind": "run",
         "config": asdict(cfg),
@@ -551,7 +567,9 @@ def introduce(cfg: Config, ranks: parallel.Ranks, model: Llama, shapes: dict, va
     out.log.record(record)
     n_fits = (cfg.max_steps - cfg.sparsity_warmup * cfg.law_after_ramp) // cfg.eval_interval - dro.FIT_MORE_THAN
     if cfg.max_steps and cfg.mix != "constant" and cfg.dynamic_reference and n_fits < 1:
-        out.log.warn(0, "no reference loss will be predicted, too few evaluations: choose a smaller eval_interval")
+        warnings.append("no reference loss will be predicted, too few evaluations: choose a smaller eval_interval")
+    for text in warnings:
+        out.log.warn(0, text)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Token shards from text: JSON lines with a field "text" (plain, .gz, .bz2, .zst) or Parquet, sorted into domains.
+"""Token shards from text: JSON lines (plain, gzip, bz2, zstd, xz) or Parquet with a field "text", sorted into domains.
 
     python data/prepare.py web=web-*.jsonl.zst code=code/ --out=data/mine --tokenizer=llama2.model
     python data/prepare.py SlimPajama/train --preset=slimpajama --out=data/slimpajama --tokenizer=llama2.model
     python data/prepare.py CulturaX --preset=culturax --out=data/culturax --tokenizer=models/Qwen2-7B/tokenizer.json
     python data/prepare.py --preset=slimpajama --stream=cerebras/SlimPajama-627B --out=... --tokenizer=...
 
-A path is a file, a pattern or a folder, and a domain may be given several times. The sha256 of a document decides
+A path is a file, a pattern or a folder, and a domain may be given several times. A file is known by its first bytes,
+whatever it is called; what is not read in a folder, and why, is said at the end. The sha256 of a document decides
 between train and validation. A record without usable text is reported with file and number, and counted in meta.json.
 
 The bytes written depend on the records and their order alone, not on the number of processes. A run that was stopped
@@ -20,16 +21,18 @@ import glob
 import hashlib
 import io
 import json
+import lzma
 import multiprocessing
 import os
+import shlex
 import signal
 import sys
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
@@ -43,10 +46,15 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import configurator
 from configurator import UserError
+from data import shards as data_set
 from data.shards import DOMAIN, HEADER_BYTES, SPLITS, header, read_json, sha256, shard_files, token_dtype, write_meta
-from data.tokenizer import install_tokenizer, load_tokenizer, train_tokenizer
+from data.tokenizer import JSON_FILE, MODEL_FILE, install_tokenizer, load_tokenizer, train_tokenizer
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.bz2", ".jsonl.zst", ".json.gz", ".json.zst", ".parquet")  # read in a folder
+PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\0": "xz", b"PAR1": "parquet"}
+PACKED |= {bytes([first]) + b"*M\x18": "zstd" for first in range(0x50, 0x60)}  # a frame to skip: pzstd's first
+BOM, LFS = b"\xef\xbb\xbf", b"version https://git-lfs"
+HEAD_BYTES = 1 << 16  # what of a file is looked at to know it
+DAMAGE = (OSError, ValueError, EOFError, lzma.LZMAError, pyarrow.ArrowException)
 MAX_RECORD_BYTES = 1 << 26  # a longer line is no document but damage
 CHUNK_CHARS = 1 << 19  # about half a second of work for one process
 PARQUET_ROWS = 16  # read at once: a few bytes of Parquet can stand for many copies of a long text
@@ -60,9 +68,11 @@ DIGESTS = "unfinished.digests"  # 64 bits of the sha256 of each document so far
 @dataclass(frozen=True)
 class Config:
     out: str = ""  # folder of the data set
-    tokenizer: str = ""  # a sentencepiece .model, a file of tiktoken ranks, a tokenizer.json, tiktoken:NAME, or train
-    bos: str = ""  # token that starts a document, by name (tokenizer.json only)
-    eos: str = ""  # end-of-text token, by name (tokenizer.json only)
+    tokenizer: str = (
+        ""  # a model's folder, a sentencepiece .model, tiktoken ranks, tokenizer.json, tiktoken:NAME, train
+    )
+    text_field: str = "text"  # field or column that holds the text; a.b is field b of the object in field a
+    eos: str = ""  # token that ends a document, by name, where the tokenizer's files do not name it
     preset: str = ""  # slimpajama (7 domains, mixed in any files) or culturax (8 languages, a folder for each)
     stream: str = ""  # data set of this name on the Hugging Face hub, in place of files (needs `datasets`)
     revision: str = ""  # revision of that data set; empty: what is there at the time
@@ -104,8 +114,8 @@ class Source(NamedTuple):
     domain: str | None  # of all its records; None: each says its own
 
 
-def sources_of(cfg: Config, words: tuple[str, ...]) -> tuple[tuple[str, ...], list[Source], dict]:
-    """The domains, their sources, and what identifies those. Raises UserError."""
+def sources_of(cfg: Config, words: tuple[str, ...]) -> tuple[tuple[str, ...], list[Source], dict, list]:
+    """The domains, their sources, what identifies those, and the files that are none and why. Raises UserError."""
     if preset := PRESETS.get(cfg.preset):
         domains = cfg.domains or tuple(preset.ratios)
         parts = (None,) if preset.names else domains
@@ -121,36 +131,104 @@ def sources_of(cfg: Config, words: tuple[str, ...]) -> tuple[tuple[str, ...], li
         raise UserError(f"expected domain=path ..., or a preset with its folder or --stream; presets are {presets}")
     if cfg.stream:
         sources = [source for part in parts for source in streamed(cfg, part)]
-        return domains, sources, {"hub": cfg.stream, "revision": cfg.revision, "files": len(sources)}
-    found = [(domain, file) for domain, path in pairs for file in files_of(path)]
+        return domains, sources, {"hub": cfg.stream, "revision": cfg.revision, "files": len(sources)}, []
+    unread = []
+    found = [(domain, file) for domain, path in pairs for file in files_of(path, unread)]
     listed = "".join(f"{domain} {file.parent.name}/{file.name} {file.stat().st_size}\n" for domain, file in found)
-    sources = [Source(str(f), partial(read, f, ["text"] if d else ["text", "meta"]), d) for d, f in found]
-    return domains, sources, {"files": len(found), "sha256": digest_of(listed).hex()}
+    field = cfg.text_field
+    sources = [Source(str(f), partial(read, f, [field] if d else [field, "meta"]), d) for d, f in found]
+    return domains, sources, {"files": len(found), "sha256": digest_of(listed).hex()}, unread
 
 
-def files_of(path: str) -> list[Path]:
-    """The files in the folder and below it, or those that match the pattern, in sorted order."""
-    inside = [file for file in sorted(Path(path).rglob("*")) if file.name.endswith(SUFFIXES)]
-    files = inside or [Path(name) for name in sorted(glob.glob(path, recursive=True))]
-    if not files or not all(file.is_file() for file in files):
-        raise UserError(f"{path}: no such file: give a file, a pattern or a folder of *{', *'.join(SUFFIXES)}")
-    return files
+def files_of(path: str, unread: list[tuple[Path, str]]) -> list[Path]:
+    """The file, what matches the pattern, or what is in the folders, in sorted order; `unread` gets the others."""
+    names, others = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True)), []
+    files = [*walked(map(Path, names), others, set())]
+    with ThreadPoolExecutor() as pool:  # a disk far away answers many at once
+        reasons = [*pool.map(why_not, files)]
+    unread += (others := others + [(file, why) for file, why in zip(files, reasons, strict=True) if why])
+    if good := [file for file, why in zip(files, reasons, strict=True) if not why]:
+        return good
+    what = f"nothing that can be read: {by_reason(others)}" if others else "no such file"
+    raise UserError(f"{path}: {what}: give a file, a pattern or a folder of JSON lines or Parquet")
+
+
+def walked(entries: Iterable[Path], others: list[tuple[Path, str]], seen: set) -> Iterator[Path]:
+    """These files and those in these folders, linked ones too; what has several names is taken once."""
+    for entry in entries:
+        if not entry.exists():
+            others.append((entry, "linked to nothing"))
+        elif (key := os.stat(entry)[1:3]) in seen:  # inode and device
+            others += [(entry, "read by another name")] if entry.is_symlink() else []
+        elif entry.is_dir():
+            seen.add(key)
+            inside = sorted(entry.iterdir())
+            others += [(e, "hidden") for e in inside if e.name.startswith(".")]
+            yield from walked((e for e in inside if not e.name.startswith(".")), others, seen)
+        else:
+            seen.add(key)
+            yield entry
+
+
+def opened(path: Path) -> BinaryIO | None:
+    """What is in a file that may be packed, or None: Parquet; by the first bytes."""
+    with open(path, "rb") as file:
+        start = file.read(8)
+    kind = next((kind for magic, kind in PACKED.items() if start.startswith(magic)), None)
+    if kind == "xz":
+        return lzma.open(path)
+    return None if kind == "parquet" else io.BufferedReader(pyarrow.input_stream(str(path), compression=kind), 1 << 16)
+
+
+def why_not(path: Path) -> str:
+    """Why a file has no records that can be read, by its start; empty where it has. Damage shows when it is read."""
+    if not path.is_file():  # to open a pipe would wait for its writer
+        return "a pipe or a device"
+    try:
+        with opened(path) or nullcontext() as file:
+            head = file.read(HEAD_BYTES) if file else b"{}"
+    except DAMAGE:
+        return ""
+    first, *more = (line.strip() for line in head.removeprefix(BOM).strip().split(b"\n"))
+    some = any(line[:1] + line[-1:] == b"{}" for line in (first, *more))
+    reasons = {
+        "empty": not head,
+        "in UTF-16 (iconv -f UTF-16 -t UTF-8 makes UTF-8 of it)": head[:2] in (b"\xff\xfe", b"\xfe\xff"),
+        "a pointer of Git LFS (git lfs pull gets the file)": head.startswith(LFS),
+        "an archive to unpack": head[257:262] == b"ustar" or head.startswith(b"PK\3\4"),
+        "one JSON array (jq -c '.[]' makes lines of it)": first[:1] == b"[" and not (some and first[-1:] == b"]"),
+        "neither JSON lines nor Parquet": not (some or (len(head) == HEAD_BYTES and first[:1] == b"{" and not more)),
+    }
+    return next((why for why, is_so in reasons.items() if is_so), "")
+
+
+def by_reason(unread: list[tuple[Path, str]]) -> str:
+    """How many files for which reason, and some names."""
+    reasons = {why: [path.name for path, other in unread if other == why] for _, why in unread}
+    return "; ".join(f"{len(n):,} {why}: {', '.join(n[:3])}{', ...' * (len(n) > 3)}" for why, n in reasons.items())
 
 
 def read(path: Path, columns: list[str]) -> Iterator[bytes | dict]:
-    """Rows, or lines without their ends. A line over MAX_RECORD_BYTES is cut after one byte more. Raises UserError."""
+    """Rows, or lines without their ends. A line over MAX_RECORD_BYTES is cut after one byte more. Raises UserError.
+
+    columns: what is read of Parquet, first the text's; where that is missing a row has the names of all there are.
+    """
     try:
-        if path.suffix == ".parquet":
+        if (file := opened(path)) is None:
             with pyarrow.parquet.ParquetFile(path) as file:
-                for batch in file.iter_batches(PARQUET_ROWS, columns=columns):
-                    yield from batch.to_pylist()
+                names = file.schema_arrow.names
+                has_text = not {columns[0], columns[0].partition(".")[0]}.isdisjoint(names)
+                for batch in file.iter_batches(PARQUET_ROWS, columns=columns if has_text else names[:1]):
+                    yield from batch.to_pylist() if has_text else [dict.fromkeys(names)] * len(batch)
             return
-        with io.BufferedReader(pyarrow.input_stream(str(path)), 1 << 16) as file:
+        with file:
+            if file.peek(3).startswith(BOM):
+                file.read(len(BOM))
             while line := file.readline(MAX_RECORD_BYTES + 1):
                 yield line.removesuffix(b"\n")
                 while len(line) > MAX_RECORD_BYTES and not line.endswith(b"\n"):
                     line = file.readline(MAX_RECORD_BYTES + 1)
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
+    except DAMAGE as error:
         raise UserError(f"{path}: cannot be read to its end ({error}): get the file again") from None
 
 
@@ -166,7 +244,14 @@ def streamed(cfg: Config, part: str | None) -> list[Source]:
 # ---- records to tokens, in several processes
 
 
-def domain_and_text(record: bytes | dict | str, source_domain: str | None, preset: str) -> tuple[str, str]:
+def text_in(record: object, field: str) -> object:
+    """What is in the field of that name or, for "a.b", in field b of the object in field a; None where nothing is."""
+    for name in [field] if isinstance(record, dict) and field in record else field.split("."):
+        record = record.get(name) if isinstance(record, dict) else None
+    return record
+
+
+def domain_and_text(record: bytes | dict | str, source_domain: str | None, cfg: Config) -> tuple[str, str]:
     """What is in a record. ValueError or RecursionError says why nothing is."""
     if isinstance(record, str):
         return source_domain, record
@@ -174,13 +259,19 @@ def domain_and_text(record: bytes | dict | str, source_domain: str | None, prese
         if len(record) > MAX_RECORD_BYTES:
             raise ValueError(f"a line of over {MAX_RECORD_BYTES:,} bytes")
         record = json.loads(record.decode())
-    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(record, dict):
+        raise ValueError(f"expected an object with a text, found a {type(record).__name__}")
+    text = text_in(record, cfg.text_field)
+    if text is None and cfg.text_field not in record:
+        texts = {len(value): name for name, value in record.items() if isinstance(value, str)}
+        hint = f"{', '.join(record) or 'none'}: give --text_field={texts[max(texts)] if texts else 'NAME'}"
+        raise ValueError(f"has no field {cfg.text_field!r}; it has {hint}")
     if not isinstance(text, str) or not text.strip():
-        raise ValueError('expected an object with a "text" that is not empty')
+        raise ValueError(f"field {cfg.text_field!r} is {'empty' if isinstance(text, str | None) else 'no text'}")
     text.encode()  # half of a surrogate pair is a ValueError
     if source_domain:
         return source_domain, text
-    meta, names = record.get("meta"), PRESETS[preset].names
+    meta, names = record.get("meta"), PRESETS[cfg.preset].names
     name = str(meta.get("redpajama_set_name") if isinstance(meta, dict) else None)
     if name not in names:
         raise ValueError(f"meta.redpajama_set_name is {name[:40]!r}, expected one of {', '.join(names)}")
@@ -204,7 +295,7 @@ class Chunk(NamedTuple):
     wanted: frozenset[str]  # domains that were not full when the chunk was read
 
 
-def chunks_of(sources: list[Source], at: int, record: int, wanted: set[str]) -> Iterator[Chunk]:
+def chunks_of(sources: list[Source], at: int, record: int, wanted: set[str], field: str) -> Iterator[Chunk]:
     """The records after `record` of source number `at`, in order, in chunks of about CHUNK_CHARS."""
     for s, source in enumerate(sources[at:], at):
         first, waiting, n_chars = record if s == at else 0, [], 0
@@ -213,7 +304,7 @@ def chunks_of(sources: list[Source], at: int, record: int, wanted: set[str]) -> 
             if source.domain and source.domain not in wanted:
                 break
             waiting.append(item)
-            text = item.get("text") if isinstance(item, dict) else item
+            text = text_in(item, field) if isinstance(item, dict) else item
             n_chars += 16 + (len(text) if isinstance(text, str | bytes) else 0)  # many empty records are a chunk, too
             if n_chars >= CHUNK_CHARS:
                 yield Chunk(s, first, waiting, source.domain, frozenset(wanted))
@@ -231,15 +322,14 @@ def encode(chunk: Chunk, folder: str, spec: str, cfg: Config) -> list[tuple]:
     for number, record in enumerate(chunk.records, chunk.first + 1):
         domain = chunk.domain
         try:
-            domain, text = domain_and_text(record, domain, cfg.preset)
+            domain, text = domain_and_text(record, domain, cfg)
             if domain not in chunk.wanted:
                 continue
             ids = tokenizer.encode(text)
         except (ValueError, RecursionError) as error:
             found.append((number, domain, str(error), "", 0, 0, None))
             continue
-        tokens_N = np.empty(len(ids) + 1, token_dtype(tokenizer.vocab_size))
-        tokens_N[0], tokens_N[1:] = tokenizer.bos, ids
+        tokens_N = np.array([*tokenizer.before, *ids, *tokenizer.after], token_dtype(tokenizer.vocab_size))
         digest = digest_of(text)
         split, short = split_of(digest, cfg.val_fraction), int.from_bytes(digest[8:16], "big")
         found.append((number, domain, "", split, short, len(text.encode()), tokens_N))
@@ -328,7 +418,7 @@ def write(cfg: Config, settings: dict, sources: list[Source], progress: dict) ->
     folder, domains, spec = Path(cfg.out), progress["domains"], json.dumps(progress["tokenizer"])
     vocab_size, saved_s = tokenizer_of(cfg.out, spec).vocab_size, time.monotonic()
     wanted = {domain for domain, e in domains.items() if not 0 < cfg.max_tokens <= e["train"]["tokens"]}
-    chunks = chunks_of(sources, progress["source"], progress["record"], wanted)
+    chunks = chunks_of(sources, progress["source"], progress["record"], wanted, cfg.text_field)
     work = partial(encode, folder=cfg.out, spec=spec, cfg=cfg)
     with open(folder / DIGESTS, "ab") as digests:
         digests.truncate(8 * progress["digests"])
@@ -350,7 +440,9 @@ def write(cfg: Config, settings: dict, sources: list[Source], progress: dict) ->
             seal(folder, shard, vocab_size)
 
 
-def build(cfg: Config, settings: dict, sources: list[Source], domains: dict[str, dict], spec: Callable) -> dict:
+def build(
+    cfg: Config, settings: dict, sources: list[Source], domains: dict[str, dict], spec: Callable, command: str
+) -> dict:
     """The data set, from where a stop left it; returns meta.json's content. All else of a data set in the folder goes.
 
     domains: what meta.json is to say of each beside counts. spec: makes the tokenizer, returns its entry for meta.json.
@@ -375,13 +467,14 @@ def build(cfg: Config, settings: dict, sources: list[Source], domains: dict[str,
         if not any(entry[split]["documents"] for split in SPLITS):
             raise UserError(f"domain {domain}: not one usable document: see the bad records above, or leave it out")
     tokenizer = load_tokenizer(progress["tokenizer"], folder)
-    meta = {name: getattr(tokenizer, name) for name in ("vocab_size", "bos", "eos")} | {"settings": settings}
+    meta = {"command": command, "settings": settings}
+    meta |= {name: getattr(tokenizer, name) for name in ("vocab_size", "bos", "eos")}
     meta |= {name: progress[name] for name in ("tokenizer", "bad_records", "domains")}
     os.sync()
     write_meta(folder, meta)
     for name in (UNFINISHED, DIGESTS):
         (folder / name).unlink()
-    return meta
+    return data_set.read_meta(folder)
 
 
 def json_in(path: Path) -> dict:
@@ -405,16 +498,18 @@ def locked(folder: str | Path) -> Iterator[None]:
 def is_complete(folder: str | Path, settings: dict, force: bool = False) -> bool:
     """Whether the folder holds the whole data set made with these settings; where False, it may be written.
 
-    Raises UserError where another data set, or an unfinished one of other settings, would be lost. force: it may be.
+    One of an older version counts as not made. Raises UserError where another data set, or an unfinished one of other
+    settings, would be lost. force: it may be.
     """
     folder = Path(folder)
     if force:
         return False
     meta, unfinished = json_in(folder / "meta.json"), json_in(folder / UNFINISHED)
     if settings in (meta.get("settings"), unfinished.get("settings")):
-        return meta.get("settings") == settings
+        return meta.get("settings") == settings and meta.get("version") == data_set.VERSION
     if meta or unfinished or any(folder.glob("*.bin")):
-        raise UserError(f"{folder}: holds another data set (other files or settings): choose another folder or --force")
+        what = f"{folder}: holds another data set (other files, settings or version)"
+        raise UserError(f"{what}: choose another folder or --force")
     return False
 
 
@@ -430,7 +525,7 @@ def write_dataset(
     sources = [Source(domain, partial(iter, documents), domain) for domain, documents in texts.items()]
     domains = {d: dict(zip(("source", "licence"), (about or {}).get(d, ()), strict=False)) for d in texts}
     with locked(folder):
-        return build(cfg, settings, sources, domains, lambda: spec)
+        return build(cfg, settings, sources, domains, lambda: spec, f"python {settings['made_by']}")
 
 
 # ---- the command
@@ -446,30 +541,38 @@ def training_share(texts: Iterable[str], n_chars: int, val_fraction: float) -> I
             n_chars -= len(text)
 
 
-def texts_of(domain: str, sources: list[Source], preset: str) -> Iterator[str]:
+def texts_of(domain: str, sources: list[Source], cfg: Config) -> Iterator[str]:
+    """The usable texts of a domain. Raises UserError, with the first problem, where it ends without any."""
+    n_texts, problem = 0, "it has no records"
     for source in sources:
-        for record in source.records() if source.domain in (None, domain) else ():
+        for number, record in enumerate(source.records() if source.domain in (None, domain) else (), 1):
             try:
-                found, text = domain_and_text(record, source.domain, preset)
-            except (ValueError, RecursionError):
-                continue  # reported and counted when it is encoded
+                found, text = domain_and_text(record, source.domain, cfg)
+            except (ValueError, RecursionError) as error:  # reported and counted when it is encoded
+                problem = f"{source.name}:{number}: {error}" if problem == "it has no records" else problem
+                continue
             if found == domain:
+                n_texts += 1
                 yield text
+    if not n_texts:
+        raise UserError(f"domain {domain}: not one usable document: {problem}")
 
 
 def make_tokenizer(cfg: Config, domains: tuple[str, ...], sources: list[Source]) -> dict:
-    """meta.json's entry for the tokenizer, its file copied or trained into the folder."""
+    """meta.json's entry for the tokenizer, its file copied or trained into the folder. Raises UserError."""
+    for domain in domains if cfg.tokenizer == "train" or sources[0].domain else ():
+        next(texts_of(domain, sources, cfg))  # a domain without any is named now, not after hours
     if cfg.tokenizer != "train":
-        return install_tokenizer(cfg.tokenizer, cfg.out, cfg.bos, cfg.eos)
+        return install_tokenizer(cfg.tokenizer, cfg.out, cfg.eos)
     print(f"training a tokenizer of {cfg.vocab_size:,} pieces", flush=True)
     share = partial(training_share, n_chars=TOKENIZER_CHARS // len(domains), val_fraction=cfg.val_fraction)
-    texts = (text for domain in domains for text in share(texts_of(domain, sources, cfg.preset)))
+    texts = (text for domain in domains for text in share(texts_of(domain, sources, cfg)))
     return train_tokenizer(texts, cfg.vocab_size, cfg.out)
 
 
 def check(cfg: Config) -> None:
     good = {"out": cfg.out, "tokenizer": cfg.tokenizer, "val_fraction": 0 < cfg.val_fraction < 1}
-    good |= {"shard_tokens": 0 < cfg.shard_tokens < 2**31, "processes": cfg.processes > 0}
+    good |= {"text_field": cfg.text_field, "shard_tokens": 0 < cfg.shard_tokens < 2**31, "processes": cfg.processes > 0}
     if wrong := [name for name, value in good.items() if not value]:
         raise UserError(f"--{wrong[0]}={getattr(cfg, wrong[0])}: needs another value: see data/prepare.py --help")
 
@@ -484,12 +587,24 @@ def table(meta: dict) -> str:
     return "\n".join([*lines, f"{n_bad:,} bad records and {n_repeated:,} repeated documents left out"])
 
 
+def command(cfg: Config, words: tuple[str, ...]) -> str:
+    """What makes the same data set anew, but for its folder."""
+    changed = {name: value for name, value in asdict(cfg).items() if value != getattr(Config, name)}
+    kept = changed.keys() - {"out", "processes", "force"}
+    texts = (f"--{name}={','.join(v) if isinstance(v, tuple) else v}" for name, v in changed.items() if name in kept)
+    return shlex.join(["python", "data/prepare.py", *words, *texts])
+
+
 def main(cfg: Config, *words: str) -> None:
     start_s = time.perf_counter()
     check(cfg)
-    domains, sources, origin = sources_of(cfg, words)
+    if os.path.isdir(cfg.tokenizer):  # a model's folder
+        files = [f"{cfg.tokenizer}/{name}" for name in (JSON_FILE, MODEL_FILE)]
+        cfg = replace(cfg, tokenizer=next(filter(os.path.isfile, files), files[0]))
+    anew = command(cfg, words)
+    domains, sources, origin, unread = sources_of(cfg, words)
     cfg = replace(cfg, dedup=cfg.dedup and not cfg.preset)
-    same = ("preset", "bos", "eos", "vocab_size", "val_fraction", "shard_tokens", "max_tokens", "dedup")
+    same = ("preset", "text_field", "eos", "vocab_size", "val_fraction", "shard_tokens", "max_tokens", "dedup")
     settings = {"made_by": "data/prepare.py"} | {name: getattr(cfg, name) for name in same}
     settings["tokenizer"] = sha256(cfg.tokenizer) if os.path.isfile(cfg.tokenizer) else cfg.tokenizer
     settings |= {"domains": list(domains), "origin": origin}
@@ -498,7 +613,8 @@ def main(cfg: Config, *words: str) -> None:
             print(f"{cfg.out}: complete, domains {', '.join(domains)}; nothing to do (--force prepares it again)")
         else:
             tokenizer = partial(make_tokenizer, cfg, domains, sources)
-            print(table(build(cfg, settings, sources, {domain: {} for domain in domains}, tokenizer)))
+            print(table(build(cfg, settings, sources, {domain: {} for domain in domains}, tokenizer, anew)))
+            print(f"not read: {by_reason(unread)}" if unread else "all files were read")
             print(f"{cfg.out}: done in {time.perf_counter() - start_s:.0f} s")
     if preset := PRESETS.get(cfg.preset):
         total = sum(preset.ratios[domain] for domain in domains)

@@ -7,13 +7,17 @@ A shard is 256 little-endian int32 (magic, version, number of tokens, zeros) and
 
 A data set is one folder with meta.json and shards {domain}_{split}_{number:06d}.bin. meta.json:
 
-    {"tokenizer": {"kind": "sentencepiece", "file": "tokenizer.model", "sha256": "..."},
+    {"version": 2, "command": "python data/prepare.py ...",
+     "tokenizer": {"kind": "sentencepiece", "file": "tokenizer.model", "sha256": "...", ...},
      "vocab_size": 4096, "bos": 1, "eos": 2,
      "domains": {"python": {"train": {"tokens": 9, "bytes": 30, "documents": 2,
                                       "shards": [{"file": "...", "tokens": 9, "sha256": "..."}]}, "val": {...}}}}
 
 "bytes" counts the UTF-8 text behind the tokens: with it a loss becomes bits per byte. Documents are packed one after
-the other as BOS + text. `python -m data.shards --data=FOLDER` compares a data set with its checksums.
+the other as BOS + text + EOS. "bos" is null where the tokenizer puts nothing in front, and one token is enough where
+both are the same. Version 1 had no EOS: a model that is trained on it unlearns to end a text, so it is refused.
+
+`python -m data.shards --data=FOLDER` compares a data set with its checksums.
 """
 
 import hashlib
@@ -34,6 +38,7 @@ FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # ma
 SPLITS = ("train", "val")
 DOMAIN = re.compile(r"\w[\w.-]*", re.ASCII)  # names of domains are parts of file names
 AGAIN = "prepare the data set again"
+VERSION = 2  # of meta.json
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -88,19 +93,30 @@ def read_json(path: str | Path, what_to_do: str) -> dict:
 
 def write_meta(folder: str | Path, meta: dict) -> None:
     tmp = Path(folder, "meta.json.tmp")
-    tmp.write_text(json.dumps(meta, indent=1) + "\n")
+    tmp.write_text(json.dumps({"version": VERSION} | meta, indent=1) + "\n")
     os.replace(tmp, Path(folder, "meta.json"))  # a reader never sees half a file
 
 
 def read_meta(folder: str | Path) -> dict:
-    """meta.json of a data set. Raises UserError when it is not there or lacks what training reads."""
+    """meta.json of a data set. Raises UserError when it is not there, too old or lacks what training reads."""
     path = Path(folder, "meta.json")
     if not path.is_file():
         raise UserError(f"{path}: not found: prepare the data set first (the demo's: python data/embedded/prepare.py)")
     meta = read_json(path, AGAIN)
     if missing := {"tokenizer", "vocab_size", "bos", "eos", "domains"} - set(meta):
         raise UserError(f"{path}: has no {', '.join(sorted(missing))}: {AGAIN}")
+    if (version := meta.get("version", 1)) != VERSION:
+        why = "its documents do not end with EOS: " if version == 1 else ""
+        raise UserError(f"{path}: version {version}, expected {VERSION}: {why}make it anew: {command_of(meta, folder)}")
     return meta
+
+
+def command_of(meta: dict, folder: str | Path) -> str:
+    """The command that makes the data set anew in its folder."""
+    made_by = meta.get("settings", {}).get("made_by", "data/prepare.py")
+    if made_by != "data/prepare.py":
+        return f"python {made_by}"
+    return f"{meta.get('command', 'python data/prepare.py ...')} --out={folder} --force"
 
 
 def shard_files(meta: dict) -> list[dict]:

@@ -7,18 +7,20 @@ meta.json names the tokenizer in one of four ways; files lie in the data set's f
     {"kind": "huggingface", "file": "tokenizer.json", "sha256": "..."}
     {"kind": "tiktoken", "name": "cl100k_base"}                              tiktoken checks its own downloads
 
-A tokenizer has encode(text) -> ids, decode(ids) -> text without BOS and EOS, vocab_size, bos, eos. Text is always text:
-"<s>" inside a document never becomes a special token.
+The entry also holds what stands around a document, in ids. "before": what transformers puts in front of a text, BOS or
+nothing. "after": "eos", the id that ends a text, unless the same id stands in front already.
+
+A tokenizer has encode(text) -> ids, decode(ids) -> text without BOS and EOS, vocab_size, before, after, eos, and bos,
+the first of `before` or None. Text is always text: "<s>" inside a document never becomes a special token.
 
 The folder also holds the same tokenizer as tokenizer.json and tokenizer_config.json, whatever its kind. They go with a
-model into its folder: transformers' AutoTokenizer loads them, gives the same ids, and puts BOS in front.
+model into its folder: transformers' AutoTokenizer loads them, gives the same ids, and puts the same in front.
 """
 
 import base64
 import io
 import json
 import re
-import shutil
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
@@ -38,17 +40,38 @@ SPACE = "\u2581"  # what sentencepiece writes for a space
 PROBE = "\tif x:\n\t\treturn  1234\r\n\n       y = '\u00e9\u6f22\U0001f600\0'  I'LL don't $$\n\n  e\u0301 "
 
 
-class SentencePiece:
-    """A sentencepiece model. Round trips are exact but for U+2581."""
+class Tokenizer:
+    """What all kinds have in common: the tokens around a text."""
 
-    def __init__(self, path: str | Path):
+    def surround(self, before: list[int], after: list[int], eos: int) -> None:
+        """before, after: ids that a template puts around a text. EOS ends it, unless it is among them already."""
+        self.before, self.eos, self.bos = before, eos, before[0] if before else None
+        self.after = after if eos in (*before, *after) else [*after, eos]
+        self.around = {*self.before, *self.after}
+
+
+class SentencePiece(Tokenizer):
+    """A sentencepiece model. Round trips are exact but for U+2581.
+
+    In front of a text: what a tokenizer.json beside it puts there; else BOS, unless the tokenizer_config.json beside it
+    has "add_bos_token": false. EOS: as given, or named in that file, or the model's own.
+    """
+
+    def __init__(self, path: str | Path, eos: str = ""):
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError, ValueError):
             raise UserError(f"{path}: not a sentencepiece model: give the .model file (not .vocab or .json)") from None
         self.encode, self.decode = self.model.encode, self.model.decode
-        self.vocab_size, self.eos = self.model.vocab_size(), self.model.eos_id()
-        self.bos = self.model.bos_id() if self.model.bos_id() >= 0 else self.eos
+        self.vocab_size, bos, self.config = self.model.vocab_size(), self.model.bos_id(), settings_beside(path)[0]
+        end, unknown = self.model.piece_to_id(eos or self.config.get("eos_token") or ""), self.model.unk_id()
+        if end == unknown and not eos:
+            end = self.model.eos_id() if self.model.eos_id() >= 0 else bos
+        if end in (-1, unknown):
+            raise UserError(f"{path}: no piece {eos!r} to end a text: give --eos=PIECE")
+        beside, first = Path(path).with_name(JSON_FILE), bos >= 0 and self.config.get("add_bos_token", True)
+        before = template_of(read_tokenizer_json(beside))[0] if beside.is_file() else [bos] if first else []
+        self.surround(before, [], end)
 
     def to_json(self) -> tokenizers.Tokenizer:
         """The text is one word; pieces join in the order of their scores; what has no piece becomes bytes."""
@@ -62,11 +85,11 @@ class SentencePiece:
         out.decoder = decoders.Sequence(steps if prefix else steps[:3])
         steps = [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
         out.normalizer = normalizers.Sequence(steps if prefix else steps[1:])
-        return with_special(out, special, self.bos)
+        return with_special(out, special, self.before)
 
 
-class Tiktoken:
-    """A tiktoken encoding by name. Its end-of-text token is also the one that starts a document."""
+class Tiktoken(Tokenizer):
+    """A tiktoken encoding by name. Its end-of-text token ends a document; nothing is put in front."""
 
     nfc = False  # whether text is first brought into Unicode's composed form: a round trip is exact up to that
 
@@ -76,7 +99,8 @@ class Tiktoken:
         except (OSError, ValueError) as error:  # an OSError when there is no network
             hint = f"name one of {', '.join(tiktoken.list_encoding_names())}; to work offline set TIKTOKEN_CACHE_DIR"
             raise UserError(f"tiktoken:{name}: cannot be had ({type(error).__name__}): {hint}") from None
-        self.vocab_size, self.bos, self.eos = self.model.n_vocab, self.model.eot_token, self.model.eot_token
+        self.vocab_size = self.model.n_vocab
+        self.surround([], [], self.model.eot_token)
 
     def encode(self, text: str) -> list[int]:
         """Raises ValueError when a word is too long for its regular expression (500,000 spaces)."""
@@ -84,7 +108,7 @@ class Tiktoken:
         return self.model.encode(text, disallowed_special=())  # encode_ordinary would panic then
 
     def decode(self, tokens: list[int]) -> str:
-        return self.model.decode([token for token in tokens if token not in (self.bos, self.eos)])
+        return self.model.decode([token for token in tokens if token not in self.around])
 
     def to_json(self) -> tokenizers.Tokenizer:
         """Inside a word, which the pattern cuts, bytes join into the token of the lowest rank first."""
@@ -98,7 +122,7 @@ class Tiktoken:
         as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         out.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pattern, "isolated"), as_bytes])
         out.decoder = decoders.ByteLevel()
-        return with_special(out, list(special), self.bos)
+        return with_special(out, list(special), self.before)
 
 
 WORDS = (  # how text is cut, but for the digits of a number
@@ -106,11 +130,12 @@ WORDS = (  # how text is cut, but for the digits of a number
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 LLAMA_3, QWEN = WORDS.replace("DIGITS", r"\p{N}{1,3}"), WORDS.replace("DIGITS", r"\p{N}")
-# What a file of ranks does not say, by their number: name, special tokens (the first are BOS and EOS), whether text is
-# composed (NFC), words. From tokenizer.py of Llama 3's repository and Qwen's tokenization_qwen.py.
+# What a file of ranks does not say, by their number: name, number of special tokens, the first of them (BOS, where a
+# text begins with it, and EOS), whether text is composed (NFC), words. From tokenizer.py of Llama 3's repository and
+# Qwen's tokenization_qwen.py.
 FAMILIES = {
     128_000: ("Llama 3", 256, "<|begin_of_text|>", "<|end_of_text|>", False, LLAMA_3),
-    151_643: ("Qwen", 3, "<|endoftext|>", "<|endoftext|>", True, QWEN),
+    151_643: ("Qwen", 3, None, "<|endoftext|>", True, QWEN),
 }
 
 
@@ -127,48 +152,97 @@ class Ranks(Tiktoken):
             known = ", ".join(f"{n:,} ({family[0]})" for n, family in FAMILIES.items())
             raise UserError(f"{path}: {len(ranks):,} ranks are of no family that is known: expected {known}")
         name, n_special, bos, eos, self.nfc, pattern = FAMILIES[len(ranks)]
-        special = {bos: len(ranks), eos: len(ranks) + (bos != eos)}
+        special = {token: len(ranks) + i for i, token in enumerate(filter(None, (bos, eos)))}
         self.model = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-        self.vocab_size, self.bos, self.eos = len(ranks) + n_special, special[bos], special[eos]
+        self.vocab_size = len(ranks) + n_special
+        self.surround([special[bos]] if bos else [], [], special[eos])
 
 
-class HuggingFace:
-    """A tokenizer.json. BOS and EOS: as given, or of the tokenizer_config.json beside it, or its end-of-text token."""
+# Of the classes that transformers 5.20.2 makes for a tokenizer.json, these put their own in front of a text, and not
+# what the file says: whether BOS. Any other takes the file's post-processor, whatever add_bos_token says.
+OWN_TEMPLATE = {"GPTNeoXTokenizer": False, "CodeLlamaTokenizer": True}
+CLASSES = {"gpt_neox": "GPTNeoXTokenizer", "code_llama": "CodeLlamaTokenizer"}  # of a model_type, if no class is named
+
+
+class HuggingFace(Tokenizer):
+    """A tokenizer.json. Around a text: what transformers puts there, by this file and those beside it.
+
+    EOS: as given, or named by special_tokens_map.json or tokenizer_config.json, or by its id in config.json, or a
+    common name that the vocabulary has.
+    """
 
     END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 
-    def __init__(self, path: str | Path, bos: str | None = None, eos: str | None = None):
-        try:
-            self.model = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
-            raise UserError(f"{path}: not a tokenizer.json ({error}): copy it again from the model") from None
+    def __init__(self, path: str | Path, eos: str = ""):
+        self.model = read_tokenizer_json(path)
         self.model.no_truncation()
         self.model.no_padding()
         self.model.encode_special_tokens = True  # "special" added tokens are read as text
-        ids, config = self.model.get_vocab(), Path(path).with_name(CONFIG_FILE)
+        ids, (self.config, model) = self.model.get_vocab(), settings_beside(path)
         self.vocab_size = max(ids.values(), default=-1) + 1  # ids may leave gaps
-        self.config = read_json(config, "copy it again from the model") if config.is_file() else {}
-        named = [self.config.get(name) for name in ("bos_token", "eos_token")]
-        named = [entry["content"] if isinstance(entry, dict) else entry for entry in named]
-        eos = eos or named[1] or next((name for name in self.END_OF_TEXT if name in ids), "")
-        bos = bos or named[0] or eos
-        if bos not in ids or eos not in ids:
-            raise UserError(f"{path}: no tokens {bos!r} and {eos!r} to begin and end a text: give --bos and --eos")
-        self.bos, self.eos = ids[bos], ids[eos]
+        named = self.config.get("tokenizer_class") or model.get("tokenizer_class")
+        named = named or CLASSES.get(model.get("model_type"), "")
+        if (own := OWN_TEMPLATE.get(named.removesuffix("Fast"))) is not None:
+            bos = ids.get(self.config.get("bos_token") or "<s>") if own else None
+            self.model.post_processor = template(self.model, [] if bos is None else [bos])
+        end = model.get("eos_token_id")
+        known = [self.model.id_to_token(i) for i in (end if isinstance(end, list) else [end]) if i is not None]
+        known += [name for name in self.END_OF_TEXT if name in ids]
+        eos = eos or self.config.get("eos_token") or next(filter(None, known), "")
+        if eos not in ids:
+            raise UserError(f"{path}: no token {eos!r} to end a text: give --eos=TOKEN, the model's own")
+        self.surround(*template_of(self.model), ids[eos])
 
     def encode(self, text: str) -> list[int]:
         return self.model.encode(text, add_special_tokens=False).ids
 
     def decode(self, tokens: list[int]) -> str:
-        tokens = [token for token in tokens if token not in (self.bos, self.eos)]
-        return self.model.decode(tokens, skip_special_tokens=False)
+        return self.model.decode([t for t in tokens if t not in self.around], skip_special_tokens=False)
 
 
-Tokenizer = SentencePiece | Tiktoken | HuggingFace
 KINDS = {"sentencepiece": SentencePiece, "tiktoken": Ranks, "huggingface": HuggingFace}
 
 
-# ---- the same tokenizer as a tokenizer.json
+# ---- tokenizer.json and the files beside it
+
+
+def read_tokenizer_json(path: str | Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(f"{path}: not a tokenizer.json ({error}): give the model's file of that name") from None
+
+
+def settings_beside(path: str | Path) -> tuple[dict, dict]:
+    """tokenizer_config.json with special_tokens_map.json, and the model's config.json.
+
+    As in transformers 5.20.2 the map goes first, and counts for nothing where the other file lists all added tokens.
+    """
+    files = [Path(path).with_name(name) for name in (CONFIG_FILE, "special_tokens_map.json", "config.json")]
+    config, names, model = (read_json(f, "copy it again from the model") if f.is_file() else {} for f in files)
+    both = config if "added_tokens_decoder" in config else config | names
+    return {name: by_name(value) for name, value in both.items()}, model
+
+
+def by_name(value: object) -> object:
+    """A token, or those of a list, by its text; anything else as it is."""
+    if isinstance(value, list):
+        return [by_name(item) for item in value]
+    return value["content"] if isinstance(value, dict) and "content" in value else value
+
+
+def template_of(model: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+    """The special tokens that the post-processor puts before and after a text."""
+    encoding = model.encode("a")
+    text = [i for i, special in enumerate(encoding.special_tokens_mask) if not special] or [0]
+    return encoding.ids[: text[0]], encoding.ids[text[-1] + 1 :]
+
+
+def template(model: tokenizers.Tokenizer, before: list[int]) -> processors.TemplateProcessing:
+    """A post-processor that puts these tokens in front of every text."""
+    names = [model.id_to_token(token) for token in before]
+    one, two = " ".join([*names, "$A"]), " ".join([*(f"{name}:1" for name in names), "$B:1"])
+    return processors.TemplateProcessing(one, f"{one} {two}", [*zip(names, before, strict=True)])
 
 
 def joins(order: dict[str, float]) -> list[tuple[str, str]]:
@@ -184,31 +258,35 @@ def byte_characters() -> dict[int, str]:
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
-def with_special(out: tokenizers.Tokenizer, names: list[str], bos: int) -> tokenizers.Tokenizer:
-    """Tokens that are known by name, and BOS in front of every text."""
+def with_special(out: tokenizers.Tokenizer, names: list[str], before: list[int]) -> tokenizers.Tokenizer:
+    """Tokens that are known by name, and these in front of every text."""
     out.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
-    name = out.id_to_token(bos)
-    out.post_processor = processors.TemplateProcessing(f"{name} $A", f"{name} $A {name}:1 $B:1", [(name, bos)])
+    out.post_processor = template(out, before)
     return out
 
 
 def write_json(tokenizer: Tokenizer, folder: str | Path) -> None:
     """tokenizer.json and tokenizer_config.json; not where another tool would get other ids from them.
 
-    Those are sentencepiece models that normalise text, that are no BPE, or that have pieces of the user's own.
+    Those are sentencepiece models that normalise text, that are no BPE, or that have pieces of the user's own. The
+    class that is named takes tokenizer.json as it stands.
     """
     if isinstance(tokenizer, HuggingFace):
         out, own = tokenizer.model, tokenizer.config
     else:
-        out, own = tokenizer.to_json(), {}
+        own = {name: v for name, v in getattr(tokenizer, "config", {}).items() if name == "chat_template"}
+        out = tokenizer.to_json()
         text = PROBE + tokenizer.decode(list(range(min(256, tokenizer.vocab_size))))
         out.encode_special_tokens = True
         if out.encode(text, add_special_tokens=False).ids != tokenizer.encode(text):
             print(f"warning: {folder}: this tokenizer has no equal as a {JSON_FILE}: transformers will not load it")
             return
-        out.save(str(Path(folder, JSON_FILE)))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | own
-    config |= {f"{name}_token": out.id_to_token(getattr(tokenizer, name)) for name in ("bos", "eos")}
+    out.save(str(Path(folder, JSON_FILE)))
+    config = {"clean_up_tokenization_spaces": False} | {name: v for name, v in own.items() if name != "auto_map"}
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": out.id_to_token(tokenizer.eos)}
+    config |= {"bos_token": out.id_to_token(tokenizer.bos)} if tokenizer.before else {}
+    if isinstance(tokenizer, SentencePiece) and not tokenizer.model.encode("a", out_type=str)[0].startswith(SPACE):
+        config["add_prefix_space"] = False  # llama.cpp's converter asks here, not the model, and presumes a space
     Path(folder, CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
@@ -218,9 +296,12 @@ def write_json(tokenizer: Tokenizer, folder: str | Path) -> None:
 def kind_of(path: str | Path) -> str:
     """By the content: Meta calls a file of ranks tokenizer.model, too."""
     if not Path(path).is_file():
-        raise UserError(f"{path}: no such file: give a sentencepiece .model, tiktoken ranks or a tokenizer.json")
+        what = "is a folder" if Path(path).is_dir() else "no such file"
+        raise UserError(f"{path}: {what}: give a tokenizer.json, a sentencepiece .model or a file of tiktoken ranks")
     with open(path, "rb") as f:
         token, _, rank = f.readline(1 << 10).strip().partition(b" ")
+    if token == b"version" and b"git-lfs" in rank:
+        raise UserError(f"{path}: only a pointer of Git LFS: git lfs pull gets the file")
     if token.startswith(b"{"):
         return "huggingface"
     return "tiktoken" if rank.isdigit() and token.isascii() else "sentencepiece"
@@ -233,36 +314,42 @@ def load_tokenizer(spec: dict, folder: str | Path) -> Tokenizer:
     """
     spec = spec.get("tokenizer", spec)
     if "name" in spec:
-        return Tiktoken(spec["name"])
-    path = Path(folder, spec["file"])
-    if not path.is_file() or sha256(path) != spec["sha256"]:
-        raise UserError(f"{path}: not the file that meta.json names by its checksum: prepare the data set again")
-    return KINDS[spec["kind"]](path)
+        tokenizer = Tiktoken(spec["name"])
+    else:
+        path = Path(folder, spec["file"])
+        if not path.is_file() or sha256(path) != spec["sha256"]:
+            raise UserError(f"{path}: not the file that meta.json names by its checksum: prepare the data set again")
+        tokenizer = KINDS[spec["kind"]](path)
+    if "before" in spec:
+        tokenizer.surround(spec["before"], spec["after"], spec["eos"])
+    return tokenizer
 
 
-def open_tokenizer(path: str | Path, bos: str | None = None, eos: str | None = None) -> Tokenizer:
-    """A file of any kind, or tiktoken:NAME. bos, eos: names of tokens of a tokenizer.json."""
-    if str(path).startswith("tiktoken:"):
-        return Tiktoken(str(path).removeprefix("tiktoken:"))
-    if (kind := kind_of(path)) == "huggingface":
-        return HuggingFace(path, bos, eos)
-    if bos or eos:
-        raise UserError(f"{path}: --bos and --eos are for a tokenizer.json: this file has its own")
-    return KINDS[kind](path)
+def open_tokenizer(path: str | Path, eos: str = "") -> Tokenizer:
+    """A file of any kind, or tiktoken:NAME. eos: the token that ends a text, by name, where the files name none."""
+    name, kind = str(path), None
+    if not name.startswith("tiktoken:") and (kind := kind_of(path)) != "tiktoken":
+        return KINDS[kind](path, eos)
+    if eos:
+        raise UserError(f"{path}: --eos is for a tokenizer.json or a sentencepiece model: this one has its own")
+    return KINDS[kind](path) if kind else Tiktoken(name.removeprefix("tiktoken:"))
 
 
-def install_tokenizer(path: str | Path, folder: str | Path, bos: str | None = None, eos: str | None = None) -> dict:
+def install_tokenizer(path: str | Path, folder: str | Path, eos: str = "") -> dict:
     """Bring a tokenizer (see open_tokenizer) into a data set's folder; returns meta.json's entry. Raises UserError."""
-    tokenizer = open_tokenizer(path, bos, eos)
-    if type(tokenizer) is Tiktoken:
+    tokenizer, kind = open_tokenizer(path, eos), None if str(path).startswith("tiktoken:") else kind_of(path)
+    content = Path(path).read_bytes() if kind else b""
+    for name in (JSON_FILE, CONFIG_FILE):  # may be another tokenizer's
+        Path(folder, name).unlink(missing_ok=True)
+    write_json(tokenizer, folder)
+    if not kind:
         spec = {"kind": "tiktoken", "name": tokenizer.model.name}
     else:
-        target = Path(folder, FILES[kind_of(path)])
-        if Path(path).resolve() != target.resolve():
-            shutil.copyfile(path, target)
-        spec = {"kind": kind_of(path), "file": target.name, "sha256": sha256(target)}
-    write_json(tokenizer, folder)
-    return spec
+        target = Path(folder, FILES[kind])
+        if kind != "huggingface":  # which write_json has written
+            target.write_bytes(content)
+        spec = {"kind": kind, "file": target.name, "sha256": sha256(target)}
+    return spec | {name: getattr(tokenizer, name) for name in ("before", "after", "eos")}
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -> dict:
@@ -296,6 +383,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -
     except RuntimeError as error:
         reason = str(error).strip().rpartition("] ")[2]  # after the place in sentencepiece's source
         raise UserError(f"no tokenizer of {vocab_size} pieces from these texts: {reason} Give more text") from None
+    for name in (JSON_FILE, CONFIG_FILE):  # may be another tokenizer's
+        Path(folder, name).unlink(missing_ok=True)
     path = Path(folder, MODEL_FILE)
     path.write_bytes(model.getvalue())
     return install_tokenizer(path, folder)

@@ -2,6 +2,7 @@
 
 import bz2
 import io
+import json
 import tarfile
 import zipfile
 
@@ -95,4 +96,8 @@ def test_the_same_documents_give_the_same_bytes_and_a_second_call_does_nothing(t
     prepare.main(prepare.Config(out=str(tmp_path / "a")))
     contents = [{f.name: f.read_bytes() for f in (tmp_path / out).iterdir()} for out in ("a", "b")]
     assert contents[0] == contents[1] and "tokenizer.json" in contents[0]
-    assert read_meta(tmp_path / "a")["domains"]["python"]["licence"] == "PSF"
+    meta = read_meta(tmp_path / "a")
+    assert meta["domains"]["python"]["licence"] == "PSF"
+    (tmp_path / "b" / "meta.json").write_text(json.dumps(meta | {"version": 1}))
+    with pytest.raises(TypeError):  # it collects anew
+        prepare.main(prepare.Config(out=str(tmp_path / "b")))

@@ -7,16 +7,20 @@ import pytest
 import torch
 from test_model import FAMILIES, V, close, greedy, greedy_in_transformers, reference_model, tokens
 from test_sample import write_tokenizer
-from transformers import AutoModelForCausalLM
+from test_tokenizer import DOCUMENTS, MADE, RANKS
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import export
 import hf
 import sample
 import train
 from configurator import UserError
-from data.shards import write_meta, write_shard
+from data import prepare
+from data import tokenizer as tok
+from data.shards import open_shard, read_meta, write_meta, write_shard
 from evaluate import load_any
 from metrics import read_metrics
+from model import Llama, LlamaConfig
 from prune import SampledMasks, extract, target_config
 
 TARGET = dict(n_layers=2, hidden_size=32, intermediate_size=40, n_heads=2)
@@ -101,6 +105,74 @@ def test_a_run_is_exported_as_a_folder_with_tokenizer_and_card(form, runs, tmp_p
         for domain, loss, n, ratio in zip("xy", record["val_loss"], record["tokens"], record["ratio"], strict=True):
             bits = loss / np.log(2) / 3  # bytes a token
             assert f"| {domain} | {int(n):,} | {ratio:.4f} | {loss:.4f} | {bits:.4f} |" in card
+
+
+FAST = {"eos_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}  # the class that splits as the file
+WAYS = [
+    ("llama", "llama 2"),
+    ("qwen2", "qwen"),
+    *(
+        pytest.param(*way, marks=pytest.mark.full)
+        for way in [("llama", "ours"), ("llama", "llama 3"), ("llama", "json")]
+    ),
+    *(pytest.param(*way, marks=pytest.mark.full) for way in [("mistral", "llama 2"), ("mistral", "json")]),
+    *(pytest.param(*way, marks=pytest.mark.full) for way in [("qwen3", "qwen"), ("qwen3", "json"), ("llama", "odd")]),
+]
+
+
+@pytest.mark.parametrize(("family", "kind"), WAYS)
+def test_every_stage_and_export_gives_transformers_the_logits_and_the_token_ids_of_training(
+    family, kind, tmp_path, monkeypatch
+):
+    """From a source folder as people have it, over data of its tokenizer, to what AutoModel and AutoTokenizer load."""
+    odd, kind = kind == "odd", "llama 2" if kind == "odd" else kind  # heads that do not divide the channels
+    _, write_file, ranks = MADE[kind]
+    monkeypatch.setitem(tok.FAMILIES, len(RANKS), tok.FAMILIES.get(ranks))
+    source, data = tmp_path / "source", tmp_path / "data"
+    config = LlamaConfig(528, 48, 80, 3, 6 if odd else 4, 2, 8, family=family, bos_token_id=1, eos_token_id=2)
+    reference = Llama(config)
+    reference.init_weights(0)
+    hf.save(reference, source)
+    given = source / ("tokenizer.json" if kind == "json" else "tokenizer.model")
+    if write_file:
+        write_file(given)
+    if kind == "json":
+        given.with_name("tokenizer_config.json").write_text(json.dumps(FAST))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS))
+    tokenizer = str(given) if write_file else "train"
+    prepare.main(
+        prepare.Config(out=str(data), tokenizer=tokenizer, vocab_size=400, val_fraction=0.2, processes=1),
+        f"a={tmp_path / 'a.jsonl'}",
+    )
+    common = dict(
+        data=str(data), seq_len=16, batch_size=4, micro_batch_size=4, device="cpu", max_steps=2, mix="constant"
+    )
+    common |= dict(eval_interval=2, eval_sequences=2)
+    target = TARGET | {"hidden_size": 40, "n_heads": 3} if odd else TARGET
+    prune = dict(stage="prune", out_dir=str(tmp_path / "prune"), init_from=str(source), sparsity_warmup=1)
+    train.main(train.Config(**prune, **target, **common))
+    start = str(tmp_path / "prune/model")
+    train.main(train.Config(stage="continue", out_dir=str(tmp_path / "go"), init_from=start, **common))
+    export.main(export.Config(), str(tmp_path / "go/model"), str(tmp_path / "out"))
+    export.main(export.Config(), str(source), str(tmp_path / "source_again"))
+
+    ours = tok.load_tokenizer(read_meta(data), data)
+    shard = open_shard(data / "a_train_000000.bin").tolist()
+    folders = [tmp_path / name for name in ("prune/model", "go/model", "out")]
+    for folder in [*folders, *([tmp_path / "source_again"] if write_file and kind == "llama 2" else [])]:
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        text = DOCUMENTS[0] + "<s></s>"
+        ids = tokenizer(DOCUMENTS[0]).input_ids
+        assert ids == [*ours.before, *ours.encode(DOCUMENTS[0])]
+        assert tokenizer.eos_token_id == ours.eos == ours.after[-1]
+        mine = hf.load(folder)
+        assert close(mine(torch.tensor([ids])), model(torch.tensor([ids])).logits)
+        ends = model.generation_config.eos_token_id
+        assert ours.eos in (ends if isinstance(ends, list) else [ends]) or folder.name == "source_again"
+        assert tokenizer.decode(ours.encode(text)) == text or kind == "json"
+    document = shard[: shard.index(ours.eos) + 1]
+    text = next(text for text in DOCUMENTS if ours.encode(text) == document[len(ours.before) : -1])
+    assert [*tokenizer(text).input_ids, ours.eos] == document
 
 
 def test_a_pruning_run_s_checkpoint_counts_as_what_its_masks_would_extract(runs, tmp_path):

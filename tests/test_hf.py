@@ -2,18 +2,23 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from test_model import ADDED, FAMILIES, LINEAR, close, random_model, reference_model, tokens
+from test_model import ADDED, FAMILIES, LINEAR, LLAMA_3, V, close, random_model, reference_model, tokens
 from transformers import AutoModelForCausalLM
 
+import configurator
 import hf
 import model as m
+import train
 from configurator import UserError
 
 
@@ -93,11 +98,86 @@ def test_saving_again_leaves_no_file_of_the_save_before(tmp_path, monkeypatch):
         assert same_parameters(hf.load(tmp_path), ours)
 
 
-def test_only_the_files_of_the_index_are_read(tmp_path):
-    reference_model("llama").save_pretrained(tmp_path, max_shard_size="50KB")
-    expected = hf.load(tmp_path)
-    save_file({"something.else": torch.zeros(1)}, tmp_path / "consolidated.safetensors")
-    assert same_parameters(hf.load(tmp_path), expected)
+@pytest.mark.parametrize(
+    "there",
+    [
+        ("model.safetensors", "index", "other.safetensors"),
+        ("model.safetensors", "pytorch_model.bin"),
+        ("index", "pytorch_model.bin", "consolidated.safetensors"),
+        ("pytorch_model.bin",),
+        ("pytorch_model.bin", "bin index"),
+        ("bin index", "training_args.bin"),
+        ("old pytorch_model.bin",),
+        ("named.safetensors", "model.safetensors"),
+    ],
+    ids=" ".join,
+)
+def test_the_files_that_transformers_reads_are_read(there, tmp_path):
+    """Each name in `there` holds other weights, so that reading another file than transformers would be seen."""
+    for seed, name in enumerate(there):
+        reference, old = reference_model("llama", seed=seed), name.startswith("old")
+        held = {key: t.contiguous() for key, t in reference.state_dict().items()}
+        if name == "index":
+            save_file(held, tmp_path / "part.safetensors", {"format": "pt"})
+            index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(held, "part.safetensors")}
+            (tmp_path / hf.INDEX).write_text(json.dumps(index))
+        elif name == "bin index":
+            parts = [dict(list(held.items())[i::2]) for i in range(2)]
+            for i, part in enumerate(parts):
+                torch.save(part, tmp_path / f"part-{i}.bin")
+            weight_map = {key: f"part-{i}.bin" for i, part in enumerate(parts) for key in part}
+            (tmp_path / "pytorch_model.bin.index.json").write_text(
+                json.dumps({"metadata": {}, "weight_map": weight_map})
+            )
+        elif name.endswith(".bin"):
+            torch.save(held, tmp_path / name.removeprefix("old "), _use_new_zipfile_serialization=not old)
+        else:
+            save_file(held, tmp_path / name, {"format": "pt"})
+    reference.config.save_pretrained(tmp_path)
+    if "named.safetensors" in there:
+        change_config(tmp_path, transformers_weights="named.safetensors")
+    x = tokens(1, 12)
+    assert close(hf.load(tmp_path)(x), AutoModelForCausalLM.from_pretrained(tmp_path)(x).logits)
+
+
+def test_no_code_in_a_file_of_weights_is_run(tmp_path):
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    hf.save(random_model(), tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Code()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="not a readable file of weights"):
+        hf.load(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("kind", ["another head", "the same head", "the head alone"])
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_a_tied_config_gets_the_head_that_transformers_gives_it(kind, form, tmp_path):
+    reference_model("llama", "tied").save_pretrained(tmp_path)
+    held = load_file(file := tmp_path / "model.safetensors")
+    embedding = held["model.embed_tokens.weight"]
+    held["lm_head.weight"] = embedding + 0.1 * (kind == "another head")
+    if kind == "the head alone":
+        del held["model.embed_tokens.weight"]
+    file.unlink()
+    save_file(held, file, {"format": "pt"}) if form == "safetensors" else torch.save(
+        held, tmp_path / "pytorch_model.bin"
+    )
+    ours, x = hf.load(tmp_path), tokens(1, 12)
+    assert ours.config.tied_embeddings == (kind != "another head")
+    assert close(ours(x), AutoModelForCausalLM.from_pretrained(tmp_path)(x).logits)
+    hf.save(ours, tmp_path / "again")
+    assert close(ours(x), AutoModelForCausalLM.from_pretrained(tmp_path / "again")(x).logits)
+
+
+def test_a_head_that_is_missing_from_an_untied_model_is_refused_with_what_may_mend_it(tmp_path):
+    reference_model("llama", "tied").save_pretrained(tmp_path)
+    change_config(tmp_path, tie_word_embeddings=False)
+    with pytest.raises(UserError, match=r"lm_head.weight among them.*tie_word_embeddings"):
+        hf.load(tmp_path)
 
 
 def test_tensors_come_in_the_order_of_the_model_whatever_that_of_the_files(tmp_path):
@@ -183,14 +263,169 @@ def test_configs_of_transformers_4_and_5_mean_the_same(family, tmp_path):
         assert hf.read_config(tmp_path) == new
 
 
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize(
+    ("change", "refused"),
+    [
+        ({"rope_scaling": YARN}, "yarn"),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "remove the one"),
+        ({"rope_scaling": {"rope_type": "default"}}, "remove the one"),  # transformers 5: theta 10,000
+        ({"rope_scaling": {"rope_type": "default", "rope_theta": 1e3}}, None),
+        ({"rope_scaling": {"rope_type": "default"}, "rope_theta": 1e3}, None),
+        ({"rope_scaling": None, "rope_theta": 7.0}, None),  # rope_parameters has its own
+        ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 7.0}, None),
+        ({"rope_parameters": None, "rope_theta": 7.0}, None),
+        ({"rope_parameters": None, "rope_scaling": LINEAR, "rope_theta": 7.0}, None),
+        (
+            {"rope_parameters": LINEAR | {"rope_theta": 7.0}, "rope_scaling": {"type": "linear", "factor": 4.0}},
+            "remove",
+        ),
+        ({"rope_parameters": LINEAR, "rope_scaling": LINEAR, "rope_theta": 7.0}, None),
+        ({"rope_parameters": {}, "rope_scaling": {}}, None),
+        ({"rope_scaling": {"type": "linear", "rope_type": "llama3", **LLAMA_3}, "rope_parameters": None}, None),
+    ],
+)
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_rope_is_transformers_whichever_keys_say_it(family, change, refused, tmp_path):
+    reference_model(family).save_pretrained(tmp_path)
+    change_config(tmp_path, **change)
+    if refused:
+        with pytest.raises(UserError, match=refused):
+            hf.load(tmp_path)
+    else:
+        x = tokens(1, 60)
+        assert close(hf.load(tmp_path)(x), AutoModelForCausalLM.from_pretrained(tmp_path)(x).logits)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"architectures": None},
+        {"architectures": ["LLaMAForCausalLM"]},
+        {"architectures": ["LlamaForSequenceClassification"]},
+        {"architectures": ["LlamaModel"]},
+        {"hidden_act": "swish"},
+        {"sliding_window": 8},  # of a Mistral that became a Llama
+        {"pretraining_tp": 2},
+        {"partial_rotary_factor": None},
+    ],
+)
+def test_keys_that_transformers_does_not_heed_change_nothing(change, tmp_path):
+    reference_model("llama").save_pretrained(tmp_path)
+    change_config(tmp_path, **change)
+    x = tokens(1, 60)
+    assert close(hf.load(tmp_path)(x), AutoModelForCausalLM.from_pretrained(tmp_path)(x).logits)
+
+
+ACCEPTED = ("Llama", "Mistral", "Qwen2", "Qwen3", "SeedOss")  # SeedOss: the row that README adds
+REFUSED = ("Olmo", "Olmo2", "Phi3", "Gemma", "Gemma2", "StableLm", "SmolLM3", "Granite", "Cohere", "GPTNeoX")
+REFUSED += ("Starcoder2", "Qwen2Moe", "Qwen3Moe", "Mixtral", "Ministral", "Helium", "Arcee", "Glm", "Phi", "GPT2")
+
+
+@pytest.mark.parametrize("name", ACCEPTED + REFUSED)
+def test_a_class_of_transformers_gives_its_own_numbers_or_is_refused_by_name(name, tmp_path):
+    config = getattr(transformers, f"{name}Config")()
+    small = {
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "head_dim": 12,
+    }
+    small |= {"num_key_value_heads": 2, "vocab_size": V, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    if name in REFUSED:
+        small = {key: value for key, value in small.items() if hasattr(config, key)}
+        config.to_json_file(tmp_path / "config.json")
+        change_config(tmp_path, **small)
+        with pytest.raises(UserError, match=f"model_type '{config.model_type}'.*docs/models.md"):
+            hf.load(tmp_path)
+        return
+    torch.manual_seed(0)
+    theirs = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**small)).eval()
+    theirs.save_pretrained(tmp_path)
+    x = tokens(1, 30)
+    assert close(hf.load(tmp_path)(x), theirs(x).logits)
+
+
+# ---- the tools that load a result
+
+
+SHAPES_OF_A_RESULT = [
+    (64, 4, 2, 16),
+    (64, 4, 2, 32),
+    (64, 6, 2, 16),
+    (48, 4, 2, 16),
+]  # hidden, heads, kv heads, head dim
+
+
+@pytest.mark.parametrize("shape", SHAPES_OF_A_RESULT)
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_a_result_of_any_shape_loads_in_transformers_5_as_said(family, shape, tmp_path):
+    hidden, heads, groups, head_dim = shape
+    ours = random_model(V, hidden, 80, 2, heads, groups, head_dim, family=family)
+    hf.save(ours, tmp_path)
+    assert "transformers 5" in hf.loaders(ours.config)[0]
+    theirs, found = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(found[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert close(ours(tokens(1, 30)), theirs(tokens(1, 30)).logits)
+    assert close(ours(tokens(1, 30)), hf.load(tmp_path)(tokens(1, 30)))
+    is_odd = family == "llama" and hidden % heads
+    assert theirs.config.model_type == ("mistral" if is_odd else family)
+
+
+def test_the_tools_that_derive_head_dim_are_named_with_sizes_that_all_load():
+    qwen2 = m.LlamaConfig(100, 1536, 64, 2, 14, 2, 128, family="qwen2")
+    names, warning = hf.loaders(qwen2)
+    assert names == "transformers 4.57, transformers 5"
+    assert "transformers 4.46, vLLM, llama.cpp cannot load it" in warning
+    assert warning.endswith("all load hidden_size = 1792 with n_heads = 14 or hidden_size = 896 with n_heads = 7")
+    assert hf.loaders(replace(qwen2, hidden_size=1792)) == (", ".join(hf.LOADERS), "")
+    for family in ("llama", "mistral"):
+        assert hf.loaders(replace(qwen2, family=family)) == (", ".join(hf.LOADERS), "")
+    assert hf.loaders(replace(qwen2, family="qwen3")) == (", ".join(list(hf.LOADERS)[1:]), "")
+
+
+def test_shipped_targets_load_in_every_tool():
+    qwen2 = m.LlamaConfig(152_064, 3584, 18_944, 28, 28, 4, 128, family="qwen2")
+    llama = m.LlamaConfig(32_000, 4096, 11_008, 32, 32, 32, 128)
+    smollm2 = m.LlamaConfig(49_152, 576, 1536, 30, 9, 3, 64, tied_embeddings=True)
+    for name, source in (("prune", llama), ("prune_qwen2", qwen2), ("prune_smollm2", smollm2)):
+        cfg = configurator.load(train.Config, [f"config/{name}.py"])
+        target = train.target_of(cfg, source)
+        assert hf.loaders(target) == (", ".join(hf.LOADERS), "")
+        assert target.hidden_size % target.n_heads == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [(2, 2, 2), (2, [2, 7], [2, 7]), ([2, 5], 7, [2, 5, 7]), (None, 7, 7), (2, None, 2), (None, None, None)],
+)
+def test_a_text_ends_at_any_id_of_config_and_generation_config_here_and_in_generate(
+    config, generation, expected, tmp_path
+):
+    hf.save(random_model(), tmp_path / "m")
+    change_config(tmp_path / "m", eos_token_id=config)
+    (tmp_path / "m" / hf.GENERATION).write_text(json.dumps({"eos_token_id": generation, "top_k": 5}))
+    (tmp_path / "m" / "tokenizer.json").write_text("{}")
+    ours = hf.load(tmp_path / "m")
+    assert ours.config.eos_token_id == expected
+    hf.save(ours, tmp_path / "again", tokenizer=[tmp_path / "m"])
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "again").generation_config
+    assert (theirs.eos_token_id, theirs.top_k) == (expected, 5)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
 def test_where_config_json_is_silent_transformers_values_hold(family, tmp_path):
     reference_model(family, "plain").save_pretrained(tmp_path)
     silent = ["head_dim", "rms_norm_eps", "hidden_act", "rope_parameters", "sliding_window", "use_sliding_window"]
+    silent += ["max_position_embeddings"]
     change_config(tmp_path, silent + ["num_key_value_heads"] * (family == "llama"))
     ours, theirs = hf.load(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)
     assert close(ours(tokens(1, 60)), theirs(tokens(1, 60)).logits)
     assert ours.config.sliding_window == (4096 if family == "mistral" else None)
+    assert ours.config.max_position_embeddings == theirs.config.max_position_embeddings
     assert ours.config.rope_theta == theirs.config.rope_parameters["rope_theta"]
 
 
@@ -204,7 +439,9 @@ def test_a_family_whose_defaults_are_not_known_has_to_say_everything(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2'"),
+        ({"model_type": None, "architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
+        ({"model_type": None, "architectures": None}, "no architectures"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, "yarn"),
         ({"rope_scaling": {"type": "dynamic", "factor": 8.0}}, "dynamic"),
         ({"rope_scaling": LINEAR | {"mscale": 2.0}}, "mscale"),
@@ -245,6 +482,28 @@ def with_tensor(name, tensor):
     return lambda file: save_file(load_file(file) | {name: tensor}, file)
 
 
+def as_index(names):
+    def change(file):
+        file.unlink()
+        file.with_name(hf.INDEX).write_text(json.dumps({"weight_map": {name: name for name in names}}))
+
+    return change
+
+
+def in_two_files(file):
+    for name in "ab":
+        shutil.copy(file, file.with_name(f"{name}.safetensors"))
+    as_index(["a.safetensors", "b.safetensors"])(file)
+
+
+def as_bin(change):
+    def instead(file):
+        torch.save(change(load_file(file)), file.with_name("pytorch_model.bin"))
+        file.unlink()
+
+    return instead
+
+
 def lying_header(file):
     """The header says that norm.weight reaches far beyond the end of the file."""
     content = file.read_bytes()
@@ -261,14 +520,25 @@ def lying_header(file):
         (lying_header, "not a readable safetensors file"),
         (lambda file: file.write_bytes(b"\xff" * 100), "not a readable safetensors file"),
         (lambda file: file.write_bytes(file.read_bytes()[:-100]), "not a readable safetensors file"),
-        (lambda file: file.unlink(), "no .*safetensors file"),
+        (lambda file: file.unlink(), "expected model.safetensors or .*pytorch_model.bin.*: copy them there"),
+        (lambda file: file.rename(file.with_name("model-00001-of-00002.safetensors")), "without their .*index.json"),
+        (lambda file: file.rename(file.with_name("pytorch_model-00001-of-00002.bin")), "without their .*bin.index"),
+        (lambda file: file.rename(file.with_name("model-q4.gguf")), "gguf_file"),
+        (lambda file: file.rename(file.with_name("consolidated.00.pth")), "convert_llama_weights_to_hf"),
+        (lambda file: file.rename(file.with_name("adapter_model.safetensors")), "merge_and_unload"),
+        (lambda file: file.with_name("adapter_config.json").write_text("{}"), "merge_and_unload"),
+        (as_index(["b.safetensors"]), "names b.safetensors, which is not there"),
+        (as_index([]), "names any file, which is not there"),
+        (as_bin(lambda held: held | {"model.norm.weight": torch.zeros(31)}), r"norm.weight has shape \(31,\)"),
+        (as_bin(lambda held: held | {"model.norm.weight": torch.zeros(48).double()}), "torch.float64"),
+        (as_bin(lambda held: {"state_dict": held}), "30 tensors are missing"),
+        (as_bin(lambda held: held | {"model.norm.weight": Path("a")}), "not a readable file of weights"),
         (without_norm, "1 tensors are missing, norm.weight among them"),
         (with_tensor("model.extra", torch.zeros(2)), "unexpected tensor model.extra"),
         (with_tensor("model.layers.0.self_attn.q_proj.bias", torch.zeros(48)), "unexpected tensor"),
         (with_tensor("model.norm.weight", torch.zeros(31)), r"norm.weight has shape \(31,\), .* makes it \(48,\)"),
         (with_tensor("model.norm.weight", torch.zeros(48, dtype=torch.int8)), "norm.weight is I8"),
-        (lambda file: save_file(load_file(file), file.with_name("b.safetensors")), "model.* is in .*b.saf"),
-        (lambda file: file.with_name(hf.INDEX).write_text('{"weight_map": {"a": "b.safetensors"}}'), "b.safetensors"),
+        (in_two_files, "b.safetensors: .* is in .*a.safetensors too"),
         (lambda file: file.with_name("config.json").unlink(), "config.json"),
     ],
 )

@@ -1,17 +1,23 @@
 """Text in, a data set out: the right documents, the same bytes however it was made, and nothing of others lost."""
 
 import ast
+import bz2
 import contextlib
 import gzip
 import hashlib
+import io
 import itertools
 import json
+import lzma
 import multiprocessing
 import os
 import random
 import re
+import shlex
+import shutil
 import signal
 import sys
+import tarfile
 import time
 import types
 from pathlib import Path
@@ -56,9 +62,9 @@ def stored(folder: Path, domain: str, split: str) -> list[str]:
     """The documents in the shards."""
     meta = read_meta(folder)
     tokens = [int(t) for s in meta["domains"][domain][split]["shards"] for t in open_shard(folder / s["file"])]
-    starts = [i for i, token in enumerate(tokens) if token == meta["bos"]] + [len(tokens)]
+    ends = [0] + [i + 1 for i, token in enumerate(tokens) if token == meta["eos"]]
     tokenizer = load_tokenizer(meta, folder)
-    return [tokenizer.decode(tokens[i + 1 : j]) for i, j in itertools.pairwise(starts)]
+    return [tokenizer.decode(tokens[i:j]) for i, j in itertools.pairwise(ends)]
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +108,8 @@ def test_every_good_document_is_there_once_on_the_side_its_hash_says(inputs, mod
         documents = [t for t in getattr(inputs, domain) if side(t) == split]
         part = meta["domains"][domain][split]
         tokens = [int(t) for shard in part["shards"] for t in open_shard(inputs.out / shard["file"])]
-        assert tokens == [t for text in documents for t in (tokenizer.bos, *tokenizer.encode(text))]
+        assert (meta["version"], meta["bos"], meta["eos"]) == (2, 1, 2)
+        assert tokens == [t for text in documents for t in (1, *tokenizer.encode(text), 2)]
         assert {shard["tokens"] for shard in part["shards"][:-1]} == {1500}
         assert (part["documents"], part["tokens"]) == (len(documents), len(tokens))
         assert part["bytes"] == sum(len(text.encode()) for text in documents)
@@ -125,7 +132,7 @@ def test_a_text_that_the_tokenizer_cannot_encode_is_a_bad_record(tmp_path, model
             raise ValueError("too long a word")
         return [1, 2]
 
-    tokenizer = types.SimpleNamespace(vocab_size=400, bos=1, encode=encode)
+    tokenizer = types.SimpleNamespace(vocab_size=400, before=[1], after=[2], encode=encode)
     monkeypatch.setattr(prepare, "tokenizer_of", lambda *_: tokenizer)
     meta = write(tmp_path, model, {"web": some_documents(40, seed=1)})
     assert meta["bad_records"] == {"web": 1}
@@ -136,13 +143,13 @@ def test_a_line_that_is_too_long_is_bad_and_the_next_is_whole(tmp_path, monkeypa
     monkeypatch.setattr(prepare, "MAX_RECORD_BYTES", 5000)
     (tmp_path / "a.jsonl").write_bytes(json_lines(["first", "x" * 19_000, "last"]))
     first, long, last = prepare.read(tmp_path / "a.jsonl", ["text"])
-    assert [prepare.domain_and_text(line, "web", "")[1] for line in (first, last)] == ["first", "last"]
+    assert [prepare.domain_and_text(line, "web", Config())[1] for line in (first, last)] == ["first", "last"]
     assert len(long) == 5001
     with pytest.raises(ValueError, match="a line of over 5,000 bytes"):
-        prepare.domain_and_text(long, "web", "")
+        prepare.domain_and_text(long, "web", Config())
 
 
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.jsonl.bz2", "a.jsonl.xz", "a.parquet"])
 @pytest.mark.parametrize("damage", ["cut off", "overwritten"])
 def test_a_damaged_file_is_an_error_that_names_it(tmp_path, name, damage):
     documents = some_documents(3000, seed=4)
@@ -150,7 +157,8 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path, name, damage):
         pyarrow.parquet.write_table(pyarrow.table({"text": documents}), tmp_path / name)
         whole = (tmp_path / name).read_bytes()
     else:
-        whole = (gzip.compress if name.endswith("gz") else zstandard.compress)(json_lines(documents))
+        packers = {"gz": gzip.compress, "zst": zstandard.compress, "bz2": bz2.compress, "xz": lzma.compress}
+        whole = packers[name.split(".")[-1]](json_lines(documents))
     half = len(whole) // 2
     (tmp_path / name).write_bytes(whole[:half] + (b"" if damage == "cut off" else b"\xaa" * half))
     with pytest.raises(UserError, match=f"{name}: cannot be read to its end") as raised:
@@ -172,6 +180,216 @@ def test_parquet_gives_the_data_set_of_a_folder_of_json_lines(tmp_path, model):
     lines, rows = (read_meta(tmp_path / f"out {name}") for name in ("lines", "a.parquet"))
     assert lines["domains"] == rows["domains"]
     assert list(lines["bad_records"].values()) == list(rows["bad_records"].values()) == [1]
+
+
+# ---- which files are read
+
+
+def write_files(folder: Path, contents: dict[str, bytes]) -> None:
+    for name, data in contents.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+
+
+def prepared(tmp_path: Path, model: str, *words: str, **settings) -> list[str]:
+    """The documents of domain web, sorted."""
+    cfg = {"out": str(tmp_path / "out"), "tokenizer": model, "val_fraction": 0.2, "processes": 1} | settings
+    main(Config(**cfg), *words)
+    return sorted(text for split in ("train", "val") for text in stored(tmp_path / "out", "web", split))
+
+
+PACKERS = {
+    "gzip": gzip.compress,
+    "gzip, two members": lambda data: gzip.compress(data[:99]) + gzip.compress(data[99:]),
+    "bz2": bz2.compress,
+    "zstd": zstandard.compress,
+    "pzstd": lambda data: b"\x50\x2a\x4d\x18\4\0\0\0size" + zstandard.compress(data),
+    "xz": lzma.compress,
+    "plain": bytes,
+    "byte order mark": lambda data: b"\xef\xbb\xbf" + data,
+    "gzip of a byte order mark": lambda data: gzip.compress(b"\xef\xbb\xbf" + data),
+    "windows": lambda data: b"\xef\xbb\xbf" + data.replace(b"\n", b"\r\n"),
+    "blank lines first": lambda data: b"\n\n" + data,
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.JSONL.GZ", "a.jsonl.zstd", "a.json", "a.txt", "part-00000", "a.parquet"]
+)
+@pytest.mark.parametrize("packer", PACKERS)
+def test_a_file_is_known_by_its_first_bytes_whatever_it_is_called(tmp_path, packer, name):
+    texts = some_documents(20, seed=5)
+    (tmp_path / name).write_bytes(PACKERS[packer](json_lines(texts)))
+    lines = [line for line in prepare.read(*prepare.files_of(str(tmp_path), []), ["text"]) if line.strip()]
+    assert [prepare.domain_and_text(line, "web", Config())[1] for line in lines] == texts
+
+
+def test_parquet_is_known_by_its_first_bytes_too(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"]}), tmp_path / "data.PARQUET.0")
+    assert list(prepare.read(*prepare.files_of(str(tmp_path), []), ["text"])) == [{"text": "a"}, {"text": "b"}]
+
+
+def test_linked_folders_are_read_once_and_cycles_end(tmp_path, model):
+    one, two, three = (some_documents(9, seed) for seed in (1, 2, 3))
+    write_files(tmp_path, {"web/b/1.jsonl": json_lines(one), "far/2.jsonl": json_lines(two)})
+    write_files(tmp_path, {"file.jsonl": json_lines(three)})
+    links = {"web/a": "far", "web/z": "far", "web/b/up": "web", "web/c.jsonl": "file.jsonl", "far/back": "web/b"}
+    for link, target in links.items():
+        (tmp_path / link).symlink_to(tmp_path / target)
+    (tmp_path / "web" / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    unread = []
+    names = [str(file.relative_to(tmp_path)) for file in prepare.files_of(f"{tmp_path}/web", unread)]
+    assert names == ["web/a/2.jsonl", "web/a/back/1.jsonl", "web/c.jsonl"]
+    assert sorted((file.name, why) for file, why in unread) == [
+        ("gone.jsonl", "linked to nothing"),
+        *(("up", "read by another name"), ("z", "read by another name")),
+    ]
+    assert prepared(tmp_path, model, f"web={tmp_path}/web", dedup=False) == sorted(one + two + three)
+
+
+def test_files_of_a_folder_are_in_the_order_of_their_paths(tmp_path):
+    names = [
+        "a/x.jsonl",
+        "a.jsonl",
+        "a-b/1.jsonl",
+        "B/2.jsonl",
+        "b/10.jsonl",
+        "b/9.jsonl",
+        "b.jsonl",
+        "z/y/x/1",
+        "z/y.a",
+    ]
+    write_files(tmp_path, dict.fromkeys(names, b"{}"))
+    files, unread = sorted(path for path in tmp_path.rglob("*") if path.is_file()), []
+    assert prepare.files_of(str(tmp_path), unread) == prepare.files_of(f"{tmp_path}/**", unread) == files
+    (tmp_path / "again").symlink_to(tmp_path / "z")
+    assert len(prepare.files_of(f"{tmp_path}/*", unread)) == len(files)
+    assert unread == []
+
+
+def tar_gz() -> bytes:
+    with io.BytesIO() as file:
+        with tarfile.open(fileobj=file, mode="w:gz") as tar:
+            member = tarfile.TarInfo("a.jsonl")
+            member.size = 9
+            tar.addfile(member, io.BytesIO(b'{"a": 1}\n'))
+        return file.getvalue()
+
+
+records = json.dumps([{"text": "a"}, {"text": "b"}])
+UNUSABLE = {
+    "an array.json": (records.encode(), "one JSON array"),
+    "an array in lines.json": (records.replace("}, ", "},\n").encode(), "one JSON array"),
+    "a pretty array.json": (json.dumps([{"text": "a"}], indent=1).encode(), "one JSON array"),
+    "info.json": (json.dumps({"splits": {"train": [1, 2]}}, indent=2).encode(), "neither JSON lines nor Parquet"),
+    "utf-16.jsonl": ('{"text": "a"}\n'.encode("utf-16"), "in UTF-16"),
+    "utf-16.jsonl.gz": (gzip.compress('{"text": "a"}\n'.encode("utf-16")), "in UTF-16"),
+    "shards.tar.gz": (tar_gz(), "an archive"),
+    "shards.jsonl.gz": (tar_gz(), "an archive"),
+    "a.zip": (b"PK\3\4" + bytes(30), "an archive"),
+    "README.md": (b"# Data\n", "neither JSON lines nor Parquet"),
+    "book.txt": (b"Call me Ishmael.\n" * 9000, "neither JSON lines nor Parquet"),
+    "picture.png": (b"\x89PNG\r\n\x1a\n" + bytes(99), "neither JSON lines nor Parquet"),
+    "a.jsonl.lock": (b"", "empty"),
+    "empty.jsonl.gz": (gzip.compress(b""), "empty"),
+    "a.parquet": (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 12\n", "a pointer of Git LFS"),
+    "a.csv": (b"id,text\n1,a\n", "neither JSON lines nor Parquet"),
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_a_file_without_records_is_reported_in_a_folder_and_refused_by_name(tmp_path, name):
+    data, why = UNUSABLE[name]
+    write_files(tmp_path, {name: data, "a.jsonl": json_lines(["text"])})
+    unread = []
+    assert prepare.files_of(str(tmp_path), unread) == prepare.files_of(f"{tmp_path}/*", []) == [tmp_path / "a.jsonl"]
+    assert [file for file, _ in unread] == [tmp_path / name] and unread[0][1].startswith(why)
+    with pytest.raises(UserError, match=f"{name}: nothing that can be read: 1 {why}"):
+        prepare.files_of(f"{tmp_path}/{name}", [])
+
+
+def test_what_was_not_read_in_the_folders_is_said_at_the_end(tmp_path, model, capsys):
+    texts, more = some_documents(20, seed=1), some_documents(9, seed=2)
+    write_files(tmp_path / "web", {name: data for name, (data, _) in UNUSABLE.items()})
+    write_files(tmp_path / "web", {"part/a.jsonl": json_lines(texts), ".cache/b.jsonl": json_lines(["hidden"])})
+    write_files(tmp_path, {".more.jsonl": json_lines(more)})
+    os.mkfifo(tmp_path / "web" / "pipe")
+    documents = prepared(tmp_path, model, f"web={tmp_path}/web", f"web={tmp_path}/.more.jsonl")
+    assert documents == sorted(texts + more)
+    (said,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("not read: "))
+    assert said.startswith("not read: 1 hidden: .cache; ") and "1 a pipe or a device: pipe" in said
+    assert "2 empty: a.jsonl.lock, empty.jsonl.gz" in said
+    assert "5 neither JSON lines nor Parquet: README.md, a.csv, book.txt, ...;" in said
+
+
+# ---- which field is read
+
+
+@pytest.mark.parametrize("field", ["content", "raw_content", "data.body.text", "a.b"])
+def test_text_may_be_in_any_field(tmp_path, model, monkeypatch, field):
+    texts = some_documents(30, seed=8)
+
+    def record(text):
+        for name in reversed(["a.b"] if field == "a.b" else field.split(".")):
+            text = {name: text}
+        return {"id": 1, "text": 3} | text
+
+    rows = [record(text) for text in texts]
+    write_files(tmp_path, {"a.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode()})
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    stream = types.SimpleNamespace(num_shards=1, shard=lambda n, i: iter(rows))
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda *_, **__: stream))
+    for name in ("a.jsonl", "a.parquet"):
+        assert prepared(tmp_path, model, f"web={tmp_path}/{name}", text_field=field, force=True) == sorted(texts)
+    assert read_meta(tmp_path / "out")["settings"]["text_field"] == field
+    with pytest.raises(UserError, match="another data set"):
+        prepared(tmp_path, model, f"web={tmp_path}/a.parquet")
+    main(Config(preset="culturax", stream="x", domains=("en",), text_field=field, tokenizer=model, out=f"{tmp_path}/s"))
+    assert sorted(stored(tmp_path / "s", "en", "train") + stored(tmp_path / "s", "en", "val")) == sorted(texts)
+
+
+@pytest.mark.parametrize(
+    ("record", "field", "message"),
+    [
+        (
+            {"id": "7", "content": "some text"},
+            "text",
+            "has no field 'text'; it has id, content: give --text_field=content",
+        ),
+        ({"id": 7}, "text", "has no field 'text'; it has id: give --text_field=NAME"),
+        ({}, "text", "has no field 'text'; it has none: give --text_field=NAME"),
+        ({"text": "\n"}, "text", "field 'text' is empty"),
+        ({"text": None}, "text", "field 'text' is empty"),
+        ({"text": ["a"]}, "text", "field 'text' is no text"),
+        ({"meta": {"text": 3}}, "meta.text", "field 'meta.text' is no text"),
+        (
+            {"meta": "a", "text": "b"},
+            "meta.text",
+            "has no field 'meta.text'; it has meta, text: give --text_field=text",
+        ),
+        (["a"], "text", "expected an object with a text, found a list"),
+    ],
+)
+def test_a_record_without_text_is_reported_with_what_it_has(record, field, message):
+    with pytest.raises(ValueError) as raised:
+        prepare.domain_and_text(json.dumps(record).encode(), "web", Config(text_field=field))
+    assert str(raised.value) == message
+
+
+@pytest.mark.parametrize("tokenizer", ["train", None])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_a_domain_without_usable_text_is_named_with_the_reason_before_anything_is_made(
+    tmp_path, model, tokenizer, name
+):
+    write_files(
+        tmp_path, {"web.jsonl": json_lines(some_documents(300, seed=1)), "a.jsonl": b'{"content": "a", "id": 1}\n'}
+    )
+    pyarrow.parquet.write_table(pyarrow.table({"content": ["a"], "id": [1]}), tmp_path / "a.parquet")
+    what = rf"domain code: not one usable document: \S+/{name}:1: has no field 'text'; it has content, id"
+    with pytest.raises(UserError, match=what):
+        words = f"web={tmp_path}/web.jsonl", f"code={tmp_path}/{name}"
+        main(Config(out=f"{tmp_path}/out", tokenizer=tokenizer or model, vocab_size=400, processes=1), *words)
+    assert not (tmp_path / "out" / "unfinished").exists()
 
 
 def test_a_tokenizer_is_trained_on_an_equal_share_of_each_domains_train_split(inputs, monkeypatch):
@@ -196,7 +414,7 @@ def test_a_domain_is_full_after_the_document_that_reaches_max_tokens(inputs, mod
         whole, taken = (stored(inputs.folder / out, domain, "train") for out in ("out", "full-1"))
         n_tokens = read_meta(inputs.folder / "full-1")["domains"][domain]["train"]["tokens"]
         assert taken == whole[: len(taken)]
-        assert n_tokens >= 2000 > n_tokens - len(SentencePiece(model).encode(taken[-1])) - 1
+        assert n_tokens >= 2000 > n_tokens - len(SentencePiece(model).encode(taken[-1])) - 2
 
 
 def test_without_dedup_every_repeat_stays(inputs, model):
@@ -261,7 +479,7 @@ def test_culturax_has_a_folder_for_each_language(tmp_path, model, capsys):
     assert ratios_in(capsys.readouterr().out) == pytest.approx(wanted, abs=1e-4)
     assert list(read_meta(tmp_path / "out")["domains"]) == ["en", "ru", "zh", "ja", "ar", "tr", "ko", "th"]
     (tmp_path / "copy" / "th" / "part-0.parquet").unlink()
-    with pytest.raises(UserError, match="copy/th: no such file"):
+    with pytest.raises(UserError, match="copy/th: no such file: give a file"):
         main(cfg, str(tmp_path / "copy"))
 
 
@@ -364,6 +582,13 @@ def is_running(pid: str) -> bool:
 # ---- what is in the folder already
 
 
+def test_a_model_s_folder_stands_for_the_tokenizer_in_it(inputs, model, tmp_path):
+    shutil.copy(model, tmp_path / "tokenizer.model")
+    run(inputs.folder, str(tmp_path), "by_folder")
+    first, second = content(inputs.out), content(inputs.folder / "by_folder")
+    assert all(first[name] == second[name] for name in first if name.endswith(".bin"))
+
+
 def test_a_complete_data_set_is_left_alone_and_another_one_refused(inputs, model, capsys):
     written = {path: path.stat().st_mtime_ns for path in inputs.out.iterdir()}
     run(inputs.folder, model, "out", processes=2)
@@ -371,6 +596,29 @@ def test_a_complete_data_set_is_left_alone_and_another_one_refused(inputs, model
     with pytest.raises(UserError, match="holds another data set"):
         run(inputs.folder, model, "out", val_fraction=0.3)
     assert {path: path.stat().st_mtime_ns for path in inputs.out.iterdir()} == written
+
+
+def test_one_made_before_documents_ended_with_eos_names_the_command_that_makes_it_anew(inputs, model):
+    old, words = inputs.folder / "old", [f"web={inputs.folder}/web-0.jsonl", f"code={inputs.folder}/code*"]
+    words += [f"web={inputs.folder}/web-1.jsonl.gz"]
+    run(inputs.folder, model, "old")
+    meta = json.loads((old / "meta.json").read_text())
+    assert meta["command"] == shlex.join(["python", "data/prepare.py", *words, f"--tokenizer={model}"]) + (
+        " --val_fraction=0.2 --shard_tokens=1500"
+    )
+    (old / "meta.json").write_text(json.dumps(meta | {"version": 1}))
+    made_anew = re.escape(f"{meta['command']} --out={old} --force")
+    with pytest.raises(UserError, match=f"version 1, expected 2: .*make it anew: {made_anew}"):
+        read_meta(old)
+    (old / "meta.json").write_text(json.dumps({k: v for k, v in meta.items() if k not in ("version", "command")}))
+    with pytest.raises(UserError, match=f"make it anew: python data/prepare.py ... --out={old} --force"):
+        read_meta(old)
+    settings = meta["settings"]
+    assert not is_complete(old, settings)
+    with pytest.raises(UserError, match=r"another data set \(other files, settings or version\): .* --force"):
+        is_complete(old, settings | {"made_by": "another"})
+    run(inputs.folder, model, "old", force=True)
+    assert content(old) == content(inputs.out)
 
 
 def test_an_unfinished_data_set_of_other_settings_is_refused(inputs, model, monkeypatch):

@@ -1,5 +1,6 @@
 """The shard format, and the description of a data set."""
 
+import json
 import struct
 
 import numpy as np
@@ -70,3 +71,20 @@ def test_a_meta_that_describes_no_data_set_is_refused(data_set, content):
     (data_set / "meta.json").write_text(content)
     with pytest.raises(UserError, match=r"meta\.json"):
         read_meta(data_set)
+
+
+@pytest.mark.parametrize(
+    ("made_by", "command"),
+    [
+        ("data/embedded/prepare.py", "python data/embedded/prepare.py"),
+        ("data/smollm2/prepare.py", "python data/smollm2/prepare.py"),
+        ("data/prepare.py", "python data/prepare.py ... --out=FOLDER --force"),
+    ],
+)
+def test_a_data_set_of_another_version_is_refused_with_the_command_that_makes_it_anew(data_set, made_by, command):
+    meta = read_meta(data_set) | {"settings": {"made_by": made_by}}
+    del meta["version"]
+    (data_set / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError) as raised:
+        read_meta(data_set)
+    assert str(raised.value).endswith(f"do not end with EOS: make it anew: {command.replace('FOLDER', str(data_set))}")

@@ -128,8 +128,11 @@ def test_the_tokenizer_splits_as_the_published_pattern_does(prepared):
     assert tokenizer.decode(tokenizer("in\x06the").input_ids) == "inthe"
 
 
-def test_the_data_set_is_in_the_models_tokens_and_starts_documents_as_the_base_model_did(prepared):
+def test_the_data_set_is_in_the_models_tokens_and_ends_documents_as_the_base_model_did(prepared):
     data = prepared[1] / "data"
     meta = read_meta(data)
-    assert (meta["vocab_size"], meta["bos"], meta["eos"]) == (len(TOKENS), 0, 0)
-    assert load_tokenizer(meta, data).encode("the 12") == [TOKENS.index(t) for t in ("t", "he", "\u0120", "1", "2")]
+    assert (meta["vocab_size"], meta["bos"], meta["eos"]) == (len(TOKENS), None, 0)
+    tokenizer = load_tokenizer(meta, data)
+    assert tokenizer.encode("the 12") == [TOKENS.index(t) for t in ("t", "he", "\u0120", "1", "2")]
+    assert (tokenizer.before, tokenizer.after) == ([], [0])
+    assert AutoTokenizer.from_pretrained(prepared[1] / "model")("the").input_ids == tokenizer.encode("the")

