@@ -300,14 +300,15 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_tokenizer(folder: str | Path, data: str | Path) -> None:
-    """Raises UserError where a model's folder and a data set's give one token two ids, by their tokenizer.json."""
+    """Raises UserError where a model and a data set have two tokens for one id, by their tokenizer.json."""
     files = [Path(place, "tokenizer.json") for place in (folder, data)]
     if not all(file.is_file() for file in files):
         return
     theirs, ours = (dict(read_json(file, "copy it again")["model"]["vocab"]) for file in files)
-    if other := next((token for token in theirs.keys() & ours.keys() if theirs[token] != ours[token]), None):
-        ids = f"{other!r} is {theirs[other]} for the model and {ours[other]} in the data"
-        raise UserError(f"{data}: was made with another tokenizer than {folder}'s ({ids}): prepare it with that one")
+    token_of = {number: token for token, number in ours.items()}
+    if other := next((token for token, number in theirs.items() if token_of.get(number, token) != token), None):
+        words = f"token {theirs[other]} is {other!r} for the model and {token_of[theirs[other]]!r} in the data"
+        raise UserError(f"{data}: was made with another tokenizer than {folder}'s ({words}): prepare it with that one")
 
 
 # ---- writing

@@ -68,9 +68,7 @@ DIGESTS = "unfinished.digests"  # 64 bits of the sha256 of each document so far
 @dataclass(frozen=True)
 class Config:
     out: str = ""  # folder of the data set
-    tokenizer: str = (
-        ""  # a model's folder, a sentencepiece .model, tiktoken ranks, tokenizer.json, tiktoken:NAME, train
-    )
+    tokenizer: str = ""  # a model's folder, a tokenizer.json, sentencepiece .model, file of ranks, tiktoken:NAME, train
     text_field: str = "text"  # field or column that holds the text; a.b is field b of the object in field a
     eos: str = ""  # token that ends a document, by name, where the tokenizer's files do not name it
     preset: str = ""  # slimpajama (7 domains, mixed in any files) or culturax (8 languages, a folder for each)

@@ -79,10 +79,10 @@ def test_data_of_another_tokenizer_than_the_model_s_is_refused(data, source, tmp
         return tmp_path / name
 
     model, same = folder("model", source, {"a": 1, "b": 2}), folder("same", data, {"a": 1, "b": 2, "<eos>": 3})
-    other = folder("other", data, {"a": 1, "b": 3})
+    other = folder("other", data, {"a": 1, "c": 2})
     cfg = tiny(same, tmp_path / "run", stage="continue", init_from=str(model), max_steps=1, lr_warmup=0, **NO_SHAPE)
     train.main(cfg)
-    with pytest.raises(UserError, match=r"another tokenizer than .*'b' is 2 for the model and 3 in the data"):
+    with pytest.raises(UserError, match=r"another tokenizer than .*token 2 is 'b' for the model and 'c' in the data"):
         train.main(dataclasses.replace(cfg, data=str(other), out_dir=str(tmp_path / "other run")))
     with pytest.raises(UserError, match="another tokenizer"):
         evaluate.main(evaluate.Config(data=str(other), seq_len=T), str(model))
@@ -559,13 +559,13 @@ def test_a_teacher_of_another_vocabulary_or_tokenizer_is_refused(data, source, t
     hf.save(other, tmp_path / "other")
     with pytest.raises(UserError, match=f"the teacher has {VOCAB + 8} tokens, the model {VOCAB}"):
         train.main(prune_tiny(data, tmp_path / "r", source, teacher=str(tmp_path / "other"), distill=0.9))
-    for name, words in (("model", {"a": 0}), ("same", {"a": 0}), ("another", {"b": 0})):
-        shutil.copytree(source, tmp_path / name)
-        (tmp_path / name / "tokenizer.json").write_text(json.dumps({"model": {"vocab": words}}))
+    for name, like, words in (("same", source, "a"), ("another", source, "b"), ("data", data, "a")):
+        shutil.copytree(like, tmp_path / name)
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {words: 0}}}))
     short = dict(distill=0.9, max_steps=2, lr_warmup=0, sparsity_warmup=0)
-    train.main(prune_tiny(data, tmp_path / "r", tmp_path / "model", teacher=str(tmp_path / "same"), **short))
-    with pytest.raises(UserError, match="has other words than"):
-        train.main(prune_tiny(data, tmp_path / "s", tmp_path / "model", teacher=str(tmp_path / "another"), **short))
+    train.main(prune_tiny(tmp_path / "data", tmp_path / "r", source, teacher=str(tmp_path / "same"), **short))
+    with pytest.raises(UserError, match=r"another tokenizer than .*another's"):
+        train.main(prune_tiny(tmp_path / "data", tmp_path / "s", source, teacher=str(tmp_path / "another"), **short))
 
 
 def test_an_out_dir_that_holds_a_run_is_left_alone(data, source):
