@@ -3,7 +3,7 @@
 An arm is a line in ARMS that says what differs from the constant mix; a study is sources and the seeds of each arm.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import configurator
@@ -43,8 +43,11 @@ class Source:
 class Arm:
     mix: dict  # settings of every stage
     target: str = "4th"
-    # masks: prune, continue | only_masks, random, oneshot: all steps in one stage | oneshot_same: continue's steps only
+    # masks: published ones, then continue | only_masks, random: all steps in one stage | count: masks by count, and one
+    # schedule over both stages | oneshot: pruned by scores, then all steps | oneshot_same: then continue's steps only
     start: str = "masks"
+    prune: dict = field(default_factory=dict)  # settings of the pruning stage alone
+    distill: float = 0.0  # share of the source in the loss of both stages
     view: str = "plain"  # of the data: views.py
     evaluate: float = 1.0  # times as often
     carries_mix: bool = False  # continued training begins with the mix that pruning ended with
@@ -102,18 +105,43 @@ ARMS = {
     "paper_often": Arm(DYNAMIC, evaluate=4),
     "paper_seldom": Arm(DYNAMIC, evaluate=1 / 4),
 }
+
+
+def by_count(kappa: float, mask_lr: float, ramp: int, steps: int) -> Arm:
+    """Under the source as teacher, and with few evaluations: nothing hangs on them."""
+    masks = {"kappa": kappa, "mask_lr": mask_lr, "sparsity_warmup": ramp, "max_steps": steps}
+    return Arm({}, start="count", prune=masks, distill=0.9, evaluate=1 / 8)
+
+
+# What the defaults were chosen by, on seeds that nothing else uses.
+SWEEP = {
+    "oneshot-alone": Arm({}, start="oneshot", evaluate=1 / 8),
+    "oneshot-taught": Arm({}, start="oneshot", distill=0.9, evaluate=1 / 8),
+    "published-taught": Arm({}, distill=0.9, evaluate=1 / 8),
+    "published-alone": Arm({}, evaluate=1 / 8),
+}
+SWEEP |= {
+    f"count-k{k:g}-lr{lr:g}-ramp{ramp}-of{n}": by_count(k, lr, ramp, n)
+    for k, lr, ramp, n in (
+        *((3, 0.1, 64, 128), (3, 0.1, 64, 256), (3, 0.1, 32, 64), (3, 0.3, 64, 128), (10, 0.3, 64, 128)),
+        *((10, 0.3, 0, 128), (30, 1.0, 64, 128), (30, 1.0, 0, 128), (30, 1.0, 0, 384)),
+    )
+}
 HEADLINE = ("constant", "sheared", "paper")
 STUDIES = {  # source: arms and the number of their seeds
     "evidence": {"A": {arm: 8 if arm in HEADLINE else 3 for arm in ARMS}, "B": dict.fromkeys(HEADLINE, 5)},
     "smollm2": {"smollm2": dict.fromkeys(HEADLINE, 1)},
+    "sweep": {"A": dict.fromkeys(SWEEP, 3)},
 }
+FIRST_SEED = {"sweep": 101}  # else 1
+ARMS |= SWEEP
 
 
 def runs(study: str) -> list[str]:
     """The names of a study's runs, as A/paper/3: seed by seed, so that a part of them can be compared already."""
     arms = [(source, arm, seeds) for source, arms in STUDIES[study].items() for arm, seeds in arms.items()]
-    most = max(seeds for _, _, seeds in arms)
-    return [f"{source}/{arm}/{seed}" for seed in range(1, most + 1) for source, arm, n in arms if seed <= n]
+    most, first = max(seeds for _, _, seeds in arms), FIRST_SEED.get(study, 1)
+    return [f"{source}/{arm}/{first + i}" for i in range(most) for source, arm, n in arms if i < n]
 
 
 def stages(name: str, out: str, domains: tuple[str, ...] = ("all",), reference: tuple[float, ...] = ()) -> list[Config]:
@@ -147,14 +175,15 @@ def stages(name: str, out: str, domains: tuple[str, ...] = ("all",), reference: 
         heads = {name: getattr(source.pretrain, name) for name in ("head_dim", "rope_theta", "tied_embeddings")}
         heads["n_kv_heads"] = target["n_heads"] * source.pretrain.n_kv_heads // source.pretrain.n_heads
         return [stage(source.go_on, "pretrain", "", 1, stage="pretrain", max_steps=all_steps, **target, **heads)]
-    if arm.start == "oneshot":
-        return [stage(source.go_on, "continue", f"{folder}/oneshot", 2, max_steps=all_steps)]
-    if arm.start == "oneshot_same":
-        return [stage(source.go_on, "continue", f"{folder}/oneshot", 2)]
-    prune = stage(source.prune, "prune", start, 1, **target)
-    if arm.start == "only_masks":
+    taught = {"distill": arm.distill, "teacher": start if arm.distill else ""}
+    base, steps = source.prune, source.go_on.max_steps
+    if arm.start in ("count", "oneshot", "oneshot_same"):
+        base = replace(source.go_on, stage="prune", **{"max_steps": 0, **arm.prune})
+        steps = steps if arm.start == "oneshot_same" else all_steps - base.max_steps
+    prune = stage(base, "prune", start, 1, **target, **taught)
+    if arm.start == "only_masks" or not steps:
         return [replace(prune, max_steps=all_steps)]
-    return [prune, stage(source.go_on, "continue", f"{prune.out_dir}/model", 2)]
+    return [prune, stage(source.go_on, "continue", f"{prune.out_dir}/model", 2, max_steps=steps, **taught)]
 
 
 def source_folder(name: str, out: str) -> str:

@@ -36,9 +36,8 @@ from experiments.arms import ARMS, SOURCES, STUDIES, runs, source_folder, stages
 from metrics import read_metrics
 from model import LlamaConfig
 from out import MAY_CHANGE_ON_RESUME
-from prune import CountMasks, SampledMasks, extract, scores, target_config
+from prune import SampledMasks
 
-CALIBRATION = 64  # training windows that one-shot pruning looks at
 HISTORY = 16  # points of the mix's course that are recorded for a stage
 LAW_SEEDS = 3  # the seeds of constant and paper whose histories the law is fitted to afterwards
 FOUND_OUT = MAY_CHANGE_ON_RESUME | {"domains", "ratios", "reference_losses", "init_from"}  # the run sets these
@@ -47,7 +46,7 @@ ANEW = "begin anew with another --out"
 
 @dataclass(frozen=True)
 class Options:
-    study: str = "evidence"  # evidence | smollm2
+    study: str = "evidence"  # evidence | smollm2 | sweep
     out: str = "out/evidence"  # results.jsonl, metrics.jsonl of every stage, logs; weights while they are needed
     workers: int = 2  # runs at a time
     only: str = ""  # one run, as A/paper/3 or A/source, in this process; its record goes to its folder
@@ -113,16 +112,6 @@ def predictions(cfg: train.Config, clip: bool) -> dict:
     return {"predicted": predicted, "reached": evals[-1]["val_loss"]}
 
 
-def prune_at_once(cfg: train.Config, source: str, target: dict, data: Path) -> None:
-    """Write the model that the run continues with."""
-    text = loader(data / "plain", cfg.seq_len, "train", cfg.seed - 1)
-    batch = text.next_batch(0, text.size_M / text.size_M.sum(), CALIBRATION)
-    model = hf.load(source)
-    masks = CountMasks(model.config, target_config(model.config, **target))
-    masks.start(scores(model, masks.target, text.read(batch), "cpu"), train.ONE_SHOT)
-    hf.save(extract(model, masks), cfg.init_from)
-
-
 def source_record(name: str, opt: Options, data: Path) -> dict:
     """Train the source if it is one of ours; its record, without hashes."""
     source, configs = name.removesuffix("/source"), stages(name, opt.out)
@@ -147,8 +136,6 @@ def arm_record(name: str, opt: Options, data: Path) -> dict:
     reference = evaluate(hf.load(start), val, cfg.eval_sequences, cfg.micro_batch_size, "cpu").tolist()
     configs = stages(name, opt.out, val.domains, tuple(reference))
     loss, peaks, resumed, carried = {}, [], [], {}
-    if arm.start.startswith("oneshot"):
-        prune_at_once(configs[0], start, source.targets[arm.target], data)
     for cfg in configs:
         resumed.append(Path(cfg.out_dir, "metrics.jsonl").exists())
         train.main(replace(cfg, **carried))
@@ -207,7 +194,7 @@ def in_own_process(name: str, opt: Options) -> dict | None:
 
 
 def forget_weights(folder: Path) -> None:
-    for made in [path for models in ("model", "oneshot", "step_*") for path in folder.rglob(models)]:
+    for made in [path for models in ("model", "step_*") for path in folder.rglob(models)]:
         shutil.rmtree(made, ignore_errors=True)
 
 
