@@ -10,8 +10,9 @@ meta.json names the tokenizer in one of four ways; files lie in the data set's f
 The entry also holds what stands around a document, in ids. "before": what transformers puts in front of a text, BOS or
 nothing. "after": "eos", the id that ends a text, unless the same id stands in front already.
 
-A tokenizer has encode(text) -> ids, decode(ids) -> text without BOS and EOS, vocab_size, before, after, eos, and bos,
-the first of `before` or None. Text is always text: "<s>" inside a document never becomes a special token.
+A tokenizer has encode(text) -> ids, decode(ids) -> text without BOS and EOS, before, after, eos, and bos, the first of
+`before` or None. vocab_size counts all tokens, used_vocab_size those up to the last that can stand in a data set: an
+added <pad> often lies behind. Text is always text: "<s>" inside a document never becomes a special token.
 
 The folder also holds the same tokenizer as tokenizer.json and tokenizer_config.json, whatever its kind. They go with a
 model into its folder: transformers' AutoTokenizer loads them, gives the same ids, and puts the same in front.
@@ -24,6 +25,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import sentencepiece
 import tiktoken
@@ -34,6 +36,7 @@ from configurator import UserError
 from data.shards import read_json, sha256
 
 MODEL_FILE, JSON_FILE, CONFIG_FILE = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
+AGAIN = "copy it again from the model"
 FILES = {"sentencepiece": MODEL_FILE, "tiktoken": "tokenizer.tiktoken", "huggingface": JSON_FILE}
 SENTENCE_CHARS = 4000  # training takes text in pieces of this length; longer ones only cost memory
 SPACE = "\u2581"  # what sentencepiece writes for a space
@@ -43,18 +46,24 @@ PROBE = "\tif x:\n\t\treturn  1234\r\n\n       y = '\u00e9\u6f22\U0001f600\0'  I
 class Tokenizer:
     """What all kinds have in common: the tokens around a text."""
 
+    config, family, added = {}, "", {}  # of the files beside it: tokenizer_config.json, model_type, more tokens
+
     def surround(self, before: list[int], after: list[int], eos: int) -> None:
         """before, after: ids that a template puts around a text. EOS ends it, unless it is among them already."""
         self.before, self.eos, self.bos = before, eos, before[0] if before else None
         self.after = after if eos in (*before, *after) else [*after, eos]
         self.around = {*self.before, *self.after}
+        self.used_vocab_size = max(self.n_text, *(token + 1 for token in (*self.around, eos)))  # n_text: of texts alone
+
+    def decode(self, tokens: list[int]) -> str:
+        return self.model.decode([token for token in tokens if token not in self.around])
 
 
 class SentencePiece(Tokenizer):
-    """A sentencepiece model. Round trips are exact but for U+2581.
+    """A sentencepiece model and the tokens that a tokenizer_config.json adds. Round trips are exact but for U+2581.
 
     In front of a text: what a tokenizer.json beside it puts there; else BOS, unless the tokenizer_config.json beside it
-    has "add_bos_token": false. EOS: as given, or named in that file, or the model's own.
+    has "add_bos_token": false. BOS and EOS: as given, or named in that file, or the model's own.
     """
 
     def __init__(self, path: str | Path, eos: str = ""):
@@ -62,30 +71,36 @@ class SentencePiece(Tokenizer):
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError, ValueError):
             raise UserError(f"{path}: not a sentencepiece model: give the .model file (not .vocab or .json)") from None
-        self.encode, self.decode = self.model.encode, self.model.decode
-        self.vocab_size, bos, self.config = self.model.vocab_size(), self.model.bos_id(), settings_beside(path)[0]
-        end, unknown = self.model.piece_to_id(eos or self.config.get("eos_token") or ""), self.model.unk_id()
-        if end == unknown and not eos:
-            end = self.model.eos_id() if self.model.eos_id() >= 0 else bos
-        if end in (-1, unknown):
-            raise UserError(f"{path}: no piece {eos!r} to end a text: give --eos=PIECE")
+        self.encode, self.n_text, (self.config, model) = self.model.encode, len(self.model), settings_beside(path)
+        self.family, listed = model.get("model_type"), self.config.get("added_tokens_decoder") or {}
+        self.added = {by_name(token): int(i) for i, token in listed.items() if int(i) >= self.n_text}
+        self.vocab_size = 1 + max(self.n_text - 1, *self.added.values(), -1)
+        bos, end = self.id_of(self.config.get("bos_token"), self.model.bos_id()), self.model.eos_id()
+        end = self.id_of(named := eos or self.config.get("eos_token"), end if end >= 0 else bos)
+        if end < 0:
+            raise UserError(f"{path}: no piece {named or ''!r} to end a text: give --eos=PIECE")
         beside, first = Path(path).with_name(JSON_FILE), bos >= 0 and self.config.get("add_bos_token", True)
         before = template_of(read_tokenizer_json(beside))[0] if beside.is_file() else [bos] if first else []
         self.surround(before, [], end)
 
+    def id_of(self, name: str | None, own: int) -> int:
+        """A token by its name, the model's own where it has none; -1 where there is no such token."""
+        found = self.added.get(name, self.model.piece_to_id(name)) if name else own
+        return -1 if found == self.model.unk_id() else found
+
     def to_json(self) -> tokenizers.Tokenizer:
         """The text is one word; pieces join in the order of their scores; what has no piece becomes bytes."""
-        model, pieces = self.model, [self.model.id_to_piece(i) for i in range(self.vocab_size)]
+        model, pieces = self.model, [self.model.id_to_piece(i) for i in range(self.n_text)]
         special = [p for i, p in enumerate(pieces) if model.is_control(i) or model.is_unknown(i)]
         order = {p: -model.get_score(i) for i, p in enumerate(pieces) if p not in special and not model.is_byte(i)}
-        ids, unknown = {p: i for i, p in enumerate(pieces)}, pieces[model.unk_id()]
+        ids, unknown = {p: i for i, p in enumerate(pieces)} | self.added, pieces[model.unk_id()]
         out = tokenizers.Tokenizer(models.BPE(ids, joins(order), unk_token=unknown, fuse_unk=True, byte_fallback=True))
         prefix = model.encode("a", out_type=str)[0].startswith(SPACE)  # Llama 2 puts a space before every text
         steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
         out.decoder = decoders.Sequence(steps if prefix else steps[:3])
         steps = [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
         out.normalizer = normalizers.Sequence(steps if prefix else steps[1:])
-        return with_special(out, special, self.before)
+        return with_special(out, [*special, *self.added], self.before)
 
 
 class Tiktoken(Tokenizer):
@@ -93,13 +108,14 @@ class Tiktoken(Tokenizer):
 
     nfc = False  # whether text is first brought into Unicode's composed form: a round trip is exact up to that
 
-    def __init__(self, name: str):
+    def __init__(self, path: str):
+        name = path.removeprefix("tiktoken:")
         try:
             self.model = tiktoken.get_encoding(name)
         except (OSError, ValueError) as error:  # an OSError when there is no network
             hint = f"name one of {', '.join(tiktoken.list_encoding_names())}; to work offline set TIKTOKEN_CACHE_DIR"
             raise UserError(f"tiktoken:{name}: cannot be had ({type(error).__name__}): {hint}") from None
-        self.vocab_size = self.model.n_vocab
+        self.vocab_size, self.n_text = self.model.n_vocab, len(self.model._mergeable_ranks)
         self.surround([], [], self.model.eot_token)
 
     def encode(self, text: str) -> list[int]:
@@ -107,20 +123,14 @@ class Tiktoken(Tokenizer):
         text = unicodedata.normalize("NFC", text) if self.nfc else text
         return self.model.encode(text, disallowed_special=())  # encode_ordinary would panic then
 
-    def decode(self, tokens: list[int]) -> str:
-        return self.model.decode([token for token in tokens if token not in self.around])
-
     def to_json(self) -> tokenizers.Tokenizer:
         """Inside a word, which the pattern cuts, bytes join into the token of the lowest rank first."""
         character = byte_characters()
         ranks = {"".join(character[b] for b in token): rank for token, rank in self.model._mergeable_ranks.items()}
         special = self.model._special_tokens
         out = tokenizers.Tokenizer(models.BPE(ranks | special, joins(ranks), ignore_merges=True))
-        out.normalizer = normalizers.NFC() if self.nfc else None
         # In this library {1,3}+ is a repetition, not possessive; where tiktoken has it, + changes nothing.
-        pattern = tokenizers.Regex(re.sub(r"(\{\d+,\d*\})\+", r"\1", self.model._pat_str))
-        as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        out.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pattern, "isolated"), as_bytes])
+        split_as(out, re.sub(r"(\{\d+,\d*\})\+", r"\1", self.model._pat_str), self.nfc)
         out.decoder = decoders.ByteLevel()
         return with_special(out, list(special), self.before)
 
@@ -154,12 +164,13 @@ class Ranks(Tiktoken):
         name, n_special, bos, eos, self.nfc, pattern = FAMILIES[len(ranks)]
         special = {token: len(ranks) + i for i, token in enumerate(filter(None, (bos, eos)))}
         self.model = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-        self.vocab_size = len(ranks) + n_special
+        self.vocab_size, self.n_text = len(ranks) + n_special, len(ranks)
         self.surround([special[bos]] if bos else [], [], special[eos])
 
 
 # Of the classes that transformers 5.20.2 makes for a tokenizer.json, these put their own in front of a text, and not
-# what the file says: whether BOS. Any other takes the file's post-processor, whatever add_bos_token says.
+# what the file says: whether BOS. Any other takes the file's post-processor, whatever add_bos_token says. Beside a
+# mistral or qwen2 model the class that is named does not count.
 OWN_TEMPLATE = {"GPTNeoXTokenizer": False, "CodeLlamaTokenizer": True}
 CLASSES = {"gpt_neox": "GPTNeoXTokenizer", "code_llama": "CodeLlamaTokenizer"}  # of a model_type, if no class is named
 
@@ -180,18 +191,23 @@ class HuggingFace(Tokenizer):
         self.model.encode_special_tokens = True  # "special" added tokens are read as text
         ids, (self.config, model) = self.model.get_vocab(), settings_beside(path)
         self.vocab_size = max(ids.values(), default=-1) + 1  # ids may leave gaps
-        named = self.config.get("tokenizer_class") or model.get("tokenizer_class")
-        named = named or CLASSES.get(model.get("model_type"), "")
+        added = {i for i, token in self.model.get_added_tokens_decoder().items() if not token.special}
+        self.n_text = 1 + max([-1, *self.model.get_vocab(False).values(), *added])
+        named, self.family = self.config.get("tokenizer_class") or model.get("tokenizer_class"), model.get("model_type")
+        named = "" if self.family in ("mistral", "qwen2") else named or CLASSES.get(self.family, "")
         if (own := OWN_TEMPLATE.get(named.removesuffix("Fast"))) is not None:
             bos = ids.get(self.config.get("bos_token") or "<s>") if own else None
             self.model.post_processor = template(self.model, [] if bos is None else [bos])
         end = model.get("eos_token_id")
-        known = [self.model.id_to_token(i) for i in (end if isinstance(end, list) else [end]) if i is not None]
+        known = [name for i in (end if isinstance(end, list) else [end]) for name in ids if ids[name] == i]
         known += [name for name in self.END_OF_TEXT if name in ids]
-        eos = eos or self.config.get("eos_token") or next(filter(None, known), "")
+        eos = eos or self.config.get("eos_token") or next(iter(known), "")
         if eos not in ids:
             raise UserError(f"{path}: no token {eos!r} to end a text: give --eos=TOKEN, the model's own")
         self.surround(*template_of(self.model), ids[eos])
+
+    def to_json(self) -> tokenizers.Tokenizer:
+        return self.model
 
     def encode(self, text: str) -> list[int]:
         return self.model.encode(text, add_special_tokens=False).ids
@@ -200,7 +216,7 @@ class HuggingFace(Tokenizer):
         return self.model.decode([t for t in tokens if t not in self.around], skip_special_tokens=False)
 
 
-KINDS = {"sentencepiece": SentencePiece, "tiktoken": Ranks, "huggingface": HuggingFace}
+KINDS = {"sentencepiece": SentencePiece, "tiktoken": Ranks, "huggingface": HuggingFace, "name": Tiktoken}
 
 
 # ---- tokenizer.json and the files beside it
@@ -213,15 +229,28 @@ def read_tokenizer_json(path: str | Path) -> tokenizers.Tokenizer:
         raise UserError(f"{path}: not a tokenizer.json ({error}): give the model's file of that name") from None
 
 
-def settings_beside(path: str | Path) -> tuple[dict, dict]:
-    """tokenizer_config.json with special_tokens_map.json, and the model's config.json.
+TYPES = {"eos_token_id": int | list | None, "added_tokens_decoder": dict | None}
+TYPES |= dict.fromkeys(("tokenizer_class", "model_type", "bos_token", "eos_token", "pad_token"), str | None)
 
-    As in transformers 5.20.2 the map goes first, and counts for nothing where the other file lists all added tokens.
+
+def settings_beside(path: str | Path) -> tuple[dict, dict]:
+    """tokenizer_config.json with added_tokens.json and special_tokens_map.json, and the model's config.json.
+
+    As in transformers 5.20.2 the map goes first, and these two count for nothing where the first lists added tokens.
+    Raises UserError for a file that is broken.
     """
-    files = [Path(path).with_name(name) for name in (CONFIG_FILE, "special_tokens_map.json", "config.json")]
-    config, names, model = (read_json(f, "copy it again from the model") if f.is_file() else {} for f in files)
-    both = config if "added_tokens_decoder" in config else config | names
-    return {name: by_name(value) for name, value in both.items()}, model
+    names, found = (CONFIG_FILE, "added_tokens.json", "special_tokens_map.json", "config.json"), []
+    for file in (Path(path).with_name(name) for name in names):
+        content = read_json(file, AGAIN) if file.is_file() else {}
+        if file.name == "added_tokens.json":
+            content = {"added_tokens_decoder": {str(number): name for name, number in content.items()}}
+        found.append({name: by_name(value) for name, value in content.items()})
+        wrong = [name for name, kind in TYPES.items() if not isinstance(found[-1].get(name), kind)]
+        added = (found[-1].get("added_tokens_decoder") or {}).items() if not wrong else ()
+        if wrong := wrong or [i for i, token in added if not (i.isdigit() and isinstance(by_name(token), str))]:
+            raise UserError(f"{file}: {wrong[0]} is not what it should be: {AGAIN}")
+    config, added, names, model = found
+    return config if "added_tokens_decoder" in config else config | added | names, model
 
 
 def by_name(value: object) -> object:
@@ -258,6 +287,14 @@ def byte_characters() -> dict[int, str]:
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
+def split_as(out: tokenizers.Tokenizer, pattern: str, composed: bool) -> None:
+    """Text, in Unicode's composed form or as it is, is cut by the pattern, and a word into its bytes."""
+    out.normalizer = normalizers.NFC() if composed else None
+    cut = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    out.pre_tokenizer = pre_tokenizers.Sequence([cut, as_bytes])
+
+
 def with_special(out: tokenizers.Tokenizer, names: list[str], before: list[int]) -> tokenizers.Tokenizer:
     """Tokens that are known by name, and these in front of every text."""
     out.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
@@ -269,20 +306,29 @@ def write_json(tokenizer: Tokenizer, folder: str | Path) -> None:
     """tokenizer.json and tokenizer_config.json; not where another tool would get other ids from them.
 
     Those are sentencepiece models that normalise text, that are no BPE, or that have pieces of the user's own. The
-    class that is named takes tokenizer.json as it stands.
+    class that is named takes tokenizer.json as it stands, but for one kind of models: a warning says so.
     """
-    if isinstance(tokenizer, HuggingFace):
-        out, own = tokenizer.model, tokenizer.config
-    else:
-        own = {name: v for name, v in getattr(tokenizer, "config", {}).items() if name == "chat_template"}
-        out = tokenizer.to_json()
-        text = PROBE + tokenizer.decode(list(range(min(256, tokenizer.vocab_size))))
-        out.encode_special_tokens = True
-        if out.encode(text, add_special_tokens=False).ids != tokenizer.encode(text):
-            print(f"warning: {folder}: this tokenizer has no equal as a {JSON_FILE}: transformers will not load it")
-            return
+    out, text = tokenizer.to_json(), PROBE + tokenizer.decode([*range(min(256, tokenizer.n_text))])
+    out.encode_special_tokens, expected = True, tokenizer.encode(text)
+    if out.encode(text, add_special_tokens=False).ids != expected:
+        print(f"warning: {folder}: this tokenizer has no equal as a {JSON_FILE}: transformers will not load it")
+        return
+    if tokenizer.family == "qwen2":  # of which transformers 5.20.2 rebuilds the tokenizer, whatever is in the files
+        (theirs := tokenizers.Tokenizer.from_str(out.to_str())).encode_special_tokens = True
+        split_as(theirs, QWEN, composed=True)
+        if theirs.encode(text, add_special_tokens=False).ids != expected:
+            print(
+                f"warning: {folder}: AutoTokenizer of transformers 5 cuts text in Qwen's way beside every qwen2 model, "
+                "which gives other ids here: load this tokenizer by PreTrainedTokenizerFast.from_pretrained"
+            )
     out.save(str(Path(folder, JSON_FILE)))
-    config = {"clean_up_tokenization_spaces": False} | {name: v for name, v in own.items() if name != "auto_map"}
+    own = {name: value for name, value in tokenizer.config.items() if name != "auto_map"}
+    if not isinstance(tokenizer, HuggingFace):
+        kept = {"chat_template"} | ({"pad_token"} if own.get("pad_token") in out.get_vocab() else set())
+        own = {name: own[name] for name in sorted(kept & own.keys())}
+    if tokenizer.added:  # load_tokenizer needs it, too
+        own["added_tokens_decoder"] = {i: {"content": name, "special": True} for name, i in tokenizer.added.items()}
+    config = {"clean_up_tokenization_spaces": False} | own
     config |= {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": out.id_to_token(tokenizer.eos)}
     config |= {"bos_token": out.id_to_token(tokenizer.bos)} if tokenizer.before else {}
     if isinstance(tokenizer, SentencePiece) and not tokenizer.model.encode("a", out_type=str)[0].startswith(SPACE):
@@ -294,7 +340,9 @@ def write_json(tokenizer: Tokenizer, folder: str | Path) -> None:
 
 
 def kind_of(path: str | Path) -> str:
-    """By the content: Meta calls a file of ranks tokenizer.model, too."""
+    """By the content: Meta calls a file of ranks tokenizer.model, too. "name" is tiktoken:NAME."""
+    if str(path).startswith("tiktoken:"):
+        return "name"
     if not Path(path).is_file():
         what = "is a folder" if Path(path).is_dir() else "no such file"
         raise UserError(f"{path}: {what}: give a tokenizer.json, a sentencepiece .model or a file of tiktoken ranks")
@@ -327,22 +375,21 @@ def load_tokenizer(spec: dict, folder: str | Path) -> Tokenizer:
 
 def open_tokenizer(path: str | Path, eos: str = "") -> Tokenizer:
     """A file of any kind, or tiktoken:NAME. eos: the token that ends a text, by name, where the files name none."""
-    name, kind = str(path), None
-    if not name.startswith("tiktoken:") and (kind := kind_of(path)) != "tiktoken":
+    if (kind := kind_of(path)) in ("sentencepiece", "huggingface"):
         return KINDS[kind](path, eos)
     if eos:
         raise UserError(f"{path}: --eos is for a tokenizer.json or a sentencepiece model: this one has its own")
-    return KINDS[kind](path) if kind else Tiktoken(name.removeprefix("tiktoken:"))
+    return KINDS[kind](path)
 
 
 def install_tokenizer(path: str | Path, folder: str | Path, eos: str = "") -> dict:
     """Bring a tokenizer (see open_tokenizer) into a data set's folder; returns meta.json's entry. Raises UserError."""
-    tokenizer, kind = open_tokenizer(path, eos), None if str(path).startswith("tiktoken:") else kind_of(path)
-    content = Path(path).read_bytes() if kind else b""
+    tokenizer, kind = open_tokenizer(path, eos), kind_of(path)
+    content = b"" if kind == "name" else Path(path).read_bytes()
     for name in (JSON_FILE, CONFIG_FILE):  # may be another tokenizer's
         Path(folder, name).unlink(missing_ok=True)
     write_json(tokenizer, folder)
-    if not kind:
+    if kind == "name":
         spec = {"kind": "tiktoken", "name": tokenizer.model.name}
     else:
         target = Path(folder, FILES[kind])
@@ -383,8 +430,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -
     except RuntimeError as error:
         reason = str(error).strip().rpartition("] ")[2]  # after the place in sentencepiece's source
         raise UserError(f"no tokenizer of {vocab_size} pieces from these texts: {reason} Give more text") from None
-    for name in (JSON_FILE, CONFIG_FILE):  # may be another tokenizer's
-        Path(folder, name).unlink(missing_ok=True)
-    path = Path(folder, MODEL_FILE)
-    path.write_bytes(model.getvalue())
-    return install_tokenizer(path, folder)
+    with TemporaryDirectory() as alone:  # what lies beside a tokenizer counts
+        path = Path(alone, MODEL_FILE)
+        path.write_bytes(model.getvalue())
+        return install_tokenizer(path, folder)

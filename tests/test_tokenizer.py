@@ -14,7 +14,7 @@ import tiktoken_ext.openai_public
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from configurator import UserError
 from data import tokenizer as tok
@@ -149,6 +149,7 @@ def bpe(path, template="", eos="</s>"):
 
 
 LLAMA, FAST = {"tokenizer_class": "LlamaTokenizer"}, {"tokenizer_class": "PreTrainedTokenizerFast"}
+NEOX, CODE = {"tokenizer_class": "GPTNeoXTokenizerFast"}, {"tokenizer_class": "CodeLlamaTokenizer"}
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 TEXT_END, TOKEN = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}, {"content": "</s>", "lstrip": False}
 AROUND = {  # template, tokenizer_config.json, special_tokens_map.json, config.json, EOS; before, after a document
@@ -172,10 +173,13 @@ AROUND = {  # template, tokenizer_config.json, special_tokens_map.json, config.j
     ),
     "add_bos_token without a template": ("", LLAMA | NAMES | {"add_bos_token": True}, {}, {}, "", "</s>"),
     "add_bos_token against the template": ("<s> $A", FAST | NAMES | {"add_bos_token": False}, {}, {}, "<s>", "</s>"),
-    "code llama": ("", {"tokenizer_class": "CodeLlamaTokenizer"} | NAMES, {}, {"model_type": "llama"}, "<s>", "</s>"),
-    "gpt-neox": ("</s> $A", {"tokenizer_class": "GPTNeoXTokenizerFast"} | NAMES, {}, {}, "", "</s>"),
+    "code llama": ("", CODE | NAMES, {}, {"model_type": "llama"}, "<s>", "</s>"),
+    "gpt-neox": ("</s> $A", NEOX | NAMES, {}, {}, "", "</s>"),
     "gpt-neox by model_type": ("</s> $A", None, NAMES, {"model_type": "gpt_neox"}, "", "</s>"),
     "qwen": ("", {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "</s>"}, {}, {"model_type": "qwen2"}, "", "</s>"),
+    "gpt-neox beside a mistral": ("<s> $A", NEOX | NAMES, {}, {"model_type": "mistral"}, "<s>", "</s>"),
+    "gpt-neox beside a qwen2": ("<s> $A", NEOX | NAMES, {}, {"model_type": "qwen2"}, "<s>", "</s>"),
+    "code llama beside a mistral": ("", CODE | NAMES, {}, {"model_type": "mistral"}, "", "</s>"),
     "EOS put in front": ("</s> $A", FAST | NAMES, {}, {}, "</s>", ""),
     "EOS put behind": ("<s> $A </s>", FAST | NAMES, {}, {}, "<s>", "</s>"),
     "two in front": ("[gMASK] <sop> $A", FAST | NAMES, {}, {}, "[gMASK] <sop>", "</s>"),
@@ -251,6 +255,116 @@ def test_a_sentencepiece_model_has_bos_in_front_unless_the_files_beside_it_say_o
     ours, theirs = tok.load_tokenizer(spec, tmp_path / "data"), AutoTokenizer.from_pretrained(tmp_path / "data")
     assert (ours.before, ours.after) == (before, after)
     assert theirs("masked words").input_ids == [*before, *ours.encode("masked words")]
+
+
+CHAT = {
+    "350": {"content": "<|im_end|>", "special": True},
+    "351": {"content": "<|im_start|>"},
+    "360": "<pad>",
+    "1": "<s>",
+}
+CHAT = {
+    "tokenizer_class": "LlamaTokenizer",
+    "added_tokens_decoder": CHAT,
+    "eos_token": "<|im_end|>",
+    "pad_token": "<pad>",
+}
+LISTED = {"<|im_end|>": 350, "<|im_start|>": 351, "<pad>": 360}
+
+
+@pytest.mark.parametrize(
+    ("files", "after", "n_used"),
+    [
+        ({"tokenizer_config.json": CHAT}, 350, 351),
+        ({"added_tokens.json": LISTED, "special_tokens_map.json": {"eos_token": "<|im_start|>"}}, 351, 352),
+        ({"added_tokens.json": LISTED}, 2, 350),
+    ],
+)
+def test_tokens_that_files_beside_a_sentencepiece_model_add_to_it_are_kept(tmp_path, files, after, n_used):
+    llama_2(tmp_path / "tokenizer.model")
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    (tmp_path / "data").mkdir()
+    spec = tok.install_tokenizer(tmp_path / "tokenizer.model", tmp_path / "data")
+    ours, theirs = tok.load_tokenizer(spec, tmp_path / "data"), AutoTokenizer.from_pretrained(tmp_path / "data")
+    assert (ours.before, ours.after, ours.eos, ours.used_vocab_size) == ([1], [after], after, n_used)
+    assert [theirs.convert_tokens_to_ids(name) for name in ("<|im_end|>", "<|im_start|>", "<pad>")] == [350, 351, 360]
+    assert theirs.eos_token_id == after
+    assert theirs.pad_token == ("<pad>" if "tokenizer_config.json" in files else None)
+    for text in TEXTS:
+        ids = ours.encode(text)
+        assert theirs(text).input_ids == [1, *ids]
+        assert ours.decode([1, *ids, after]) == text
+    chat = theirs("<|im_start|>masked<|im_end|>", add_special_tokens=False).input_ids
+    assert (chat[0], chat[-1]) == (351, 350)
+    assert not {350, 351} & {*ours.encode("<|im_start|>masked<|im_end|>")}  # in a document it is text
+
+
+def test_an_eos_that_is_named_but_no_piece_is_refused(tmp_path):
+    llama_2(tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    with pytest.raises(UserError, match=r"no piece '<\|im_end\|>' to end a text: give --eos=PIECE"):
+        tok.open_tokenizer(tmp_path / "tokenizer.model")
+    assert tok.open_tokenizer(tmp_path / "tokenizer.model", eos="</s>").after == [2]
+
+
+def test_an_added_token_that_no_document_has_asks_for_no_row_of_a_model(tmp_path):
+    bpe(tmp_path, "<s> $A")
+    model = tok.read_tokenizer_json(tmp_path / "tokenizer.json")
+    size = model.get_vocab_size()
+    sizes = []
+    for token in ("<pad>", tokenizers.AddedToken("cat", special=False), "<end>"):
+        model.add_special_tokens([token]) if isinstance(token, str) else model.add_tokens([token])
+        model.save(str(tmp_path / "tokenizer.json"))
+        ours = tok.open_tokenizer(tmp_path / "tokenizer.json", eos="<end>" if token == "<end>" else "")
+        assert max(ours.encode("a <pad> cat <end>")) < ours.used_vocab_size
+        sizes.append((ours.vocab_size - size, ours.used_vocab_size - size))
+    assert sizes == [(1, 0), (2, 2), (3, 3)]  # ordinary added tokens stand in texts, EOS behind them
+
+
+SPLIT = {"qwen": tok.QWEN, "llama 3": tok.LLAMA_3, "of words": r"\S+|\s+"}
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("split", SPLIT)
+def test_a_qwen2_with_a_tokenizer_that_is_not_qwens_is_warned_of_and_told_how_to_load_it(
+    tmp_path, capsys, family, split
+):
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tok.split_as(model, SPLIT[split], composed=split == "qwen")
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=500, special_tokens=["</s>"], initial_alphabet=alphabet)
+    model.train_from_iterator(["1234 masks\n\n  "] * 9, trainer)
+    (tmp_path / "data").mkdir()
+    model.save(str(tmp_path / "tokenizer.json"))
+    for folder in (tmp_path, tmp_path / "data"):
+        (folder / "config.json").write_text(json.dumps({"model_type": family}))
+    tok.install_tokenizer(tmp_path / "tokenizer.json", tmp_path / "data")
+    text, foreign = "1234 masks\n\n  e\u0301", family == "qwen2" and split != "qwen"
+    said = "load this tokenizer by PreTrainedTokenizerFast.from_pretrained" in capsys.readouterr().out
+    alike = AutoTokenizer.from_pretrained(tmp_path / "data")(text).input_ids == model.encode(text).ids
+    assert (said, alike) == (foreign, not foreign)
+    assert PreTrainedTokenizerFast.from_pretrained(tmp_path / "data")(text).input_ids == model.encode(text).ids
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json", "config.json"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *('{"tokenizer_class": 3}', '{"eos_token": ["</s>"]}', '{"eos_token": {"id": 2}}', '{"eos_token_id": "x"}'),
+        *('{"eos_token": {"content": 2}}', '{"bos_token": 1}', '{"model_type": ["llama"]}', "[", ""),
+        *('{"added_tokens_decoder": [1]}', '{"added_tokens_decoder": {"x": "<pad>"}}'),
+        '{"added_tokens_decoder": {"9": {"special": true}}}',
+    ],
+)
+def test_a_broken_file_beside_a_tokenizer_is_named(tmp_path, file, content):
+    (tmp_path / "bpe").mkdir()
+    llama_2(tmp_path / "tokenizer.model")
+    bpe(tmp_path / "bpe", "<s> $A")
+    for path in (tmp_path / "tokenizer.model", tmp_path / "bpe" / "tokenizer.json"):
+        path.with_name(file).write_text(content)
+        with pytest.raises(UserError, match=rf"{file}: .*: copy it again from the model"):
+            tok.open_tokenizer(path)
 
 
 def test_a_tokenizer_takes_nothing_from_another_that_was_in_its_folder(tmp_path):
