@@ -86,6 +86,15 @@ def load_any(path: str | Path, device: str) -> Llama:
     return (extract(model, masks) if masks else model).to(device)
 
 
+def homes_of(path: str | Path) -> list[Path]:
+    """Where the tokenizer of a model is: in its folder, or in those that a checkpoint's run began from."""
+    folder = Path(path)
+    if not (folder / checkpoint.STATE).is_file():
+        return [folder]
+    run = checkpoint.read_state(folder)["config"]
+    return [Path(run[name]) for name in ("init_from", "data") if run[name]]
+
+
 @dataclass(frozen=True)
 class Config:
     data: str = "data/embedded"  # folder of a data set, prepared with the model's own tokenizer
@@ -98,11 +107,15 @@ class Config:
 
 def main(cfg: Config, folder: str) -> None:
     check_device(cfg.device)
+    for name in ("seq_len", "sequences", "batch_size"):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"{name} = {getattr(cfg, name)}: must be at least 1")
     model, domains = load_any(folder, cfg.device), cfg.domains or tuple(read_meta(cfg.data)["domains"])
     val = DomainLoader(cfg.data, domains, cfg.seq_len, seed=0, split="val")
     if val.vocab_size > model.config.vocab_size:
         raise UserError(f"{cfg.data}: has more tokens than the model: prepare it with the model's own tokenizer")
-    hf.check_tokenizer(folder, cfg.data)
+    for home in homes_of(folder):
+        hf.check_tokenizer(home, cfg.data)
     if cfg.seq_len > model.config.context:
         print(f"warning: seq_len = {cfg.seq_len} exceeds the model's context of {model.config.context} tokens")
     loss_M = evaluate(model, val, cfg.sequences, cfg.batch_size, cfg.device)

@@ -18,7 +18,6 @@ import checkpoint
 import configurator
 import hf
 from configurator import UserError
-from data.tokenizer import open_tokenizer, write_json
 from evaluate import load_any
 from metrics import read_metrics
 from model import Llama
@@ -111,8 +110,6 @@ def main(cfg: Config, source: str, target: str) -> None:
     hf.save(model, out, getattr(torch, cfg.dtype), folders)
     (out / "README.md").write_text(card(out.name, model, history, cfg.dtype), encoding="utf-8")
     print(f"{out}: {model.n_parameters():,} parameters, {cfg.dtype}; the card is its README.md")
-    if (out / "tokenizer.model").is_file() and not (out / "tokenizer.json").is_file():
-        write_json(open_tokenizer(out / "tokenizer.model"), out)  # for AutoTokenizer
     if not any((out / name).is_file() for name in hf.TOKENIZERS):
         print("warning: no tokenizer was found: copy tokenizer.json and tokenizer_config.json there")
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from configurator import UserError
-from data.shards import read_json
+from data.shards import LFS, read_json
 from model import FAMILIES, Llama, LlamaConfig
 
 INDEX = "model.safetensors.index.json"
@@ -31,6 +32,7 @@ OTHER_WEIGHTS = {  # what may be there in their place: what makes a model folder
     "adapter_model.*": "an adapter: merge it into its model with peft's merge_and_unload",
     "*.gguf": "AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE)",
     "consolidated.*": "Meta's format: transformers' convert_llama_weights_to_hf",
+    "model.*.safetensors": "a variant: rename it to model.safetensors",
     "*.safetensors": f"parts of a model without their {INDEX}: copy that too",
     "pytorch_model-*.bin": "parts of a model without their pytorch_model.bin.index.json: copy that too",
 }
@@ -38,11 +40,12 @@ GENERATION = "generation_config.json"
 SHARD_BYTES = 5 * 10**9  # of a safetensors file at most, as tools expect
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors names them
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # a folder with one of these has a tokenizer
-FAST = ("tokenizer.json", "tokenizer_config.json")  # what transformers' AutoTokenizer needs
-CARRIED = (  # what goes with the weights into every folder: the tokenizer, and the licence of the source
-    *(*FAST, "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
-    *("chat_template.jinja", GENERATION, "LICENSE*", "NOTICE*", "USE_POLICY*"),
+SETTINGS = "tokenizer_config.json"
+CARRIED = (  # what goes with the weights into every folder: what belongs to the tokenizer, and the source's licence
+    *(SETTINGS, "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    *("chat_template.jinja", "additional_chat_templates/*.jinja", GENERATION, "LICENSE*", "NOTICE*", "USE_POLICY*"),
 )
+SAMPLING = ("temperature", "top_p", "top_k", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 # ---- config.json
 
@@ -107,6 +110,7 @@ def to_hugging_face(config: LlamaConfig, dtype: torch.dtype = torch.float32) -> 
         "model_type": family,
         "hidden_act": "silu",
         "torch_dtype": str(dtype).removeprefix("torch."),
+        "transformers_version": "5.20.2",  # without one, it advises a setting that changes token ids
         **{theirs: ours[name] for name, theirs in HF_NAMES.items()},
         **({"rope_scaling": config.rope_scaling} if config.rope_scaling else {}),
     }
@@ -118,7 +122,9 @@ def read_config(folder: str | Path) -> LlamaConfig:
     eos_token_id: the ids of config.json and of generation_config.json, at any of which a text ends.
     """
     path = Path(folder, "config.json")
-    theirs = read_json(path, "a model is a folder; `hf download NAME --local-dir=FOLDER` brings one")
+    inside = [*path.parent.glob("model/config.json"), *path.parent.glob("snapshots/*/config.json")]
+    advice = f"give {inside[0].parent}" if inside else "`hf download NAME --local-dir=FOLDER` brings one"
+    theirs = read_json(path, f"a model is a folder with it; {advice}")
     by_name = {f.architecture: family for family, f in FAMILIES.items()}
     family = theirs.get("model_type") or by_name.get((theirs.get("architectures") or [""])[0])
     try:
@@ -131,16 +137,19 @@ def read_config(folder: str | Path) -> LlamaConfig:
             raise UserError(f"not supported: {reason}")
         if family != "mistral":
             theirs["sliding_window"] = None  # the others have none, or have it switched off
-        generation = Path(folder, GENERATION)
-        generation = read_json(generation, "remove it or copy it again") if generation.is_file() else {}
-        theirs["eos_token_id"] = merged_ids(theirs.get("eos_token_id"), generation.get("eos_token_id"))
-        values = {ours: theirs[key] for ours, key in HF_NAMES.items() if theirs.get(key) is not None}
-        values["rope_theta"] = rope["rope_theta"]
-        values.setdefault("n_kv_heads", values["n_heads"])  # a wrong guess of these two does not fit the tensors
-        values.setdefault("head_dim", values["hidden_size"] // values["n_heads"])
+        theirs["eos_token_id"] = merged_ids(theirs.get("eos_token_id"), _generation(folder).get("eos_token_id"))
         scaling = {key: rope[key] for key in rope.keys() - {"type", "rope_theta", "partial_rotary_factor"}}
         scaling = None if scaling["rope_type"] == "default" else scaling
+        values = {ours: theirs[key] for ours, key in HF_NAMES.items() if key in theirs}
+        values["rope_theta"] = rope["rope_theta"]
+        guessed = {"n_kv_heads", "head_dim"} - {name for name, value in values.items() if value is not None}
+        values = {name: value for name, value in values.items() if name not in guessed}
+        _check_types(values, scaling or {})
+        values.setdefault("n_kv_heads", values["n_heads"])  # a wrong guess of these two does not fit the tensors
+        values.setdefault("head_dim", values["hidden_size"] // values["n_heads"])
         config = LlamaConfig(**values, family=family, rope_scaling=scaling)
+        if config.pad_token_id is not None and not 0 <= config.pad_token_id < config.vocab_size:
+            config = replace(config, pad_token_id=None)  # transformers does not load one beyond the embedding
         return replace(config, tied_embeddings=config.tied_embeddings and not _has_head_of_its_own(Path(folder)))
     except (KeyError, TypeError, AttributeError, ZeroDivisionError, UserError) as error:
         said = f"config.json does not say {error}" if isinstance(error, KeyError) else error
@@ -153,10 +162,29 @@ def _rope(theirs: dict) -> dict:
     places = [theirs[key] for key in ("rope_scaling", "rope_parameters") if theirs.get(key)] or [{}]
     theta = {"rope_theta": theirs["rope_theta"]} if "rope_theta" in theirs else {}
     found = [{"rope_type": place.get("type", "default")} | theta | place for place in places]
+    name = "original_max_position_embeddings"
+    for rope in (rope for rope in found if rope["rope_type"] == "llama3"):
+        rope[name] = theirs.get(name, rope.get(name, theirs.get("max_position_embeddings")))  # the top level wins
     meant = [{key: value for key, value in rope.items() if key != "type"} for rope in found]
     if meant[0] != meant[-1]:
         raise UserError(f"rope_scaling means {meant[0]}, rope_parameters {meant[-1]}: remove the one that is not meant")
     return found[0]
+
+
+def _check_types(values: dict, scaling: dict) -> None:
+    """Raises UserError for a value of config.json of another type than model.py's; an int serves as a float."""
+    kinds = get_type_hints(LlamaConfig)
+    typed = [(HF_NAMES[name], value, kinds[name]) for name, value in values.items()]
+    typed += [(name, value, float) for name, value in scaling.items() if name != "rope_type"]
+    for name, value, kind in typed:
+        items = value if isinstance(value, list) else ()
+        if not all(isinstance(v, int | float if kind is float else kind) for v in (value, *items)):
+            raise UserError(f"{name} = {value!r}: must be {getattr(kind, '__name__', kind)}")
+
+
+def _generation(folder: str | Path) -> dict:
+    path = Path(folder, GENERATION)
+    return read_json(path, "remove it or copy it again") if path.is_file() else {}
 
 
 def merged_ids(*places: int | list | None) -> int | list | None:
@@ -259,8 +287,15 @@ def _pickled(path: Path) -> dict[str, Tensor]:
         found = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         return {key: found[key] for key in found if isinstance(found[key], Tensor)}
     except (OSError, RuntimeError, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{path}: not a readable file of weights ({reason}): copy it again") from None
+        raise _unreadable(path, str(error).partition("\n")[0]) from None
+
+
+def _unreadable(path: Path, reason: object) -> UserError:
+    with open(path, "rb") as f:
+        if f.read(len(LFS)) == LFS:
+            return UserError(f"{path}: only a pointer of Git LFS: git lfs pull gets the file")
+    what = "file of weights" if path.suffix == ".bin" else "safetensors file"
+    return UserError(f"{path}: not a readable {what} ({reason}): copy it again")
 
 
 def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -273,25 +308,25 @@ def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
             stored = {key: f.get_slice(key) for key in f.keys()}  # noqa: SIM118 (not a dict)
             return {key: (tuple(t.get_shape()), t.get_dtype()) for key, t in stored.items()}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error}): copy it again") from None
+        raise _unreadable(path, error) from None
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that transformers reads, sorted. Raises UserError where there are none, and for a folder in which
     transformers would load an adapter's model instead."""
     named = read_json(folder / "config.json", "copy it again").get("transformers_weights")
-    found = next((folder / name for name in (named, *WEIGHTS) if name and (folder / name).is_file()), None)
-    others = {pattern: what for pattern, what in OTHER_WEIGHTS.items() if any(folder.glob(pattern))}
+    expected = (named,) if named else WEIGHTS
+    found = next((folder / name for name in expected if (folder / name).is_file()), None)
+    others = [f"{pattern} is {what}" for pattern, what in OTHER_WEIGHTS.items() if any(folder.glob(pattern))]
     if (folder / "adapter_config.json").is_file():
-        others, found = {"adapter_config.json": OTHER_WEIGHTS["adapter_model.*"]}, None
+        others, found = [f"adapter_config.json is {OTHER_WEIGHTS['adapter_model.*']}"], None
     if found is None:
-        there = "; ".join(f"{pattern} is {what}" for pattern, what in others.items())
-        raise UserError(
-            f"{folder}: expected {' or '.join(WEIGHTS)}; {there or 'there are no weights: copy them there'}"
-        )
+        there = others[0] if others else "there are no weights: copy them there"
+        raise UserError(f"{folder}: expected {' or '.join(expected)}; {there}")
     if not found.name.endswith(".index.json"):
         return [found]
-    names = set(read_json(found, "copy it again from the model").get("weight_map", {}).values())
+    weight_map = read_json(found, "copy it again from the model").get("weight_map")
+    names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
     if absent := sorted(name for name in names if not (folder / name).is_file()) or (not names and ["any file"]):
         raise UserError(
             f"{found}: names {absent[0]}, which is not there ({len(absent)} missing): copy it from the model"
@@ -300,15 +335,27 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_tokenizer(folder: str | Path, data: str | Path) -> None:
-    """Raises UserError where a model and a data set have two tokens for one id, by their tokenizer.json."""
-    files = [Path(place, "tokenizer.json") for place in (folder, data)]
-    if not all(file.is_file() for file in files):
-        return
-    theirs, ours = (dict(read_json(file, "copy it again")["model"]["vocab"]) for file in files)
-    token_of = {number: token for token, number in ours.items()}
-    if other := next((token for token, number in theirs.items() if token_of.get(number, token) != token), None):
-        words = f"token {theirs[other]} is {other!r} for the model and {token_of[theirs[other]]!r} in the data"
+    """Raises UserError where a model and a data set have two tokens for one id, by their tokenizers' files."""
+    theirs, ours = _tokens(folder), _tokens(data)
+    if (i := _clash(theirs, ours)) is not None:
+        words = f"token {i} is {theirs[i]!r} for the model and {ours[i]!r} in the data"
         raise UserError(f"{data}: was made with another tokenizer than {folder}'s ({words}): prepare it with that one")
+
+
+def _clash(theirs: dict[int, str], ours: dict[int, str]) -> int | None:
+    """An id that is not the same token in both."""
+    return next((i for i in theirs.keys() & ours.keys() if theirs[i] != ours[i]), None)
+
+
+def _tokens(folder: str | Path) -> dict[int, str]:
+    """The vocabulary of a folder's tokenizer without added tokens; {} where there is none. Raises UserError."""
+    from data.tokenizer import open_tokenizer, read_tokenizer_json  # noqa: PLC0415 (brings three libraries)
+
+    file = next((Path(folder, name) for name in TOKENIZERS if Path(folder, name).is_file()), None)
+    if file is None:
+        return {}
+    json_form = read_tokenizer_json(file) if file.suffix == ".json" else open_tokenizer(file).to_json()
+    return {i: token for token, i in json_form.get_vocab(with_added_tokens=False).items()}
 
 
 # ---- writing
@@ -342,24 +389,47 @@ def save(model: Llama, folder: str | Path, dtype: torch.dtype = torch.float32, t
         weight_map = {key: name for name, group in zip(names, groups, strict=True) for key in group}
         size = model.n_parameters() * dtype.itemsize
         _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
-    copy_tokenizer(tokenizer, folder)
-    generation = json.loads((folder / GENERATION).read_text()) if (folder / GENERATION).is_file() else {}
+    settings = read_json(folder / SETTINGS, "copy it again") if copy_tokenizer(tokenizer, folder) else {}
+    generation, longest = _generation(folder), model.config.max_position_embeddings
     ids = {f"{name}_token_id": getattr(model.config, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    if found := generation | {name: value for name, value in ids.items() if value is not None}:
-        _write_json(folder / GENERATION, found)
+    found = generation | {name: value for name, value in ids.items() if value is not None}
+    if found.get("do_sample") is not True:  # transformers does not save such a model again
+        found = {name: value for name, value in found.items() if name not in SAMPLING}
+    for name, said, length in ((GENERATION, found, "max_length"), (SETTINGS, settings, "model_max_length")):
+        if isinstance(said.get(length), int | float) and said[length] < longest:
+            said[length] = longest  # the model was trained on longer sequences than its source
+        if said:
+            _write_json(folder / name, said)
 
 
 def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def copy_tokenizer(sources: Sequence[str | Path], folder: Path) -> None:
-    """The files of the first source that has a tokenizer; tokenizer.json from a later one if need be: a sentencepiece
-    model, say, that a data set has in both forms."""
+def copy_tokenizer(sources: Sequence[str | Path], folder: Path) -> bool:
+    """The tokenizer of the first source that has one, with what belongs to it. Whether there is a tokenizer.json now.
+
+    tokenizer.json comes from a later source with the same tokens if need be: a data set has a sentencepiece model in
+    both forms. It is written anew, for a class that takes it as it stands: transformers 5 makes others from a part of
+    it, and gives other ids.
+    """
+    from data.tokenizer import open_tokenizer, write_json  # noqa: PLC0415
+
     homes = [Path(s) for s in sources if s and any(Path(s, name).is_file() for name in TOKENIZERS)]
-    fast = [home for home in homes if (home / "tokenizer.json").is_file()]
-    taken = {f.name: f for home in homes[:1] for pattern in CARRIED for f in home.glob(pattern)}
-    taken |= {f.name: f for home in fast[:1] for name in FAST for f in home.glob(name)}
-    for name, file in taken.items():
-        if file.parent.resolve() != folder.resolve():
-            shutil.copyfile(file, folder / name)
+    for file in [f for home in homes[:1] for pattern in CARRIED for f in home.glob(pattern) if f.is_file()]:
+        target = folder / file.relative_to(homes[0])
+        target.parent.mkdir(exist_ok=True)
+        if file.resolve() != target.resolve():
+            shutil.copyfile(file, target)
+    problem = None
+    for home in sorted(homes, key=lambda home: not (home / "tokenizer.json").is_file()):
+        try:
+            if _clash(_tokens(homes[0]), _tokens(home)) is None:
+                name = next(name for name in TOKENIZERS if (home / name).is_file())
+                write_json(open_tokenizer(home / name), folder)
+                return (folder / "tokenizer.json").is_file()
+        except UserError as error:
+            problem = problem or error
+    if problem:
+        print(f"warning: {folder}: has no tokenizer.json: {problem}")
+    return False

@@ -14,10 +14,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-import checkpoint
 import configurator
 from configurator import UserError
-from evaluate import check_device, load_any
+from data.tokenizer import read_tokenizer_json
+from evaluate import check_device, homes_of, load_any
 from model import Cache, Llama
 
 INCOMPLETE = "\ufffd"  # what decoders put in the place of bytes that are not a character yet
@@ -34,14 +34,11 @@ class Config:
 
 def tokenizer_of(folder: Path) -> Tokenizer:
     """Raises UserError where there is no tokenizer.json."""
-    places = [folder]
-    if (folder / checkpoint.STATE).is_file():
-        run = checkpoint.read_state(folder)["config"]
-        places += [Path(run[name]) for name in ("init_from", "data") if run[name]]
-    file = next((place / "tokenizer.json" for place in places if (place / "tokenizer.json").is_file()), None)
+    files = [home / "tokenizer.json" for home in (folder, *homes_of(folder))]
+    file = next((file for file in files if file.is_file()), None)
     if file is None:
         raise UserError(f"{folder}: no tokenizer.json: copy that of the model or of the data set it was trained on")
-    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer = read_tokenizer_json(file)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -91,6 +88,8 @@ def main(cfg: Config, folder: str, prompt: str) -> None:
     tokens, context = tokenizer.encode(prompt).ids, model.config.context
     if not 0 < len(tokens) < context:
         raise UserError(f"the prompt has {len(tokens)} tokens: 1 to {context - 1} fit into the model's context")
+    if beyond := [tokenizer.id_to_token(i) for i in tokens if i >= model.config.vocab_size]:
+        raise UserError(f"the prompt has {beyond[0]!r}, which is in the tokenizer and not in the model: leave it out")
     print(prompt, end="", flush=True)
     for piece in pieces(tokenizer.decode, tokens, generate(model, tokens, cfg)):
         print(piece, end="", flush=True)

@@ -9,13 +9,14 @@ A data set is one folder with meta.json and shards {domain}_{split}_{number:06d}
 
     {"version": 2, "command": "python data/prepare.py ...",
      "tokenizer": {"kind": "sentencepiece", "file": "tokenizer.model", "sha256": "...", ...},
-     "vocab_size": 4096, "bos": 1, "eos": 2,
+     "vocab_size": 4096, "used_vocab_size": 4096, "bos": 1, "eos": 2,
      "domains": {"python": {"train": {"tokens": 9, "bytes": 30, "documents": 2,
                                       "shards": [{"file": "...", "tokens": 9, "sha256": "..."}]}, "val": {...}}}}
 
 "bytes" counts the UTF-8 text behind the tokens: with it a loss becomes bits per byte. Documents are packed one after
 the other as BOS + text + EOS. "bos" is null where the tokenizer puts nothing in front, and one token is enough where
-both are the same. Version 1 had no EOS: a model that is trained on it unlearns to end a text, so it is refused.
+both are the same. The ids of the data are less than "used_vocab_size": a tokenizer may have tokens behind it that no
+document holds, such as an added <pad>, and a model needs no rows for them. Version 1 had no EOS: a model that is trained on it unlearns to end a text, so it is refused.
 
 `python -m data.shards --data=FOLDER` compares a data set with its checksums.
 """
@@ -39,6 +40,7 @@ SPLITS = ("train", "val")
 DOMAIN = re.compile(r"\w[\w.-]*", re.ASCII)  # names of domains are parts of file names
 AGAIN = "prepare the data set again"
 VERSION = 2  # of meta.json
+LFS = b"version https://git-lfs"  # how the pointer begins that stands for a file which was not fetched
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -86,9 +88,16 @@ def sha256(path: str | Path) -> str:
 def read_json(path: str | Path, what_to_do: str) -> dict:
     """The JSON object in a file. Raises UserError."""
     try:
-        return dict(json.loads(Path(path).read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: not a JSON object that can be read ({error}): {what_to_do}") from None
+        content = Path(path).read_bytes()
+        if content.startswith(LFS):
+            raise UserError(f"{path}: only a pointer of Git LFS: git lfs pull gets the file")
+        if not isinstance(found := json.loads(content), dict):
+            raise ValueError(f"a {type(found).__name__}")
+        return found
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): {what_to_do}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not a JSON object ({error}): {what_to_do}") from None
 
 
 def write_meta(folder: str | Path, meta: dict) -> None:
@@ -100,6 +109,8 @@ def write_meta(folder: str | Path, meta: dict) -> None:
 def read_meta(folder: str | Path) -> dict:
     """meta.json of a data set. Raises UserError when it is not there, too old or lacks what training reads."""
     path = Path(folder, "meta.json")
+    if not path.is_file() and Path(folder, "config.json").is_file():
+        raise UserError(f"{folder}: a model's folder: data is a folder that data/prepare.py has written")
     if not path.is_file():
         raise UserError(f"{path}: not found: prepare the data set first (the demo's: python data/embedded/prepare.py)")
     meta = read_json(path, AGAIN)
@@ -108,6 +119,9 @@ def read_meta(folder: str | Path) -> dict:
     if (version := meta.get("version", 1)) != VERSION:
         why = "its documents do not end with EOS: " if version == 1 else ""
         raise UserError(f"{path}: version {version}, expected {VERSION}: {why}make it anew: {command_of(meta, folder)}")
+    meta = {"used_vocab_size": meta["vocab_size"]} | meta
+    if wrong := [name for name in ("vocab_size", "used_vocab_size") if type(meta[name]) is not int or meta[name] < 1]:
+        raise UserError(f"{path}: {wrong[0]} is {meta[wrong[0]]!r}: {AGAIN}")
     return meta
 
 

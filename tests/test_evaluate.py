@@ -1,12 +1,17 @@
 """evaluate.py: the loss of each domain against one forward pass a window, and what the command prints."""
 
+import dataclasses
+import shutil
+
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from test_model import random_model
 
 import evaluate
 import hf
+import train
 from configurator import UserError
 from data.loader import DomainLoader
 from data.shards import write_meta, write_shard
@@ -54,6 +59,32 @@ def test_the_command_prints_a_line_a_domain_and_the_mean(data, tmp_path, capsys)
     x, y, mean = ([float(value) for value in line[1:]] for line in lines)
     assert x[1] == pytest.approx(np.exp(x[0]), abs=0.01)
     assert mean == pytest.approx([(a + b) / 2 for a, b in zip(x, y, strict=True)], abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["seq_len", "sequences", "batch_size"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_numbers_that_leave_nothing_to_measure_are_refused(name, value, data, tmp_path):
+    hf.save(random_model(), tmp_path)
+    cfg = dataclasses.replace(evaluate.Config(data=data, seq_len=T, device="cpu"), **{name: value})
+    with pytest.raises(UserError, match=f"{name} = {value}: must be at least 1"):
+        evaluate.main(cfg, str(tmp_path))
+
+
+def test_a_checkpoint_is_not_measured_on_data_of_another_tokenizer(data, tmp_path):
+    for name, tokens in (("source", ["a", "b"]), ("other", ["b", "a"])):
+        (tmp_path / name).mkdir()
+        model = tokenizers.models.WordLevel({token: i for i, token in enumerate(tokens)}, "a")
+        tokenizers.Tokenizer(model).save(str(tmp_path / name / "tokenizer.json"))
+    shutil.copytree(data, tmp_path / "other", dirs_exist_ok=True)
+    hf.save(random_model(), tmp_path / "source")
+    run = train.Config(stage="continue", init_from=str(tmp_path / "source"), data=data, out_dir=str(tmp_path / "run"))
+    small = dict(seq_len=T, batch_size=2, micro_batch_size=2, max_steps=1, eval_sequences=2, device="cpu")
+    train.main(dataclasses.replace(run, **small, lr_warmup=0))
+    folder = str(tmp_path / "run/step_000001")
+    cfg = evaluate.Config(data=str(tmp_path / "other"), seq_len=T, sequences=2, device="cpu")
+    evaluate.main(dataclasses.replace(cfg, data=data), folder)
+    with pytest.raises(UserError, match="token 0 is 'a' for the model and 'b' in the data"):
+        evaluate.main(cfg, folder)
 
 
 def test_a_data_set_with_more_tokens_than_the_model_is_refused(data, tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from test_model import FAMILIES, V, close, greedy, greedy_in_transformers, reference_model, tokens
-from test_sample import write_tokenizer
+from test_sample import TEXT, write_tokenizer
 from test_tokenizer import DOCUMENTS, MADE, RANKS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -63,8 +63,9 @@ def runs(tmp_path_factory):
     write_meta(data, meta)
     reference_model("qwen3").save_pretrained(source)
     write_tokenizer(source)
-    for name in ("tokenizer_config.json", "merges.txt", "LICENSE"):
-        (source / name).write_text(f"{{}} {name}")
+    (source / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizerFast"}')
+    for name in ("merges.txt", "LICENSE"):
+        (source / name).write_text(name)
     common = dict(data=str(data), seq_len=16, batch_size=4, micro_batch_size=4, device="cpu", lr=1e-3)
     common |= dict(eval_interval=2, eval_sequences=4, save_interval=2)
     prune = dict(stage="prune", out_dir=str(folder / "prune"), init_from=str(source), max_steps=4, sparsity_warmup=2)
@@ -90,7 +91,9 @@ def test_a_run_is_exported_as_a_folder_with_tokenizer_and_card(form, runs, tmp_p
     written = {f.name for f in (tmp_path / "small").iterdir()}
     carried = {"tokenizer.json", "tokenizer_config.json", "merges.txt", "generation_config.json", "LICENSE"}
     assert written == {"config.json", "model.safetensors", "README.md"} | carried
-    assert (tmp_path / "small/merges.txt").read_text() == "{} merges.txt"
+    assert (tmp_path / "small/merges.txt").read_text() == "merges.txt"
+    text, tokenizer = TEXT + "<s>", AutoTokenizer.from_pretrained(tmp_path / "small")
+    assert tokenizer(text).input_ids == sample.tokenizer_of(runs / "source").encode(text).ids
 
     card = (tmp_path / "small/README.md").read_text()
     assert f"{ours.n_parameters():,} parameters" in card
@@ -196,6 +199,14 @@ def test_a_model_without_a_run_or_tokenizer_is_exported_with_a_warning(runs, tmp
     export.main(export.Config(), str(tmp_path / "model"), str(tmp_path / "out"))
     assert "warning: no tokenizer was found" in capsys.readouterr().out
     assert "No record of a run" in (tmp_path / "out/README.md").read_text()
+
+
+def test_a_tokenizer_that_cannot_be_read_is_named_by_the_export(runs, tmp_path, capsys):
+    hf.save(hf.load(runs / "go/model"), tmp_path / "model")
+    (tmp_path / "model/tokenizer.model").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\n")
+    export.main(export.Config(), str(tmp_path / "model"), str(tmp_path / "out"))
+    assert "only a pointer of Git LFS" in capsys.readouterr().out
+    assert hf.load(tmp_path / "out")
 
 
 def test_a_folder_that_holds_something_is_never_written_into(runs, tmp_path):

@@ -9,17 +9,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import test_tokenizer
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from test_model import ADDED, FAMILIES, LINEAR, LLAMA_3, V, close, random_model, reference_model, tokens
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import configurator
 import hf
 import model as m
 import train
 from configurator import UserError
+from data import tokenizer as tok
 
 
 @pytest.fixture(autouse=True)
@@ -31,8 +34,8 @@ def same_parameters(a, b):
     return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
-def change_config(folder, without=(), **changes):
-    path = folder / "config.json"
+def change_config(folder, name="config.json", without=(), **changes):
+    path = folder / name
     config = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in config.items() if key not in without}))
 
@@ -223,26 +226,126 @@ def write_files(folder, **contents):
     return folder
 
 
+def byte_level(folder, *tokens, **settings):
+    """A byte-level tokenizer.json of the 256 bytes, <s>, </s> and these tokens; BOS in front."""
+    (folder := Path(folder)).mkdir(exist_ok=True)
+    names = ["<s>", "</s>", *tok.byte_characters().values(), *tokens]
+    out = tokenizers.Tokenizer(tokenizers.models.BPE({name: i for i, name in enumerate(names)}, []))
+    out.pre_tokenizer, out.decoder = tokenizers.pre_tokenizers.ByteLevel(False), tokenizers.decoders.ByteLevel()
+    tok.with_special(out, ["<s>", "</s>"], [0]).save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "clean_up_tokenization_spaces": False} | settings
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama_2(tmp_path_factory):
+    """A folder with a sentencepiece model, and the data set's with that in both forms."""
+    folder, data = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("data")
+    test_tokenizer.llama_2(folder / "tokenizer.model")
+    tok.install_tokenizer(folder / "tokenizer.model", data)
+    return folder, data
+
+
+TEXT = " a  b\n\tx = 1  caf\u00e9 \U0001f600"
+
+
 def test_a_model_folder_carries_the_tokenizer_of_the_first_folder_that_has_one(tmp_path):
-    none = write_files(tmp_path / "none", tokenizer_config__json="none")
-    first = write_files(
-        tmp_path / "first", tokenizer__json="1", merges__txt="1", LICENSE="1", USE_POLICY__md="1", other="1"
-    )
-    second = write_files(tmp_path / "second", tokenizer__json="2", vocab__json="2", tokenizer_config__json="2")
+    none, second = write_files(tmp_path / "none", tokenizer_config__json="none"), byte_level(tmp_path / "second", "b")
+    first = write_files(tmp_path / "first", merges__txt="1", LICENSE="1", USE_POLICY__md="1", other="1", vocabulary="1")
+    (byte_level(first, "a") / "additional_chat_templates").mkdir()
+    (first / "additional_chat_templates/tool_use.jinja").write_text("1")
+    (first / "LICENSES").mkdir()
+    (first / "NOTICE").symlink_to("nowhere")
     hf.save(random_model(), tmp_path / "m", tokenizer=("", none, first, second))
-    found = {f.name: f.read_text() for f in (tmp_path / "m").iterdir() if not f.name.startswith(("model", "config"))}
-    assert found == {"tokenizer.json": "1", "merges.txt": "1", "LICENSE": "1", "USE_POLICY.md": "1"}
+    found = {str(f.relative_to(tmp_path / "m")) for f in (tmp_path / "m").rglob("*") if f.is_file()}
+    expected = {"tokenizer.json", "tokenizer_config.json", "additional_chat_templates/tool_use.jinja"}
+    assert found == expected | {"merges.txt", "LICENSE", "USE_POLICY.md", "config.json", "model.safetensors"}
+    assert AutoTokenizer.from_pretrained(tmp_path / "m").get_vocab()["a"] == 258
 
 
-def test_a_sentencepiece_model_is_completed_by_a_later_tokenizer_json(tmp_path):
-    first = write_files(tmp_path / "first", tokenizer__model="1", tokenizer_config__json="1", LICENSE="1")
-    second = write_files(tmp_path / "second", tokenizer__json="2", tokenizer_config__json="2", tokenizer__model="2")
-    (tmp_path / "m").mkdir()
-    hf.copy_tokenizer([first, second], tmp_path / "m")
-    hf.copy_tokenizer([tmp_path / "m"], tmp_path / "m")
-    hf.copy_tokenizer([tmp_path], tmp_path / "m")
-    found = {f.name: f.read_text() for f in (tmp_path / "m").iterdir()}
-    assert found == {"tokenizer.model": "1", "LICENSE": "1", "tokenizer.json": "2", "tokenizer_config.json": "2"}
+def test_a_sentencepiece_model_is_completed_by_a_later_tokenizer_json_of_the_same_tokens(llama_2, tmp_path):
+    (source, data), out = llama_2, tmp_path / "m"
+    out.mkdir()
+    hf.copy_tokenizer([source, byte_level(tmp_path / "other"), data], out)
+    hf.copy_tokenizer([out], out)
+    hf.copy_tokenizer([tmp_path], out)
+    assert {f.name for f in out.iterdir()} == {"tokenizer.model", "tokenizer.json", "tokenizer_config.json"}
+    ours = tok.open_tokenizer(source / "tokenizer.model")
+    assert AutoTokenizer.from_pretrained(out)(TEXT).input_ids == [*ours.before, *ours.encode(TEXT)]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+@pytest.mark.parametrize("named", ["LlamaTokenizerFast", "LlamaTokenizer", "Qwen2Tokenizer", "GPT2TokenizerFast", None])
+def test_what_is_written_gives_the_ids_of_the_file_whatever_class_the_source_names(named, family, tmp_path):
+    settings = {"tokenizer_class": named, "auto_map": {"AutoTokenizer": ["a.B", None]}, "pad_token": "</s>"}
+    source = byte_level(tmp_path / "source", **settings)
+    hf.save(random_model(family=family), tmp_path / "m", tokenizer=[source])
+    ours, theirs = tok.open_tokenizer(source / "tokenizer.json"), AutoTokenizer.from_pretrained(tmp_path / "m")
+    for text in (TEXT, TEXT[1:], "<s> \u2581x"):
+        assert theirs(text, split_special_tokens=True).input_ids == [0, *ours.encode(text)]
+    assert (theirs.bos_token, theirs.eos_token, theirs.pad_token) == ("<s>", "</s>", "</s>")
+    assert theirs.decode(ours.encode(TEXT)) == TEXT
+
+
+@pytest.mark.parametrize("named", ["LlamaTokenizer", "LlamaTokenizerFast"])
+def test_a_space_before_a_text_of_llama_2_is_kept_whatever_class_the_source_names(named, llama_2, tmp_path):
+    source = shutil.copytree(llama_2[1], tmp_path / "source")
+    change_config(source, "tokenizer_config.json", tokenizer_class=named, legacy=False)
+    hf.save(random_model(), tmp_path / "m", tokenizer=[source])
+    ours, theirs = tok.open_tokenizer(source / "tokenizer.json"), AutoTokenizer.from_pretrained(tmp_path / "m")
+    for text in (" a", "  x = 1", "\n x", TEXT):
+        assert theirs(text).input_ids == [*ours.before, *ours.encode(text)]
+
+
+def test_a_tokenizer_that_cannot_be_read_costs_no_model(tmp_path, capsys):
+    source = write_files(tmp_path / "source", tokenizer__json="{}")
+    hf.save(random_model(), tmp_path / "m", tokenizer=[source])
+    assert "not a tokenizer.json" in capsys.readouterr().out
+    assert hf.load(tmp_path / "m")
+    assert not (tmp_path / "m/tokenizer.json").exists()
+
+
+def test_two_tokens_for_one_id_are_refused_by_any_file_that_has_them(llama_2, tmp_path):
+    unigram = [["<unk>", 0.0], ["a", -1.0], ["b", -2.0]]
+    for name, order in (("u", unigram), ("v", unigram[:1] + unigram[:0:-1])):
+        model = tokenizers.Tokenizer(tokenizers.models.Unigram([tuple(pair) for pair in order], 0, False))
+        (tmp_path / name).mkdir()
+        model.save(str(tmp_path / name / "tokenizer.json"))
+    a, b = byte_level(tmp_path / "a", "x", "y"), byte_level(tmp_path / "b", "y", "x")
+    for same in ((a, a), (a, byte_level(tmp_path / "c", "x", "y", "z")), llama_2, llama_2[:1] * 2, (tmp_path, a)):
+        hf.check_tokenizer(*same)
+    for one, other, words in (
+        (a, b, "token 258 is 'x' for the model and 'y' in the data"),
+        (tmp_path / "u", tmp_path / "v", "token 1 is 'a' for the model and 'b' in the data"),
+        (llama_2[0], a, "token 0 is '<unk>' for the model and '<s>' in the data"),
+        (write_files(tmp_path / "d", tokenizer__json='{"model": {}}'), a, "not a tokenizer.json"),
+    ):
+        with pytest.raises(UserError, match=words):
+            hf.check_tokenizer(one, other)
+
+
+def test_a_result_that_was_trained_on_longer_texts_says_so_everywhere_and_can_be_saved_again(tmp_path):
+    source = byte_level(tmp_path / "source", model_max_length=64)
+    generation = {"max_length": 64, "do_sample": False, "temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1}
+    (source / hf.GENERATION).write_bytes(b"\xef\xbb\xbf" + json.dumps(generation).encode())
+    hf.save(random_model(max_position_embeddings=128), tmp_path / "m", tokenizer=[source])
+    model, tokenizer = (c.from_pretrained(tmp_path / "m") for c in (AutoModelForCausalLM, AutoTokenizer))
+    assert (model.generation_config.max_length, tokenizer.model_max_length) == (128, 128)
+    assert model.generation_config.repetition_penalty == 1.1
+    model.save_pretrained(tmp_path / "again")  # refuses a temperature without sampling
+    hf.save(random_model(max_position_embeddings=32), tmp_path / "short", tokenizer=[source])
+    assert AutoTokenizer.from_pretrained(tmp_path / "short").model_max_length == 64
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_transformers_advises_no_setting_that_changes_ids(family, tmp_path, caplog):
+    source = byte_level(tmp_path / "source", *(f"t{i}" for i in range(100_000)))  # it looks at large ones
+    hf.save(random_model(family=family), tmp_path / "m", tokenizer=[source])
+    transformers.logging.get_logger("transformers").addHandler(caplog.handler)
+    AutoTokenizer.from_pretrained(tmp_path / "m")
+    transformers.logging.get_logger("transformers").removeHandler(caplog.handler)
+    assert "regex" not in caplog.text
 
 
 # ---- config.json
@@ -263,6 +366,9 @@ def test_configs_of_transformers_4_and_5_mean_the_same(family, tmp_path):
         assert hf.read_config(tmp_path) == new
 
 
+NO_ORIGIN = {key: value for key, value in LLAMA_3.items() if key != "original_max_position_embeddings"}
+NO_ORIGIN |= {"rope_type": "llama3", "rope_theta": 100.0}
+AT_THE_TOP = {"original_max_position_embeddings": 8}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 
 
@@ -285,6 +391,13 @@ YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
         ({"rope_parameters": LINEAR, "rope_scaling": LINEAR, "rope_theta": 7.0}, None),
         ({"rope_parameters": {}, "rope_scaling": {}}, None),
         ({"rope_scaling": {"type": "linear", "rope_type": "llama3", **LLAMA_3}, "rope_parameters": None}, None),
+        ({"rope_parameters": NO_ORIGIN | LLAMA_3, **AT_THE_TOP}, None),
+        ({"rope_parameters": None, "rope_scaling": NO_ORIGIN | LLAMA_3, **AT_THE_TOP}, None),
+        ({"rope_parameters": NO_ORIGIN | LLAMA_3, "rope_scaling": NO_ORIGIN | AT_THE_TOP}, "remove the one"),
+        ({"rope_parameters": NO_ORIGIN | LLAMA_3, "rope_scaling": NO_ORIGIN, **AT_THE_TOP}, None),
+        ({"rope_parameters": NO_ORIGIN | LLAMA_3, "original_max_position_embeddings": None}, "None: must be float"),
+        ({"rope_parameters": LINEAR | {"rope_theta": 100.0}, **AT_THE_TOP}, None),
+        ({"rope_parameters": NO_ORIGIN, "max_position_embeddings": 16}, None),
     ],
 )
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -310,6 +423,7 @@ def test_rope_is_transformers_whichever_keys_say_it(family, change, refused, tmp
         {"sliding_window": 8},  # of a Mistral that became a Llama
         {"pretraining_tp": 2},
         {"partial_rotary_factor": None},
+        {"pad_token_id": -1},
     ],
 )
 def test_keys_that_transformers_does_not_heed_change_nothing(change, tmp_path):
@@ -407,7 +521,7 @@ def test_a_text_ends_at_any_id_of_config_and_generation_config_here_and_in_gener
 ):
     hf.save(random_model(), tmp_path / "m")
     change_config(tmp_path / "m", eos_token_id=config)
-    (tmp_path / "m" / hf.GENERATION).write_text(json.dumps({"eos_token_id": generation, "top_k": 5}))
+    (tmp_path / "m" / hf.GENERATION).write_text(json.dumps({"eos_token_id": generation, "top_k": 5, "do_sample": True}))
     (tmp_path / "m" / "tokenizer.json").write_text("{}")
     ours = hf.load(tmp_path / "m")
     assert ours.config.eos_token_id == expected
@@ -421,7 +535,7 @@ def test_where_config_json_is_silent_transformers_values_hold(family, tmp_path):
     reference_model(family, "plain").save_pretrained(tmp_path)
     silent = ["head_dim", "rms_norm_eps", "hidden_act", "rope_parameters", "sliding_window", "use_sliding_window"]
     silent += ["max_position_embeddings"]
-    change_config(tmp_path, silent + ["num_key_value_heads"] * (family == "llama"))
+    change_config(tmp_path, without=silent + ["num_key_value_heads"] * (family == "llama"))
     ours, theirs = hf.load(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)
     assert close(ours(tokens(1, 60)), theirs(tokens(1, 60)).logits)
     assert ours.config.sliding_window == (4096 if family == "mistral" else None)
@@ -459,7 +573,18 @@ def test_a_family_whose_defaults_are_not_known_has_to_say_everything(tmp_path):
         ({"num_key_value_heads": 4}, "config.json makes it"),
         ({"vocab_size": 10**12}, "vocab_size"),
         ({"vocab_size": None}, "vocab_size"),
-        ({"hidden_size": "48"}, "hidden_size|str"),
+        ({"hidden_size": "48"}, "hidden_size = '48': must be int"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps = '1e-5': must be float"),
+        ({"rms_norm_eps": None}, "rms_norm_eps = None: must be float"),
+        ({"rope_theta": None}, "rope_theta = None: must be float"),
+        ({"rope_theta": "10000"}, "rope_theta = '10000': must be float"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "4.0"}}, "factor = '4.0': must be float"),
+        ({"max_position_embeddings": "64"}, "max_position_embeddings = '64': must be int"),
+        ({"max_position_embeddings": None}, "max_position_embeddings = None: must be int"),
+        ({"tie_word_embeddings": None}, "tie_word_embeddings = None: must be bool"),
+        ({"eos_token_id": "x"}, "eos_token_id = 'x'"),
+        ({"eos_token_id": [2, "x"]}, "eos_token_id = "),
+        ({"transformers_weights": "none.safetensors"}, "expected none.safetensors"),
     ],
 )
 def test_what_would_not_give_the_numbers_of_transformers_is_refused(change, message, tmp_path):
@@ -467,6 +592,22 @@ def test_what_would_not_give_the_numbers_of_transformers_is_refused(change, mess
     change_config(tmp_path, **change)
     with pytest.raises(UserError, match=message):
         hf.load(tmp_path)
+
+
+def test_a_padding_token_beyond_the_embedding_is_none_for_transformers_does_not_load_it(tmp_path):
+    hf.save(random_model(), tmp_path)
+    change_config(tmp_path, pad_token_id=V)
+    hf.save(ours := hf.load(tmp_path), tmp_path / "again")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert theirs.config.pad_token_id is None
+    assert close(ours(tokens(1, 12)), theirs(tokens(1, 12)).logits)
+
+
+@pytest.mark.parametrize("inside", ["model", "snapshots/abc"])
+def test_a_folder_around_a_model_is_refused_with_the_one_to_give(inside, tmp_path):
+    hf.save(random_model(), tmp_path / inside)
+    with pytest.raises(UserError, match=f"config.json: cannot be read .*; give {tmp_path}/{inside}$"):
+        hf.read_config(tmp_path)
 
 
 # ---- weights
@@ -482,12 +623,19 @@ def with_tensor(name, tensor):
     return lambda file: save_file(load_file(file) | {name: tensor}, file)
 
 
-def as_index(names):
+def as_weight_map(weight_map):
     def change(file):
         file.unlink()
-        file.with_name(hf.INDEX).write_text(json.dumps({"weight_map": {name: name for name in names}}))
+        file.with_name(hf.INDEX).write_text(json.dumps({"weight_map": weight_map}))
 
     return change
+
+
+def as_index(names):
+    return as_weight_map({name: name for name in names})
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 1\n"
 
 
 def in_two_files(file):
@@ -538,6 +686,14 @@ def lying_header(file):
         (with_tensor("model.layers.0.self_attn.q_proj.bias", torch.zeros(48)), "unexpected tensor"),
         (with_tensor("model.norm.weight", torch.zeros(31)), r"norm.weight has shape \(31,\), .* makes it \(48,\)"),
         (with_tensor("model.norm.weight", torch.zeros(48, dtype=torch.int8)), "norm.weight is I8"),
+        (as_weight_map(None), "names any file, which is not there"),
+        (as_weight_map(["model.safetensors"]), "names any file, which is not there"),
+        (as_weight_map({"a": 1}), "names 1, which is not there"),
+        (lambda file: file.write_bytes(POINTER), "git lfs pull"),
+        (lambda file: [file.unlink(), file.with_name("pytorch_model.bin").write_bytes(POINTER)], "git lfs pull"),
+        (lambda file: file.with_name("config.json").write_bytes(POINTER), "config.json: only a pointer of Git LFS"),
+        (lambda file: file.with_name("config.json").write_bytes(b"[1]"), "not a JSON object .a list.: a model is"),
+        (lambda file: file.rename(file.with_name("model.fp16.safetensors")), "a variant: rename it to model.safetens"),
         (in_two_files, "b.safetensors: .* is in .*a.safetensors too"),
         (lambda file: file.with_name("config.json").unlink(), "config.json"),
     ],

@@ -149,6 +149,26 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
         sample.main(CONFIG, str(tmp_path), "fox")
 
 
+@pytest.mark.parametrize(
+    "content", [b"{}", b"[]", b"", b'{"model": {}}', b"version https://git-lfs.github.com/spec/v1"]
+)
+def test_a_broken_tokenizer_is_refused(content, tmp_path):
+    hf.save(some_model(), tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
+        sample.main(CONFIG, str(tmp_path), "fox")
+
+
+def test_a_token_beyond_the_model_in_a_prompt_is_refused_by_name(tmp_path):
+    out = tokenizers.Tokenizer.from_file(str(write_tokenizer(tmp_path) / "tokenizer.json"))
+    out.add_special_tokens(["<pad>"])
+    assert out.token_to_id("<pad>") == V
+    out.save(str(tmp_path / "tokenizer.json"))
+    hf.save(some_model(), tmp_path)
+    with pytest.raises(UserError, match="'<pad>', which is in the tokenizer and not in the model"):
+        sample.main(CONFIG, str(tmp_path), "fox <pad>")
+
+
 @pytest.mark.parametrize(("prompt", "bos"), [("q" * 64, True), ("", False)])
 def test_a_prompt_without_tokens_or_beyond_the_context_is_refused(prompt, bos, tmp_path):
     write_tokenizer(tmp_path, bos)
