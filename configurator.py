@@ -10,6 +10,7 @@ Later settings win.
 import ast
 import difflib
 import inspect
+import math
 import operator
 import re
 import sys
@@ -118,12 +119,14 @@ def _parsed(text: str, kind: type):
 
 
 def _typed(name: str, value, kind: type, where: str):
-    """value as `kind`: an int serves as a float, and nothing else as anything else."""
+    """value as `kind`: an int serves as a float, and nothing else as anything else; ~ begins a path at home."""
     if typing.get_origin(kind) is tuple and isinstance(value, tuple):
         return tuple(_typed(name, v, typing.get_args(kind)[0], where) for v in value)
     if kind is float and type(value) is int:
         return float(value)
-    if type(value) is not kind:
+    if kind is str and isinstance(value, str) and value.startswith("~/"):
+        return str(Path(value).expanduser())
+    if type(value) is not kind or (kind is float and math.isnan(value)):
         raise UserError(f"{where}: setting {name} must be {_name_of(kind)}, is {value!r}")
     return value
 

@@ -9,6 +9,7 @@ out_dir/lock, metrics.jsonl        held and written by the run that is going on
 import json
 import math
 import os
+import re
 import signal
 import threading
 from dataclasses import asdict, dataclass, field
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 import checkpoint
@@ -119,7 +121,7 @@ class Out:
         before = {"masks": "published"} if saved["config"]["stage"] == "prune" else {}  # there were no others
         settings = json.loads(json.dumps(asdict(type(self.cfg)()))) | before | saved["config"]
         for name, value in self.identity["config"].items():
-            if name not in MAY_CHANGE_ON_RESUME and settings[name] != value:
+            if name not in MAY_CHANGE_ON_RESUME and not _same(settings[name], value):
                 raise UserError(
                     f"{where}: was written with {name} = {settings[name]!r}, this run has {value!r}: "
                     "give the same, or choose another out_dir"
@@ -251,14 +253,21 @@ class Out:
                     hf.save(moment, self.folder / "model" / ADAMW / name)
                     (self.folder / "model" / ADAMW / "steps.json").write_text(json.dumps({"steps": steps}))
                 hf.save(model, self.folder / "model", tokenizer=sources)
-            except OSError as error:
+            except (OSError, SafetensorError) as error:
+                room = "make room; " if re.search("No space left|quota exceeded", str(error)) else ""
                 problem = f"{self.folder}/model could not be written ({error})"
-                raise UserError(f"{problem}: make room; --resume writes it again") from None
+                raise UserError(f"{problem}: {room}--resume writes it again") from None
 
         parallel.on_main(write)
         self.bar.close()
         self.log.say(f"model written to {self.folder}/model")
         self.log.sum_up()
+
+
+def _same(one: object, other: object) -> bool:
+    """Two settings; a folder may be written in several ways."""
+    both_texts = isinstance(one, str) and isinstance(other, str) and one and other
+    return one == other or bool(both_texts and os.path.realpath(one) == os.path.realpath(other))
 
 
 def memory_bytes(device: str) -> int:

@@ -55,6 +55,19 @@ def test_lists_and_texts_come_from_the_command_line():
     assert load(Settings, ["--names=en,nan,2024", "--name=007"]) == Settings(names=("en", "nan", "2024"), name="007")
 
 
+def test_a_tilde_is_the_home_folder_and_only_at_a_path_s_beginning(file, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    for argument in ("--name=~/data", file('name = "~/data"')):
+        assert load(Settings, [argument]).name == "/home/me/data"
+    assert load(Settings, ["--name=a~/b", "--names=~/a,b"]) == Settings(name="a~/b", names=("/home/me/a", "b"))
+
+
+def test_what_is_no_number_is_refused():
+    for argument in ("--rate=nan", "--shares=0.5,nan"):
+        with pytest.raises(UserError, match="must be float, is nan"):
+            load(Settings, [argument])
+
+
 def test_a_misspelt_setting_is_refused_with_a_suggestion(file):
     for argument in ("--stpes=3", file("stpes = 3")):
         with pytest.raises(UserError, match="did you mean 'steps'"):

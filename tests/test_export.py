@@ -1,13 +1,16 @@
 """Pruned models and whole runs as folders: loaded by transformers, with tokenizer and card."""
 
+import errno
 import json
 
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from test_model import FAMILIES, V, close, greedy, greedy_in_transformers, reference_model, tokens
 from test_sample import TEXT, write_tokenizer
 from test_tokenizer import DOCUMENTS, MADE, RANKS
+from tiny import config_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import export
@@ -176,6 +179,24 @@ def test_every_stage_and_export_gives_transformers_the_logits_and_the_token_ids_
     document = shard[: shard.index(ours.eos) + 1]
     text = next(text for text in DOCUMENTS if ours.encode(text) == document[len(ours.before) : -1])
     assert [*tokenizer(text).input_ids, ours.eos] == document
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), r"\): make room; --resume writes it again"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), r"\): make room; --resume"),
+        (OSError(errno.EACCES, "Permission denied"), r"Permission denied\): --resume writes it again"),
+    ],
+)
+def test_a_model_that_cannot_be_written_asks_for_room_only_where_there_is_none(error, advice, runs, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(hf, "save", fail)
+    start = f"{runs}/./prune/model/"  # the same folder in other words
+    with pytest.raises(UserError, match=advice):
+        train.main(config_of(runs / "go", runs / "go", init_from=start, resume=True))
 
 
 def test_a_pruning_run_s_checkpoint_counts_as_what_its_masks_would_extract(runs, tmp_path):
