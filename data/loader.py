@@ -32,7 +32,7 @@ class Windows:
 
     def __init__(self, folder: str | Path, meta: dict, domain: str, split: str, seq_len: int) -> None:
         part = meta["domains"][domain][split]
-        self.length, self.vocab_size = seq_len + 1, meta["vocab_size"]
+        self.length, self.vocab_size = seq_len + 1, meta["used_vocab_size"]
         self.bytes_per_token = part["bytes"] / max(part["tokens"], 1)
         self.paths = [os.path.join(folder, shard["file"]) for shard in part["shards"]]
         checked = [check_shard(path) for path in self.paths]
@@ -132,7 +132,7 @@ class DomainLoader:
         if missing := [domain for domain in domains if domain not in meta["domains"]]:
             raise UserError(f"{folder}: no domain {missing[0]!r}; the data set has {', '.join(meta['domains'])}")
         self.domains, self.seq_len, self.seed = tuple(domains), seq_len, seed
-        self.vocab_size = meta["vocab_size"]
+        self.vocab_size = meta["used_vocab_size"]  # of the data: a model needs no more rows
         self.windows = [Windows(folder, meta, domain, split, seq_len) for domain in domains]
         self.size_M = np.array([w.size for w in self.windows])
         self.dtype = np.result_type(*(dtype for w in self.windows for dtype in w.dtypes))

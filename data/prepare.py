@@ -15,9 +15,11 @@ the file `unfinished` says how many tokens and records they are. meta.json comes
 Each process holds a few chunks of text in memory. The filter of repeats holds about 100 bytes a document.
 """
 
+import bz2
 import ctypes
 import fcntl
 import glob
+import gzip
 import hashlib
 import io
 import json
@@ -28,12 +30,14 @@ import shlex
 import signal
 import sys
 import time
+import zlib
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -47,18 +51,31 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import configurator
 from configurator import UserError
 from data import shards as data_set
-from data.shards import DOMAIN, HEADER_BYTES, SPLITS, header, read_json, sha256, shard_files, token_dtype, write_meta
+from data.shards import (
+    DOMAIN,
+    HEADER_BYTES,
+    LFS,
+    SPLITS,
+    header,
+    read_json,
+    sha256,
+    shard_files,
+    token_dtype,
+    write_meta,
+)
 from data.tokenizer import JSON_FILE, MODEL_FILE, install_tokenizer, load_tokenizer, train_tokenizer
 
-PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\0": "xz", b"PAR1": "parquet"}
-PACKED |= {bytes([first]) + b"*M\x18": "zstd" for first in range(0x50, 0x60)}  # a frame to skip: pzstd's first
-BOM, LFS = b"\xef\xbb\xbf", b"version https://git-lfs"
+ZSTD = b"\x28\xb5\x2f\xfd", *(bytes([first]) + b"*M\x18" for first in range(0x50, 0x60))  # or a frame to skip: pzstd's
+UNPACKERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open, b"PAR1": lambda _: nullcontext()}
+UNPACKERS |= dict.fromkeys(ZSTD, lambda file: io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"), 1 << 16))
+BOM = b"\xef\xbb\xbf"
 HEAD_BYTES = 1 << 16  # what of a file is looked at to know it
-DAMAGE = (OSError, ValueError, EOFError, lzma.LZMAError, pyarrow.ArrowException)
+DAMAGE = (OSError, ValueError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException)
 MAX_RECORD_BYTES = 1 << 26  # a longer line is no document but damage
 CHUNK_CHARS = 1 << 19  # about half a second of work for one process
 PARQUET_ROWS = 16  # read at once: a few bytes of Parquet can stand for many copies of a long text
 CHECKPOINT_S = 30.0  # what a stop costs at most
+FIRST_RECORDS = 1000  # one of so many has to be usable where records of all domains are mixed
 REPORTED = 20  # bad records printed per source; all are counted
 TOKENIZER_CHARS = 24_000_000  # a tokenizer is trained on so many: an equal share of each domain, from its start
 UNFINISHED = "unfinished"  # settings and progress, as long as a folder is not complete
@@ -117,7 +134,7 @@ def sources_of(cfg: Config, words: tuple[str, ...]) -> tuple[tuple[str, ...], li
     if preset := PRESETS.get(cfg.preset):
         domains = cfg.domains or tuple(preset.ratios)
         parts = (None,) if preset.names else domains
-        pairs = [(part, os.path.join(word, part or "")) for part in parts for word in words]
+        pairs = [(part, os.path.join(word, part) if part else word) for part in parts for word in words]
         good = set(domains) <= set(preset.ratios) and bool(words) != bool(cfg.stream)
     else:
         pairs = [word.partition("=")[::2] for word in words]
@@ -131,51 +148,55 @@ def sources_of(cfg: Config, words: tuple[str, ...]) -> tuple[tuple[str, ...], li
         sources = [source for part in parts for source in streamed(cfg, part)]
         return domains, sources, {"hub": cfg.stream, "revision": cfg.revision, "files": len(sources)}, []
     unread = []
-    found = [(domain, file) for domain, path in pairs for file in files_of(path, unread)]
+    found = [(domain, file) for domain, path in pairs for file in files_of(os.path.expanduser(path), unread)]
     listed = "".join(f"{domain} {file.parent.name}/{file.name} {file.stat().st_size}\n" for domain, file in found)
-    field = cfg.text_field
-    sources = [Source(str(f), partial(read, f, [field] if d else [field, "meta"]), d) for d, f in found]
-    return domains, sources, {"files": len(found), "sha256": digest_of(listed).hex()}, unread
+    field, digest = cfg.text_field, hashlib.sha256(os.fsencode(listed)).hexdigest()
+    sources = [Source(printable(f), partial(read, f, [field] if d else [field, "meta"]), d) for d, f in found]
+    return domains, sources, {"files": len(found), "sha256": digest}, unread
 
 
 def files_of(path: str, unread: list[tuple[Path, str]]) -> list[Path]:
     """The file, what matches the pattern, or what is in the folders, in sorted order; `unread` gets the others."""
     names, others = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True)), []
-    files = [*walked(map(Path, names), others, set())]
+    files = [*walked(map(Path, names), others, {})]
     with ThreadPoolExecutor() as pool:  # a disk far away answers many at once
         reasons = [*pool.map(why_not, files)]
     unread += (others := others + [(file, why) for file, why in zip(files, reasons, strict=True) if why])
     if good := [file for file, why in zip(files, reasons, strict=True) if not why]:
         return good
-    what = f"nothing that can be read: {by_reason(others)}" if others else "no such file"
+    what = (
+        f"nothing that can be read: {by_reason(others)}" if others else "an empty folder" if names else "no such file"
+    )
     raise UserError(f"{path}: {what}: give a file, a pattern or a folder of JSON lines or Parquet")
 
 
-def walked(entries: Iterable[Path], others: list[tuple[Path, str]], seen: set) -> Iterator[Path]:
+def walked(entries: Iterable[Path], others: list[tuple[Path, str]], seen: dict) -> Iterator[Path]:
     """These files and those in these folders, linked ones too; what has several names is taken once."""
     for entry in entries:
         if not entry.exists():
             others.append((entry, "linked to nothing"))
-        elif (key := os.stat(entry)[1:3]) in seen:  # inode and device
-            others += [(entry, "read by another name")] if entry.is_symlink() else []
-        elif entry.is_dir():
-            seen.add(key)
+            continue
+        if (key := os.stat(entry)[1:3]) in seen:  # inode and device
+            if entry.is_symlink() or entry.resolve() != seen[key].resolve():
+                others.append((entry, "read by another name"))
+            continue
+        seen[key] = entry
+        if entry.is_dir():
             inside = sorted(entry.iterdir())
             others += [(e, "hidden") for e in inside if e.name.startswith(".")]
             yield from walked((e for e in inside if not e.name.startswith(".")), others, seen)
         else:
-            seen.add(key)
             yield entry
 
 
-def opened(path: Path) -> BinaryIO | None:
-    """What is in a file that may be packed, or None: Parquet; by the first bytes."""
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO | None]:
+    """What is in a file that may be packed, by its first bytes; None: Parquet."""
     with open(path, "rb") as file:
-        start = file.read(8)
-    kind = next((kind for magic, kind in PACKED.items() if start.startswith(magic)), None)
-    if kind == "xz":
-        return lzma.open(path)
-    return None if kind == "parquet" else io.BufferedReader(pyarrow.input_stream(str(path), compression=kind), 1 << 16)
+        start = file.peek(8)
+        unpacked = next((unpack for magic, unpack in UNPACKERS.items() if start.startswith(magic)), nullcontext)
+        with unpacked(file) as content:
+            yield content
 
 
 def why_not(path: Path) -> str:
@@ -183,26 +204,33 @@ def why_not(path: Path) -> str:
     if not path.is_file():  # to open a pipe would wait for its writer
         return "a pipe or a device"
     try:
-        with opened(path) or nullcontext() as file:
+        with opened(path) as file:
             head = file.read(HEAD_BYTES) if file else b"{}"
     except DAMAGE:
         return ""
-    first, *more = (line.strip() for line in head.removeprefix(BOM).strip().split(b"\n"))
-    some = any(line[:1] + line[-1:] == b"{}" for line in (first, *more))
+    lines = head.removeprefix(BOM).split(b"\n")
+    first, *more = (line.strip() for line in b"\n".join(lines).strip().split(b"\n"))
+    cut = len(head) == HEAD_BYTES and lines[-1][:1] == b"{"  # a record that goes on
+    some = cut or any(line[:1] + line[-1:] == b"{}" for line in (first, *more))
     reasons = {
         "empty": not head,
         "in UTF-16 (iconv -f UTF-16 -t UTF-8 makes UTF-8 of it)": head[:2] in (b"\xff\xfe", b"\xfe\xff"),
         "a pointer of Git LFS (git lfs pull gets the file)": head.startswith(LFS),
         "an archive to unpack": head[257:262] == b"ustar" or head.startswith(b"PK\3\4"),
         "one JSON array (jq -c '.[]' makes lines of it)": first[:1] == b"[" and not (some and first[-1:] == b"]"),
-        "neither JSON lines nor Parquet": not (some or (len(head) == HEAD_BYTES and first[:1] == b"{" and not more)),
+        "neither JSON lines nor Parquet": not some,
     }
     return next((why for why, is_so in reasons.items() if is_so), "")
 
 
+def printable(name: str | Path) -> str:
+    """Bytes of a file's name that are no UTF-8 are escaped."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
 def by_reason(unread: list[tuple[Path, str]]) -> str:
     """How many files for which reason, and some names."""
-    reasons = {why: [path.name for path, other in unread if other == why] for _, why in unread}
+    reasons = {why: [printable(path.name) for path, other in unread if other == why] for _, why in unread}
     return "; ".join(f"{len(n):,} {why}: {', '.join(n[:3])}{', ...' * (len(n) > 3)}" for why, n in reasons.items())
 
 
@@ -212,14 +240,14 @@ def read(path: Path, columns: list[str]) -> Iterator[bytes | dict]:
     columns: what is read of Parquet, first the text's; where that is missing a row has the names of all there are.
     """
     try:
-        if (file := opened(path)) is None:
-            with pyarrow.parquet.ParquetFile(path) as file:
-                names = file.schema_arrow.names
-                has_text = not {columns[0], columns[0].partition(".")[0]}.isdisjoint(names)
-                for batch in file.iter_batches(PARQUET_ROWS, columns=columns if has_text else names[:1]):
-                    yield from batch.to_pylist() if has_text else [dict.fromkeys(names)] * len(batch)
-            return
-        with file:
+        with opened(path) as file:
+            if file is None:
+                with open(path, "rb") as raw, pyarrow.parquet.ParquetFile(raw) as table:
+                    names = table.schema_arrow.names
+                    has_text = not {columns[0], columns[0].partition(".")[0]}.isdisjoint(names)
+                    for batch in table.iter_batches(PARQUET_ROWS, columns=columns if has_text else names[:1]):
+                        yield from batch.to_pylist() if has_text else [dict.fromkeys(names)] * len(batch)
+                return
             if file.peek(3).startswith(BOM):
                 file.read(len(BOM))
             while line := file.readline(MAX_RECORD_BYTES + 1):
@@ -227,14 +255,20 @@ def read(path: Path, columns: list[str]) -> Iterator[bytes | dict]:
                 while len(line) > MAX_RECORD_BYTES and not line.endswith(b"\n"):
                     line = file.readline(MAX_RECORD_BYTES + 1)
     except DAMAGE as error:
-        raise UserError(f"{path}: cannot be read to its end ({error}): get the file again") from None
+        too_long = "too much memory" in str(error)  # the window of zstd --long=28 and more
+        what_to_do = "unpack it by zstd -d --long=31" if too_long else "get the file again"
+        raise UserError(f"{path}: cannot be read to its end ({error}): {what_to_do}") from None
 
 
 def streamed(cfg: Config, part: str | None) -> list[Source]:
     """The train split of a data set on the hub (or of a local copy of one), a source for each of its files."""
-    import datasets  # noqa: PLC0415 - an optional package: pip install datasets==4.4.1
-
-    stream = datasets.load_dataset(cfg.stream, part, split="train", streaming=True, revision=cfg.revision or None)
+    try:
+        load_dataset = import_module("datasets").load_dataset
+        stream = load_dataset(cfg.stream, part, split="train", streaming=True, revision=cfg.revision or None)
+    except ImportError:
+        raise UserError("--stream needs another package: pip install datasets==4.4.1") from None
+    except (OSError, ValueError) as error:  # no network, no such data set, a licence to accept first
+        raise UserError(f"--stream={cfg.stream}: {' '.join(str(error).split())}") from None
     n, name = stream.num_shards, f"{cfg.stream} {part or ''}"
     return [Source(f"{name} file {i + 1} of {n}", partial(stream.shard, n, i), part) for i in range(n)]
 
@@ -264,6 +298,7 @@ def domain_and_text(record: bytes | dict | str, source_domain: str | None, cfg: 
         texts = {len(value): name for name, value in record.items() if isinstance(value, str)}
         hint = f"{', '.join(record) or 'none'}: give --text_field={texts[max(texts)] if texts else 'NAME'}"
         raise ValueError(f"has no field {cfg.text_field!r}; it has {hint}")
+    text = text.decode() if isinstance(text, bytes) else text  # binary columns of Parquet
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"field {cfg.text_field!r} is {'empty' if isinstance(text, str | None) else 'no text'}")
     text.encode()  # half of a surrogate pair is a ValueError
@@ -461,12 +496,16 @@ def build(
         if path.name not in ours:
             path.unlink(missing_ok=True)
     write(cfg, settings, sources, progress)
-    for domain, entry in progress["domains"].items():
-        if not any(entry[split]["documents"] for split in SPLITS):
-            raise UserError(f"domain {domain}: not one usable document: see the bad records above, or leave it out")
+    made = {d: sum(e[split]["documents"] for split in SPLITS) for d, e in progress["domains"].items()}
+    if empty := [domain for domain, n in made.items() if not n]:
+        n_repeats = progress["domains"][empty[0]]["duplicates"]
+        why = "see the bad records above" if progress["bad_records"] else "no record is of it"
+        why = f"{n_repeats:,} repeats of others; --dedup=false keeps them" if n_repeats else why
+        rest = f" by --domains={','.join(d for d in made if d not in empty)}" if cfg.preset else ""
+        raise UserError(f"domain {' and '.join(empty)}: not one usable document: {why}, or leave it out{rest}")
     tokenizer = load_tokenizer(progress["tokenizer"], folder)
     meta = {"command": command, "settings": settings}
-    meta |= {name: getattr(tokenizer, name) for name in ("vocab_size", "bos", "eos")}
+    meta |= {name: getattr(tokenizer, name) for name in ("vocab_size", "used_vocab_size", "bos", "eos")}
     meta |= {name: progress[name] for name in ("tokenizer", "bad_records", "domains")}
     os.sync()
     write_meta(folder, meta)
@@ -539,25 +578,29 @@ def training_share(texts: Iterable[str], n_chars: int, val_fraction: float) -> I
             n_chars -= len(text)
 
 
-def texts_of(domain: str, sources: list[Source], cfg: Config) -> Iterator[str]:
-    """The usable texts of a domain. Raises UserError, with the first problem, where it ends without any."""
-    n_texts, problem = 0, "it has no records"
-    for source in sources:
-        for number, record in enumerate(source.records() if source.domain in (None, domain) else (), 1):
-            try:
-                found, text = domain_and_text(record, source.domain, cfg)
-            except (ValueError, RecursionError) as error:  # reported and counted when it is encoded
-                problem = f"{source.name}:{number}: {error}" if problem == "it has no records" else problem
-                continue
-            if found == domain:
-                n_texts += 1
-                yield text
+def texts_of(domain: str | None, sources: list[Source], cfg: Config, n_records: int | None = None) -> Iterator[str]:
+    """The usable texts of a domain, or of any. Raises UserError, with the first problem, where there are none."""
+    n_texts, problem = 0, ""
+    matching = (source for source in sources if domain is None or source.domain in (None, domain))
+    records = ((source, number, item) for source in matching for number, item in enumerate(source.records(), 1))
+    for source, number, record in islice(records, n_records):
+        try:
+            found, text = domain_and_text(record, source.domain, cfg)
+        except (ValueError, RecursionError) as error:  # reported and counted when it is encoded
+            problem = problem or f"{source.name}:{number}: {error}"
+            continue
+        if domain in (None, found):
+            n_texts += 1
+            yield text
     if not n_texts:
-        raise UserError(f"domain {domain}: not one usable document: {problem}")
+        what = f"domain {domain}" if domain else f"the first {n_records:,} records"
+        raise UserError(f"{what}: not one usable document: {problem or 'there are no records'}")
 
 
 def make_tokenizer(cfg: Config, domains: tuple[str, ...], sources: list[Source]) -> dict:
     """meta.json's entry for the tokenizer, its file copied or trained into the folder. Raises UserError."""
+    if not sources[0].domain:
+        next(texts_of(None, sources, cfg, FIRST_RECORDS))
     for domain in domains if cfg.tokenizer == "train" or sources[0].domain else ():
         next(texts_of(domain, sources, cfg))  # a domain without any is named now, not after hours
     if cfg.tokenizer != "train":

@@ -16,7 +16,8 @@ A data set is one folder with meta.json and shards {domain}_{split}_{number:06d}
 "bytes" counts the UTF-8 text behind the tokens: with it a loss becomes bits per byte. Documents are packed one after
 the other as BOS + text + EOS. "bos" is null where the tokenizer puts nothing in front, and one token is enough where
 both are the same. The ids of the data are less than "used_vocab_size": a tokenizer may have tokens behind it that no
-document holds, such as an added <pad>, and a model needs no rows for them. Version 1 had no EOS: a model that is trained on it unlearns to end a text, so it is refused.
+document holds, such as an added <pad>, and a model needs no rows for them. Version 1 had no EOS: a model that is
+trained on it unlearns to end a text, so it is refused.
 
 `python -m data.shards --data=FOLDER` compares a data set with its checksums.
 """

@@ -200,6 +200,7 @@ def prepared(tmp_path: Path, model: str, *words: str, **settings) -> list[str]:
 
 PACKERS = {
     "gzip": gzip.compress,
+    "gzip, zeros behind it": lambda data: gzip.compress(data) + bytes(999),
     "gzip, two members": lambda data: gzip.compress(data[:99]) + gzip.compress(data[99:]),
     "bz2": bz2.compress,
     "zstd": zstandard.compress,
@@ -233,18 +234,69 @@ def test_linked_folders_are_read_once_and_cycles_end(tmp_path, model):
     one, two, three = (some_documents(9, seed) for seed in (1, 2, 3))
     write_files(tmp_path, {"web/b/1.jsonl": json_lines(one), "far/2.jsonl": json_lines(two)})
     write_files(tmp_path, {"file.jsonl": json_lines(three)})
+    os.link(tmp_path / "file.jsonl", tmp_path / "web" / "b" / "3.jsonl")
     links = {"web/a": "far", "web/z": "far", "web/b/up": "web", "web/c.jsonl": "file.jsonl", "far/back": "web/b"}
     for link, target in links.items():
         (tmp_path / link).symlink_to(tmp_path / target)
     (tmp_path / "web" / "gone.jsonl").symlink_to(tmp_path / "nowhere")
     unread = []
     names = [str(file.relative_to(tmp_path)) for file in prepare.files_of(f"{tmp_path}/web", unread)]
-    assert names == ["web/a/2.jsonl", "web/a/back/1.jsonl", "web/c.jsonl"]
+    assert names == ["web/a/2.jsonl", "web/a/back/1.jsonl", "web/a/back/3.jsonl"]
     assert sorted((file.name, why) for file, why in unread) == [
+        ("c.jsonl", "read by another name"),
         ("gone.jsonl", "linked to nothing"),
         *(("up", "read by another name"), ("z", "read by another name")),
     ]
     assert prepared(tmp_path, model, f"web={tmp_path}/web", dedup=False) == sorted(one + two + three)
+
+
+def test_a_hard_link_is_read_once_and_said(tmp_path, model, capsys):
+    texts = some_documents(9, 1)
+    write_files(tmp_path, {"web/1.jsonl": json_lines(texts)})
+    os.link(tmp_path / "web" / "1.jsonl", tmp_path / "web" / "2.jsonl")
+    assert prepared(tmp_path, model, f"web={tmp_path}/web", dedup=False) == sorted(texts)
+    assert "not read: 1 read by another name: 2.jsonl" in capsys.readouterr().out
+
+
+def test_a_file_name_that_is_no_utf_8_is_read_and_printed(tmp_path, model, capsys):
+    texts = some_documents(9, 1)
+    for name, data in ((b"caf\xe9.jsonl", json_lines(texts) + b"{}\n"), (b"\xff.txt", b"no lines")):
+        write_files(tmp_path / "web", {os.fsdecode(name): data})
+    assert prepared(tmp_path, model, f"web={tmp_path}/web") == sorted(texts)
+    output = capsys.readouterr()
+    assert rf"{tmp_path}/web/caf\xe9.jsonl:10: has no field 'text'" in output.err
+    assert r"not read: 1 neither JSON lines nor Parquet: \xff.txt" in output.out
+    assert read_meta(tmp_path / "out")["bad_records"] == {rf"{tmp_path}/web/caf\xe9.jsonl": 1}
+
+
+def test_a_long_record_behind_a_line_that_is_none_makes_no_other_file_of_it(tmp_path):
+    for first in (b"# made in May\n", b"\n", b""):
+        write_files(tmp_path, {"a.jsonl": first + json_lines(["x" * prepare.HEAD_BYTES, "short"])})
+        assert prepare.files_of(f"{tmp_path}/a.jsonl", []) == [tmp_path / "a.jsonl"]
+
+
+def zstd_of_window(data: bytes, log: int) -> bytes:
+    """A frame of one raw block with a window of 2**log bytes, as zstd --long=LOG names it."""
+    assert len(data) < 1 << 17
+    return b"\x28\xb5\x2f\xfd" + bytes([0, (log - 10) << 3]) + (len(data) << 3 | 1).to_bytes(3, "little") + data
+
+
+def test_zstd_of_a_long_window_is_read_or_the_command_that_unpacks_it_named(tmp_path):
+    data = json_lines(["text"])
+    write_files(tmp_path, {str(log): zstd_of_window(data, log) for log in (27, 28, 31)})
+    assert list(prepare.read(tmp_path / "27", ["text"])) == [data.strip()]
+    for log in (28, 31):
+        with pytest.raises(UserError, match=rf"/{log}: cannot be read .*: unpack it by zstd -d --long=31"):
+            list(prepare.read(tmp_path / str(log), ["text"]))
+
+
+def test_binary_columns_of_parquet_are_utf_8(tmp_path):
+    column = pyarrow.array(["caf\u00e9".encode(), b"\xff"], pyarrow.binary())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    first, second = prepare.read(tmp_path / "a.parquet", ["text"])
+    assert prepare.domain_and_text(first, "web", Config())[1] == "caf\u00e9"
+    with pytest.raises(ValueError, match="can't decode byte 0xff"):
+        prepare.domain_and_text(second, "web", Config())
 
 
 def test_files_of_a_folder_are_in_the_order_of_their_paths(tmp_path):
@@ -479,8 +531,57 @@ def test_culturax_has_a_folder_for_each_language(tmp_path, model, capsys):
     assert ratios_in(capsys.readouterr().out) == pytest.approx(wanted, abs=1e-4)
     assert list(read_meta(tmp_path / "out")["domains"]) == ["en", "ru", "zh", "ja", "ar", "tr", "ko", "th"]
     (tmp_path / "copy" / "th" / "part-0.parquet").unlink()
-    with pytest.raises(UserError, match="copy/th: no such file: give a file"):
+    with pytest.raises(UserError, match="copy/th: an empty folder: give a file"):
         main(cfg, str(tmp_path / "copy"))
+
+
+def test_a_preset_without_one_usable_record_is_refused_before_all_is_read(slimpajama, model, monkeypatch):
+    n_read, read = itertools.count(), prepare.read
+    monkeypatch.setattr(prepare, "read", lambda *args: (next(n_read) or item for item in read(*args)))
+    monkeypatch.setattr(prepare, "FIRST_RECORDS", 300)
+    what = (
+        r"the first 300 records: not one usable document: \S+/a.jsonl.zst:1: has no field 'content'; it has text, meta"
+    )
+    cfg = Config(preset="slimpajama", tokenizer=model, processes=1, out=f"{slimpajama}/out", text_field="content")
+    with pytest.raises(UserError, match=what):
+        main(cfg, str(slimpajama / "train"))
+    assert next(n_read) == 300 and not (slimpajama / "out" / "unfinished").exists()
+
+
+def test_a_domain_that_a_preset_does_not_have_is_named_with_the_setting_that_leaves_it_out(slimpajama, model):
+    records = [r for r in slimpajama_records(0) if r["meta"]["redpajama_set_name"][-2:] not in ("C4", "ok")]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    write_files(slimpajama, {"some/a.jsonl": lines.encode()})
+    what = (
+        "domain book and c4: not one usable document: no record is of it, or leave it out by "
+        "--domains=cc,github,stackexchange,wiki,arxiv"
+    )
+    with pytest.raises(UserError, match=what):
+        main(Config(preset="slimpajama", tokenizer=model, processes=1, out=f"{slimpajama}/o"), f"{slimpajama}/some")
+
+
+def test_a_domain_of_repeats_alone_is_said_to_be_one(tmp_path, model):
+    write_files(tmp_path, {"a.jsonl": json_lines(some_documents(9, 1))})
+    words = f"web={tmp_path}/a.jsonl", f"code={tmp_path}/a.jsonl"
+    with pytest.raises(
+        UserError, match=r"domain code: .*: 9 repeats of others; --dedup=false keeps them, or leave it out"
+    ):
+        prepared(tmp_path, model, *words)
+    assert len(prepared(tmp_path, model, *words, dedup=False, force=True)) == 9
+
+
+def test_a_stream_that_cannot_be_had_says_what_it_needs(tmp_path, monkeypatch):
+    cfg = Config(preset="culturax", stream="x/y", domains=("en",), tokenizer="train", out=str(tmp_path))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"--stream needs another package: pip install datasets"):
+        main(cfg)
+
+    def load_dataset(*_, **__):
+        raise FileNotFoundError("Dataset 'x/y'\nis gated")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(UserError, match="--stream=x/y: Dataset 'x/y' is gated"):
+        main(cfg)
 
 
 def test_a_stream_gives_what_the_files_would(slimpajama, model, monkeypatch):
@@ -674,6 +775,8 @@ def test_texts_in_memory_become_a_data_set_too(inputs, model, tmp_path):
     ("words", "settings", "message"),
     [
         (["web=missing.jsonl"], {}, "missing.jsonl: no such file"),
+        (["web=~/missing.jsonl"], {}, "/home/missing.jsonl: no such file"),
+        (["web=nothing"], {}, "nothing: an empty folder: give a file"),
         (["web"], {}, "expected domain=path"),
         (["a.jsonl"], {"preset": "slimpyjama"}, "presets are slimpajama"),
         ([], {"preset": "slimpajama"}, "presets are slimpajama"),
@@ -683,6 +786,8 @@ def test_texts_in_memory_become_a_data_set_too(inputs, model, tmp_path):
 )
 def test_what_cannot_be_done_is_refused_in_one_line(tmp_path, model, monkeypatch, words, settings, message):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "nothing" / "in it").mkdir(parents=True)
     (tmp_path / "a.jsonl").write_bytes(json_lines(["text"]))
     (tmp_path / "b.jsonl").write_bytes(b'{"content": "wrong field"}\n')
     with pytest.raises(UserError, match=message):

@@ -73,6 +73,19 @@ def test_a_meta_that_describes_no_data_set_is_refused(data_set, content):
         read_meta(data_set)
 
 
+@pytest.mark.parametrize("sizes", [{"vocab_size": 0}, {"vocab_size": "9"}, {"used_vocab_size": None}])
+def test_a_meta_without_a_vocabulary_is_refused(data_set, sizes):
+    write_meta(data_set, read_meta(data_set) | sizes)
+    with pytest.raises(UserError, match=r"meta\.json: (used_)?vocab_size is (0|'9'|None): prepare"):
+        read_meta(data_set)
+
+
+def test_a_models_folder_in_place_of_a_data_set_is_said_to_be_one(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"a model's folder: data is a folder that data/prepare\.py has written"):
+        read_meta(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("made_by", "command"),
     [
