@@ -33,11 +33,10 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from configurator import UserError
-from data.shards import read_json, sha256
+from data.shards import LFS, read_json, sha256
 
 MODEL_FILE, JSON_FILE, CONFIG_FILE = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 AGAIN = "copy it again from the model"
-FILES = {"sentencepiece": MODEL_FILE, "tiktoken": "tokenizer.tiktoken", "huggingface": JSON_FILE}
 SENTENCE_CHARS = 4000  # training takes text in pieces of this length; longer ones only cost memory
 SPACE = "\u2581"  # what sentencepiece writes for a space
 PROBE = "\tif x:\n\t\treturn  1234\r\n\n       y = '\u00e9\u6f22\U0001f600\0'  I'LL don't $$\n\n  e\u0301 "
@@ -46,6 +45,7 @@ PROBE = "\tif x:\n\t\treturn  1234\r\n\n       y = '\u00e9\u6f22\U0001f600\0'  I
 class Tokenizer:
     """What all kinds have in common: the tokens around a text."""
 
+    kind, file = "tiktoken", ""  # in meta.json
     config, family, added = {}, "", {}  # of the files beside it: tokenizer_config.json, model_type, more tokens
 
     def surround(self, before: list[int], after: list[int], eos: int) -> None:
@@ -65,6 +65,8 @@ class SentencePiece(Tokenizer):
     In front of a text: what a tokenizer.json beside it puts there; else BOS, unless the tokenizer_config.json beside it
     has "add_bos_token": false. BOS and EOS: as given, or named in that file, or the model's own.
     """
+
+    kind, file = "sentencepiece", MODEL_FILE
 
     def __init__(self, path: str | Path, eos: str = ""):
         try:
@@ -88,7 +90,7 @@ class SentencePiece(Tokenizer):
         found = self.added.get(name, self.model.piece_to_id(name)) if name else own
         return -1 if found == self.model.unk_id() else found
 
-    def to_json(self) -> tokenizers.Tokenizer:
+    def to_json(self) -> tuple[tokenizers.Tokenizer, list[str]]:
         """The text is one word; pieces join in the order of their scores; what has no piece becomes bytes."""
         model, pieces = self.model, [self.model.id_to_piece(i) for i in range(self.n_text)]
         special = [p for i, p in enumerate(pieces) if model.is_control(i) or model.is_unknown(i)]
@@ -100,7 +102,7 @@ class SentencePiece(Tokenizer):
         out.decoder = decoders.Sequence(steps if prefix else steps[:3])
         steps = [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
         out.normalizer = normalizers.Sequence(steps if prefix else steps[1:])
-        return with_special(out, [*special, *self.added], self.before)
+        return out, [*special, *self.added]
 
 
 class Tiktoken(Tokenizer):
@@ -123,7 +125,7 @@ class Tiktoken(Tokenizer):
         text = unicodedata.normalize("NFC", text) if self.nfc else text
         return self.model.encode(text, disallowed_special=())  # encode_ordinary would panic then
 
-    def to_json(self) -> tokenizers.Tokenizer:
+    def to_json(self) -> tuple[tokenizers.Tokenizer, list[str]]:
         """Inside a word, which the pattern cuts, bytes join into the token of the lowest rank first."""
         character = byte_characters()
         ranks = {"".join(character[b] for b in token): rank for token, rank in self.model._mergeable_ranks.items()}
@@ -132,7 +134,7 @@ class Tiktoken(Tokenizer):
         # In this library {1,3}+ is a repetition, not possessive; where tiktoken has it, + changes nothing.
         split_as(out, re.sub(r"(\{\d+,\d*\})\+", r"\1", self.model._pat_str), self.nfc)
         out.decoder = decoders.ByteLevel()
-        return with_special(out, list(special), self.before)
+        return out, [*special]
 
 
 WORDS = (  # how text is cut, but for the digits of a number
@@ -151,6 +153,8 @@ FAMILIES = {
 
 class Ranks(Tiktoken):
     """A file of tiktoken ranks, a line "base64-of-the-bytes rank" each; the number of ranks tells the family."""
+
+    file = "tokenizer.tiktoken"
 
     def __init__(self, path: str | Path):
         try:
@@ -182,6 +186,7 @@ class HuggingFace(Tokenizer):
     common name that the vocabulary has.
     """
 
+    kind, file = "huggingface", JSON_FILE
     END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 
     def __init__(self, path: str | Path, eos: str = ""):
@@ -206,9 +211,6 @@ class HuggingFace(Tokenizer):
             raise UserError(f"{path}: no token {eos!r} to end a text: give --eos=TOKEN, the model's own")
         self.surround(*template_of(self.model), ids[eos])
 
-    def to_json(self) -> tokenizers.Tokenizer:
-        return self.model
-
     def encode(self, text: str) -> list[int]:
         return self.model.encode(text, add_special_tokens=False).ids
 
@@ -216,7 +218,7 @@ class HuggingFace(Tokenizer):
         return self.model.decode([t for t in tokens if t not in self.around], skip_special_tokens=False)
 
 
-KINDS = {"sentencepiece": SentencePiece, "tiktoken": Ranks, "huggingface": HuggingFace, "name": Tiktoken}
+KINDS = {kind.kind: kind for kind in (SentencePiece, Ranks, HuggingFace)}
 
 
 # ---- tokenizer.json and the files beside it
@@ -295,20 +297,18 @@ def split_as(out: tokenizers.Tokenizer, pattern: str, composed: bool) -> None:
     out.pre_tokenizer = pre_tokenizers.Sequence([cut, as_bytes])
 
 
-def with_special(out: tokenizers.Tokenizer, names: list[str], before: list[int]) -> tokenizers.Tokenizer:
-    """Tokens that are known by name, and these in front of every text."""
-    out.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
-    out.post_processor = template(out, before)
-    return out
-
-
 def write_json(tokenizer: Tokenizer, folder: str | Path) -> None:
     """tokenizer.json and tokenizer_config.json; not where another tool would get other ids from them.
 
     Those are sentencepiece models that normalise text, that are no BPE, or that have pieces of the user's own. The
     class that is named takes tokenizer.json as it stands, but for one kind of models: a warning says so.
     """
-    out, text = tokenizer.to_json(), PROBE + tokenizer.decode([*range(min(256, tokenizer.n_text))])
+    (out, special), carried = (tokenizer.model, []), tokenizer.config.keys() - {"auto_map"}
+    if not isinstance(tokenizer, HuggingFace):
+        (out, special), carried = tokenizer.to_json(), {"chat_template", "pad_token"}
+        out.post_processor = template(out, tokenizer.before)
+    out.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
+    text = PROBE + tokenizer.decode([*range(min(256, tokenizer.n_text))])
     out.encode_special_tokens, expected = True, tokenizer.encode(text)
     if out.encode(text, add_special_tokens=False).ids != expected:
         print(f"warning: {folder}: this tokenizer has no equal as a {JSON_FILE}: transformers will not load it")
@@ -322,13 +322,13 @@ def write_json(tokenizer: Tokenizer, folder: str | Path) -> None:
                 "which gives other ids here: load this tokenizer by PreTrainedTokenizerFast.from_pretrained"
             )
     out.save(str(Path(folder, JSON_FILE)))
-    own = {name: value for name, value in tokenizer.config.items() if name != "auto_map"}
-    if not isinstance(tokenizer, HuggingFace):
-        kept = {"chat_template"} | ({"pad_token"} if own.get("pad_token") in out.get_vocab() else set())
-        own = {name: own[name] for name in sorted(kept & own.keys())}
+    config = {"clean_up_tokenization_spaces": False}
+    config |= {name: value for name, value in tokenizer.config.items() if name in carried}
     if tokenizer.added:  # load_tokenizer needs it, too
-        own["added_tokens_decoder"] = {i: {"content": name, "special": True} for name, i in tokenizer.added.items()}
-    config = {"clean_up_tokenization_spaces": False} | own
+        listed = {number: {"content": name, "special": True} for name, number in tokenizer.added.items()}
+        config["added_tokens_decoder"] = listed
+    if config.get("pad_token") not in out.get_vocab():
+        config.pop("pad_token", None)
     config |= {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": out.id_to_token(tokenizer.eos)}
     config |= {"bos_token": out.id_to_token(tokenizer.bos)} if tokenizer.before else {}
     if isinstance(tokenizer, SentencePiece) and not tokenizer.model.encode("a", out_type=str)[0].startswith(SPACE):
@@ -339,20 +339,21 @@ def write_json(tokenizer: Tokenizer, folder: str | Path) -> None:
 # ---- from and into a folder
 
 
-def kind_of(path: str | Path) -> str:
-    """By the content: Meta calls a file of ranks tokenizer.model, too. "name" is tiktoken:NAME."""
+def kind_of(path: str | Path) -> type[Tokenizer]:
+    """By the content: Meta calls a file of ranks tokenizer.model, too."""
     if str(path).startswith("tiktoken:"):
-        return "name"
+        return Tiktoken
     if not Path(path).is_file():
         what = "is a folder" if Path(path).is_dir() else "no such file"
         raise UserError(f"{path}: {what}: give a tokenizer.json, a sentencepiece .model or a file of tiktoken ranks")
     with open(path, "rb") as f:
-        token, _, rank = f.readline(1 << 10).strip().partition(b" ")
-    if token == b"version" and b"git-lfs" in rank:
+        line = f.readline(1 << 10)
+    token, _, rank = line.strip().partition(b" ")
+    if line.startswith(LFS):
         raise UserError(f"{path}: only a pointer of Git LFS: git lfs pull gets the file")
     if token.startswith(b"{"):
-        return "huggingface"
-    return "tiktoken" if rank.isdigit() and token.isascii() else "sentencepiece"
+        return HuggingFace
+    return Ranks if rank.isdigit() and token.isascii() else SentencePiece
 
 
 def load_tokenizer(spec: dict, folder: str | Path) -> Tokenizer:
@@ -375,28 +376,33 @@ def load_tokenizer(spec: dict, folder: str | Path) -> Tokenizer:
 
 def open_tokenizer(path: str | Path, eos: str = "") -> Tokenizer:
     """A file of any kind, or tiktoken:NAME. eos: the token that ends a text, by name, where the files name none."""
-    if (kind := kind_of(path)) in ("sentencepiece", "huggingface"):
-        return KINDS[kind](path, eos)
-    if eos:
+    if eos and issubclass(kind := kind_of(path), Tiktoken):
         raise UserError(f"{path}: --eos is for a tokenizer.json or a sentencepiece model: this one has its own")
-    return KINDS[kind](path)
+    return kind(path, eos) if eos else kind_of(path)(path)
 
 
 def install_tokenizer(path: str | Path, folder: str | Path, eos: str = "") -> dict:
     """Bring a tokenizer (see open_tokenizer) into a data set's folder; returns meta.json's entry. Raises UserError."""
-    tokenizer, kind = open_tokenizer(path, eos), kind_of(path)
-    content = b"" if kind == "name" else Path(path).read_bytes()
+    tokenizer = open_tokenizer(path, eos)
+    content = Path(path).read_bytes() if tokenizer.file else b""
     for name in (JSON_FILE, CONFIG_FILE):  # may be another tokenizer's
         Path(folder, name).unlink(missing_ok=True)
     write_json(tokenizer, folder)
-    if kind == "name":
-        spec = {"kind": "tiktoken", "name": tokenizer.model.name}
-    else:
-        target = Path(folder, FILES[kind])
-        if kind != "huggingface":  # which write_json has written
+    if tokenizer.file:
+        target = Path(folder, tokenizer.file)
+        if not isinstance(tokenizer, HuggingFace):  # which write_json has written
             target.write_bytes(content)
-        spec = {"kind": kind, "file": target.name, "sha256": sha256(target)}
+        spec = {"kind": tokenizer.kind, "file": target.name, "sha256": sha256(target)}
+    else:
+        spec = {"kind": tokenizer.kind, "name": tokenizer.model.name}
     return spec | {name: getattr(tokenizer, name) for name in ("before", "after", "eos")}
+
+
+WHOLE_TEXT = {"normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False}
+SPECIAL = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "byte_fallback": True, "character_coverage": 0.9995}
+# Line ends stay inside a text: pieces such as ";\n" and "\n\n" save 7 % of the tokens.
+PIECES = {"model_type": "bpe", "split_digits": True, "allow_whitespace_only_pieces": True}
+LIMITS = {"max_sentence_length": 8 * SENTENCE_CHARS, "num_threads": 1, "minloglevel": 2}
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -> dict:
@@ -405,28 +411,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -
     Nothing is normalised, so that decode(encode(text)) == text; digits are split singly. The same texts give the
     same bytes: one thread, and no file name inside the model. Raises UserError when the texts are too few.
     """
-    model = io.BytesIO()
+    given = (text[i : i + SENTENCE_CHARS] for text in texts for i in range(0, len(text), SENTENCE_CHARS))
+    model, options = io.BytesIO(), WHOLE_TEXT | SPECIAL | PIECES | LIMITS | {"vocab_size": vocab_size}
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            # Line ends stay inside: pieces such as ";\n" and "\n\n" save 7 % of the tokens.
-            sentence_iterator=(t[i : i + SENTENCE_CHARS] for t in texts for i in range(0, len(t), SENTENCE_CHARS)),
-            model_writer=model,
-            vocab_size=vocab_size,
-            model_type="bpe",
-            byte_fallback=True,
-            character_coverage=0.9995,
-            split_digits=True,
-            allow_whitespace_only_pieces=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            max_sentence_length=8 * SENTENCE_CHARS,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            num_threads=1,
-            minloglevel=2,
-        )
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=given, model_writer=model, **options)
     except RuntimeError as error:
         reason = str(error).strip().rpartition("] ")[2]  # after the place in sentencepiece's source
         raise UserError(f"no tokenizer of {vocab_size} pieces from these texts: {reason} Give more text") from None
