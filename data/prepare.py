@@ -51,18 +51,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import configurator
 from configurator import UserError
 from data import shards as data_set
-from data.shards import (
-    DOMAIN,
-    HEADER_BYTES,
-    LFS,
-    SPLITS,
-    header,
-    read_json,
-    sha256,
-    shard_files,
-    token_dtype,
-    write_meta,
-)
+from data.shards import SPLITS, read_json, sha256, shard_files, write_meta
 from data.tokenizer import JSON_FILE, MODEL_FILE, install_tokenizer, load_tokenizer, train_tokenizer
 
 ZSTD = b"\x28\xb5\x2f\xfd", *(bytes([first]) + b"*M\x18" for first in range(0x50, 0x60))  # or a frame to skip: pzstd's
@@ -140,63 +129,46 @@ def sources_of(cfg: Config, words: tuple[str, ...]) -> tuple[tuple[str, ...], li
         pairs = [word.partition("=")[::2] for word in words]
         domains = tuple(dict.fromkeys(domain for domain, _ in pairs))
         pairs.sort(key=lambda pair: domains.index(pair[0]))
-        good = pairs and not (cfg.preset or cfg.stream) and all(p and DOMAIN.fullmatch(d) for d, p in pairs)
+        good = pairs and not (cfg.preset or cfg.stream) and all(p and data_set.DOMAIN.fullmatch(d) for d, p in pairs)
     if not good:
         presets = "; ".join(f"{name} ({', '.join(p.ratios)}; stream {p.hub})" for name, p in PRESETS.items())
         raise UserError(f"expected domain=path ..., or a preset with its folder or --stream; presets are {presets}")
     if cfg.stream:
         sources = [source for part in parts for source in streamed(cfg, part)]
         return domains, sources, {"hub": cfg.stream, "revision": cfg.revision, "files": len(sources)}, []
-    unread = []
-    found = [(domain, file) for domain, path in pairs for file in files_of(os.path.expanduser(path), unread)]
-    listed = "".join(f"{domain} {file.parent.name}/{file.name} {file.stat().st_size}\n" for domain, file in found)
+    found = [(domain, *file) for domain, path in pairs for file in files_of(os.path.expanduser(path))]
+    files, unread = [(d, file) for d, file, why in found if not why], [(file, why) for _, file, why in found if why]
+    listed = "".join(f"{domain} {file.parent.name}/{file.name} {file.stat().st_size}\n" for domain, file in files)
     field, digest = cfg.text_field, hashlib.sha256(os.fsencode(listed)).hexdigest()
-    sources = [Source(printable(f), partial(read, f, [field] if d else [field, "meta"]), d) for d, f in found]
-    return domains, sources, {"files": len(found), "sha256": digest}, unread
+    sources = [Source(printable(f), partial(read, f, [field] if d else [field, "meta"]), d) for d, f in files]
+    return domains, sources, {"files": len(files), "sha256": digest}, unread
 
 
-def files_of(path: str, unread: list[tuple[Path, str]]) -> list[Path]:
-    """The file, what matches the pattern, or what is in the folders, in sorted order; `unread` gets the others."""
-    names, others = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True)), []
-    files = [*walked(map(Path, names), others, {})]
+def files_of(path: str) -> list[tuple[Path, str]]:
+    """The file, what matches the pattern, or what is in the folders, in sorted order, and why it is not read or ""."""
+    names = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
     with ThreadPoolExecutor() as pool:  # a disk far away answers many at once
-        reasons = [*pool.map(why_not, files)]
-    unread += (others := others + [(file, why) for file, why in zip(files, reasons, strict=True) if why])
-    if good := [file for file, why in zip(files, reasons, strict=True) if not why]:
-        return good
-    what = (
-        f"nothing that can be read: {by_reason(others)}" if others else "an empty folder" if names else "no such file"
-    )
+        found = [*pool.map(lambda file: (file[0], file[1] or why_not(file[0])), walked(map(Path, names), {}))]
+    if not all(why for _, why in found):
+        return found
+    what = f"nothing that can be read: {by_reason(found)}" if found else "an empty folder" if names else "no such file"
     raise UserError(f"{path}: {what}: give a file, a pattern or a folder of JSON lines or Parquet")
 
 
-def walked(entries: Iterable[Path], others: list[tuple[Path, str]], seen: dict) -> Iterator[Path]:
-    """These files and those in these folders, linked ones too; what has several names is taken once."""
+def walked(entries: Iterable[Path], seen: dict) -> Iterator[tuple[Path, str]]:
+    """These files and those in these folders, linked ones too, and why one is left out: each is taken once."""
     for entry in entries:
         if not entry.exists():
-            others.append((entry, "linked to nothing"))
-            continue
-        if (key := os.stat(entry)[1:3]) in seen:  # inode and device
+            yield entry, "linked to nothing"
+        elif (key := os.stat(entry)[1:3]) in seen:  # inode and device
             if entry.is_symlink() or entry.resolve() != seen[key].resolve():
-                others.append((entry, "read by another name"))
-            continue
-        seen[key] = entry
-        if entry.is_dir():
+                yield entry, "read by another name"
+        elif seen.setdefault(key, entry).is_dir():
             inside = sorted(entry.iterdir())
-            others += [(e, "hidden") for e in inside if e.name.startswith(".")]
-            yield from walked((e for e in inside if not e.name.startswith(".")), others, seen)
+            yield from ((e, "hidden") for e in inside if e.name.startswith("."))
+            yield from walked((e for e in inside if not e.name.startswith(".")), seen)
         else:
-            yield entry
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[BinaryIO | None]:
-    """What is in a file that may be packed, by its first bytes; None: Parquet."""
-    with open(path, "rb") as file:
-        start = file.peek(8)
-        unpacked = next((unpack for magic, unpack in UNPACKERS.items() if start.startswith(magic)), nullcontext)
-        with unpacked(file) as content:
-            yield content
+            yield entry, ""
 
 
 def why_not(path: Path) -> str:
@@ -209,13 +181,13 @@ def why_not(path: Path) -> str:
     except DAMAGE:
         return ""
     lines = head.removeprefix(BOM).split(b"\n")
-    first, *more = (line.strip() for line in b"\n".join(lines).strip().split(b"\n"))
-    cut = len(head) == HEAD_BYTES and lines[-1][:1] == b"{"  # a record that goes on
-    some = cut or any(line[:1] + line[-1:] == b"{}" for line in (first, *more))
+    first = next((line.strip() for line in lines if line.strip()), b"")
+    goes_on = len(head) == HEAD_BYTES and lines[-1].startswith(b"{")
+    some = goes_on or any(line.strip()[:1] + line.strip()[-1:] == b"{}" for line in lines)
     reasons = {
         "empty": not head,
         "in UTF-16 (iconv -f UTF-16 -t UTF-8 makes UTF-8 of it)": head[:2] in (b"\xff\xfe", b"\xfe\xff"),
-        "a pointer of Git LFS (git lfs pull gets the file)": head.startswith(LFS),
+        "a pointer of Git LFS (git lfs pull gets the file)": head.startswith(data_set.LFS),
         "an archive to unpack": head[257:262] == b"ustar" or head.startswith(b"PK\3\4"),
         "one JSON array (jq -c '.[]' makes lines of it)": first[:1] == b"[" and not (some and first[-1:] == b"]"),
         "neither JSON lines nor Parquet": not some,
@@ -230,8 +202,19 @@ def printable(name: str | Path) -> str:
 
 def by_reason(unread: list[tuple[Path, str]]) -> str:
     """How many files for which reason, and some names."""
-    reasons = {why: [printable(path.name) for path, other in unread if other == why] for _, why in unread}
-    return "; ".join(f"{len(n):,} {why}: {', '.join(n[:3])}{', ...' * (len(n) > 3)}" for why, n in reasons.items())
+    names = defaultdict(list)
+    for path, why in unread:
+        names[why].append(printable(path.name))
+    return "; ".join(f"{len(n):,} {why}: {', '.join(n[:3])}{', ...' * (len(n) > 3)}" for why, n in names.items())
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO | None]:
+    """What is in a file that may be packed, by its first bytes; None: Parquet."""
+    with open(path, "rb") as file:
+        unpack = next((unpack for magic, unpack in UNPACKERS.items() if file.peek(8).startswith(magic)), nullcontext)
+        with unpack(file) as content:
+            yield content
 
 
 def read(path: Path, columns: list[str]) -> Iterator[bytes | dict]:
@@ -255,8 +238,8 @@ def read(path: Path, columns: list[str]) -> Iterator[bytes | dict]:
                 while len(line) > MAX_RECORD_BYTES and not line.endswith(b"\n"):
                     line = file.readline(MAX_RECORD_BYTES + 1)
     except DAMAGE as error:
-        too_long = "too much memory" in str(error)  # the window of zstd --long=28 and more
-        what_to_do = "unpack it by zstd -d --long=31" if too_long else "get the file again"
+        long = "too much memory" in str(error)  # the window of zstd --long=28 and more
+        what_to_do = "unpack it by zstd -d --long=31" if long else "get the file again"
         raise UserError(f"{path}: cannot be read to its end ({error}): {what_to_do}") from None
 
 
@@ -362,7 +345,7 @@ def encode(chunk: Chunk, folder: str, spec: str, cfg: Config) -> list[tuple]:
         except (ValueError, RecursionError) as error:
             found.append((number, domain, str(error), "", 0, 0, None))
             continue
-        tokens_N = np.array([*tokenizer.before, *ids, *tokenizer.after], token_dtype(tokenizer.vocab_size))
+        tokens_N = np.array([*tokenizer.before, *ids, *tokenizer.after], data_set.token_dtype(tokenizer.vocab_size))
         digest = digest_of(text)
         split, short = split_of(digest, cfg.val_fraction), int.from_bytes(digest[8:16], "big")
         found.append((number, domain, "", split, short, len(text.encode()), tokens_N))
@@ -426,7 +409,7 @@ def append(folder: Path, name: str, shards: list[dict], tokens_N: np.ndarray, sh
         n = shards[-1]["tokens"]
         here_N, tokens_N = np.split(tokens_N, [shard_tokens - n])
         with open(folder / shards[-1]["file"], "r+b" if n else "wb") as file:
-            file.seek(HEADER_BYTES + n * tokens_N.itemsize)  # behind it may lie what was written before a stop
+            file.seek(data_set.HEADER_BYTES + n * tokens_N.itemsize)  # behind it may lie what was written before a stop
             file.write(here_N.tobytes())
         shards[-1]["tokens"] += len(here_N)
         if shards[-1]["tokens"] == shard_tokens:
@@ -435,18 +418,18 @@ def append(folder: Path, name: str, shards: list[dict], tokens_N: np.ndarray, sh
 
 def seal(folder: Path, shard: dict, vocab_size: int) -> None:
     with open(folder / shard["file"], "r+b") as file:
-        file.write(header(shard["tokens"], vocab_size))
+        file.write(data_set.header(shard["tokens"], vocab_size))
     shard["sha256"] = sha256(folder / shard["file"])
 
 
-def save(folder: Path, settings: dict, progress: dict) -> None:
+def save(folder: Path, meta: dict, progress: dict) -> None:
     tmp = folder / f"{UNFINISHED}.tmp"
-    tmp.write_text(json.dumps({"settings": settings, "progress": progress}))
+    tmp.write_text(json.dumps(meta | {"progress": progress}))
     os.sync()  # the progress counts once all that it counts is on the disk
     os.replace(tmp, folder / UNFINISHED)
 
 
-def write(cfg: Config, settings: dict, sources: list[Source], progress: dict) -> None:
+def write(cfg: Config, meta: dict, sources: list[Source], progress: dict) -> None:
     """Every document of the sources from `progress` on, in shards; what is after it in the files is written again."""
     folder, domains, spec = Path(cfg.out), progress["domains"], json.dumps(progress["tokenizer"])
     vocab_size, saved_s = tokenizer_of(cfg.out, spec).vocab_size, time.monotonic()
@@ -466,36 +449,32 @@ def write(cfg: Config, settings: dict, sources: list[Source], progress: dict) ->
                 break
             if time.monotonic() - saved_s >= CHECKPOINT_S:
                 digests.flush()
-                save(folder, settings, progress)
+                save(folder, meta, progress)
                 saved_s = time.monotonic()
     for shard in shard_files(progress):
         if "sha256" not in shard:
             seal(folder, shard, vocab_size)
 
 
-def build(
-    cfg: Config, settings: dict, sources: list[Source], domains: dict[str, dict], spec: Callable, command: str
-) -> dict:
+def build(cfg: Config, meta: dict, sources: list[Source], domains: dict[str, dict], spec: Callable) -> dict:
     """The data set, from where a stop left it; returns meta.json's content. All else of a data set in the folder goes.
 
-    domains: what meta.json is to say of each beside counts. spec: makes the tokenizer, returns its entry for meta.json.
+    meta, domains: what meta.json is to say beside it: command, settings; and of each domain. spec: makes the tokenizer.
     """
     folder = Path(cfg.out)
     progress = None if cfg.force else json_in(folder / UNFINISHED).get("progress")
     if progress:
         print(f"going on in {sources[progress['source']].name} after record {progress['record']:,}", flush=True)
     else:
-        none = {"tokens": 0, "bytes": 0, "documents": 0}
-        entries = {
-            d: {s: none | {"shards": []} for s in SPLITS} | {"duplicates": 0} | more for d, more in domains.items()
-        }
+        part = {"tokens": 0, "bytes": 0, "documents": 0}
+        entries = {d: {s: part | {"shards": []} for s in SPLITS} | {"duplicates": 0} | domains[d] for d in domains}
         progress = {"tokenizer": spec(), "source": 0, "record": 0, "digests": 0, "bad_records": {}, "domains": entries}
-    save(folder, settings, progress)
+    save(folder, meta, progress)
     ours = {shard["file"] for shard in shard_files(progress)}
     for path in (folder / "meta.json", *(path for split in SPLITS for path in folder.glob(f"*_{split}_??????.bin"))):
         if path.name not in ours:
             path.unlink(missing_ok=True)
-    write(cfg, settings, sources, progress)
+    write(cfg, meta, sources, progress)
     made = {d: sum(e[split]["documents"] for split in SPLITS) for d, e in progress["domains"].items()}
     if empty := [domain for domain, n in made.items() if not n]:
         n_repeats = progress["domains"][empty[0]]["duplicates"]
@@ -504,7 +483,6 @@ def build(
         rest = f" by --domains={','.join(d for d in made if d not in empty)}" if cfg.preset else ""
         raise UserError(f"domain {' and '.join(empty)}: not one usable document: {why}, or leave it out{rest}")
     tokenizer = load_tokenizer(progress["tokenizer"], folder)
-    meta = {"command": command, "settings": settings}
     meta |= {name: getattr(tokenizer, name) for name in ("vocab_size", "used_vocab_size", "bos", "eos")}
     meta |= {name: progress[name] for name in ("tokenizer", "bad_records", "domains")}
     os.sync()
@@ -562,7 +540,8 @@ def write_dataset(
     sources = [Source(domain, partial(iter, documents), domain) for domain, documents in texts.items()]
     domains = {d: dict(zip(("source", "licence"), (about or {}).get(d, ()), strict=False)) for d in texts}
     with locked(folder):
-        return build(cfg, settings, sources, domains, lambda: spec, f"python {settings['made_by']}")
+        meta = {"command": f"python {settings['made_by']}", "settings": settings}
+        return build(cfg, meta, sources, domains, lambda: spec)
 
 
 # ---- the command
@@ -611,13 +590,6 @@ def make_tokenizer(cfg: Config, domains: tuple[str, ...], sources: list[Source])
     return train_tokenizer(texts, cfg.vocab_size, cfg.out)
 
 
-def check(cfg: Config) -> None:
-    good = {"out": cfg.out, "tokenizer": cfg.tokenizer, "val_fraction": 0 < cfg.val_fraction < 1}
-    good |= {"text_field": cfg.text_field, "shard_tokens": 0 < cfg.shard_tokens < 2**31, "processes": cfg.processes > 0}
-    if wrong := [name for name, value in good.items() if not value]:
-        raise UserError(f"--{wrong[0]}={getattr(cfg, wrong[0])}: needs another value: see data/prepare.py --help")
-
-
 def table(meta: dict) -> str:
     lines = [f"{'domain':<14} {'documents':>12} {'MB':>12} {'train tokens':>16} {'val tokens':>14} {'bytes/token':>12}"]
     for domain, entry in meta["domains"].items():
@@ -638,23 +610,26 @@ def command(cfg: Config, words: tuple[str, ...]) -> str:
 
 def main(cfg: Config, *words: str) -> None:
     start_s = time.perf_counter()
-    check(cfg)
+    good = {"out": cfg.out, "tokenizer": cfg.tokenizer, "text_field": cfg.text_field, "processes": cfg.processes > 0}
+    good |= {"val_fraction": 0 < cfg.val_fraction < 1, "shard_tokens": 0 < cfg.shard_tokens < 2**31}
+    if wrong := [name for name, value in good.items() if not value]:
+        raise UserError(f"--{wrong[0]}={getattr(cfg, wrong[0])}: needs another value: see data/prepare.py --help")
     if os.path.isdir(cfg.tokenizer):  # a model's folder
         files = [f"{cfg.tokenizer}/{name}" for name in (JSON_FILE, MODEL_FILE)]
         cfg = replace(cfg, tokenizer=next(filter(os.path.isfile, files), files[0]))
-    anew = command(cfg, words)
+    meta = {"command": command(cfg, words)}
     domains, sources, origin, unread = sources_of(cfg, words)
     cfg = replace(cfg, dedup=cfg.dedup and not cfg.preset)
     same = ("preset", "text_field", "eos", "vocab_size", "val_fraction", "shard_tokens", "max_tokens", "dedup")
     settings = {"made_by": "data/prepare.py"} | {name: getattr(cfg, name) for name in same}
     settings["tokenizer"] = sha256(cfg.tokenizer) if os.path.isfile(cfg.tokenizer) else cfg.tokenizer
-    settings |= {"domains": list(domains), "origin": origin}
+    meta["settings"] = settings = settings | {"domains": list(domains), "origin": origin}
     with locked(cfg.out):
         if is_complete(cfg.out, settings, cfg.force):
             print(f"{cfg.out}: complete, domains {', '.join(domains)}; nothing to do (--force prepares it again)")
         else:
             tokenizer = partial(make_tokenizer, cfg, domains, sources)
-            print(table(build(cfg, settings, sources, {domain: {} for domain in domains}, tokenizer, anew)))
+            print(table(build(cfg, meta, sources, {domain: {} for domain in domains}, tokenizer)))
             print(f"not read: {by_reason(unread)}" if unread else "all files were read")
             print(f"{cfg.out}: done in {time.perf_counter() - start_s:.0f} s")
     if preset := PRESETS.get(cfg.preset):

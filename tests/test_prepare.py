@@ -191,6 +191,12 @@ def write_files(folder: Path, contents: dict[str, bytes]) -> None:
         (folder / name).write_bytes(data)
 
 
+def read_and_not(path: Path | str) -> tuple[list[Path], list[tuple[Path, str]]]:
+    """The files that are read, and the others with the reason."""
+    found = prepare.files_of(str(path))
+    return [file for file, why in found if not why], [(file, why) for file, why in found if why]
+
+
 def prepared(tmp_path: Path, model: str, *words: str, **settings) -> list[str]:
     """The documents of domain web, sorted."""
     cfg = {"out": str(tmp_path / "out"), "tokenizer": model, "val_fraction": 0.2, "processes": 1} | settings
@@ -221,13 +227,13 @@ PACKERS = {
 def test_a_file_is_known_by_its_first_bytes_whatever_it_is_called(tmp_path, packer, name):
     texts = some_documents(20, seed=5)
     (tmp_path / name).write_bytes(PACKERS[packer](json_lines(texts)))
-    lines = [line for line in prepare.read(*prepare.files_of(str(tmp_path), []), ["text"]) if line.strip()]
+    lines = [line for line in prepare.read(*read_and_not(tmp_path)[0], ["text"]) if line.strip()]
     assert [prepare.domain_and_text(line, "web", Config())[1] for line in lines] == texts
 
 
 def test_parquet_is_known_by_its_first_bytes_too(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"]}), tmp_path / "data.PARQUET.0")
-    assert list(prepare.read(*prepare.files_of(str(tmp_path), []), ["text"])) == [{"text": "a"}, {"text": "b"}]
+    assert list(prepare.read(*read_and_not(tmp_path)[0], ["text"])) == [{"text": "a"}, {"text": "b"}]
 
 
 def test_linked_folders_are_read_once_and_cycles_end(tmp_path, model):
@@ -239,8 +245,8 @@ def test_linked_folders_are_read_once_and_cycles_end(tmp_path, model):
     for link, target in links.items():
         (tmp_path / link).symlink_to(tmp_path / target)
     (tmp_path / "web" / "gone.jsonl").symlink_to(tmp_path / "nowhere")
-    unread = []
-    names = [str(file.relative_to(tmp_path)) for file in prepare.files_of(f"{tmp_path}/web", unread)]
+    files, unread = read_and_not(tmp_path / "web")
+    names = [str(file.relative_to(tmp_path)) for file in files]
     assert names == ["web/a/2.jsonl", "web/a/back/1.jsonl", "web/a/back/3.jsonl"]
     assert sorted((file.name, why) for file, why in unread) == [
         ("c.jsonl", "read by another name"),
@@ -272,7 +278,7 @@ def test_a_file_name_that_is_no_utf_8_is_read_and_printed(tmp_path, model, capsy
 def test_a_long_record_behind_a_line_that_is_none_makes_no_other_file_of_it(tmp_path):
     for first in (b"# made in May\n", b"\n", b""):
         write_files(tmp_path, {"a.jsonl": first + json_lines(["x" * prepare.HEAD_BYTES, "short"])})
-        assert prepare.files_of(f"{tmp_path}/a.jsonl", []) == [tmp_path / "a.jsonl"]
+        assert read_and_not(tmp_path) == ([tmp_path / "a.jsonl"], [])
 
 
 def zstd_of_window(data: bytes, log: int) -> bytes:
@@ -312,11 +318,11 @@ def test_files_of_a_folder_are_in_the_order_of_their_paths(tmp_path):
         "z/y.a",
     ]
     write_files(tmp_path, dict.fromkeys(names, b"{}"))
-    files, unread = sorted(path for path in tmp_path.rglob("*") if path.is_file()), []
-    assert prepare.files_of(str(tmp_path), unread) == prepare.files_of(f"{tmp_path}/**", unread) == files
+    files = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    assert read_and_not(tmp_path) == read_and_not(f"{tmp_path}/**") == (files, [])
     (tmp_path / "again").symlink_to(tmp_path / "z")
-    assert len(prepare.files_of(f"{tmp_path}/*", unread)) == len(files)
-    assert unread == []
+    read, unread = read_and_not(f"{tmp_path}/*")
+    assert len(read) == len(files) and unread == []
 
 
 def tar_gz() -> bytes:
@@ -353,11 +359,11 @@ UNUSABLE = {
 def test_a_file_without_records_is_reported_in_a_folder_and_refused_by_name(tmp_path, name):
     data, why = UNUSABLE[name]
     write_files(tmp_path, {name: data, "a.jsonl": json_lines(["text"])})
-    unread = []
-    assert prepare.files_of(str(tmp_path), unread) == prepare.files_of(f"{tmp_path}/*", []) == [tmp_path / "a.jsonl"]
+    read, unread = read_and_not(tmp_path)
+    assert read == read_and_not(f"{tmp_path}/*")[0] == [tmp_path / "a.jsonl"]
     assert [file for file, _ in unread] == [tmp_path / name] and unread[0][1].startswith(why)
     with pytest.raises(UserError, match=f"{name}: nothing that can be read: 1 {why}"):
-        prepare.files_of(f"{tmp_path}/{name}", [])
+        prepare.files_of(f"{tmp_path}/{name}")
 
 
 def test_what_was_not_read_in_the_folders_is_said_at_the_end(tmp_path, model, capsys):
