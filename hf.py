@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from configurator import UserError
-from data.shards import LFS, read_json
+from data.shards import read_json, unreadable
 from model import FAMILIES, Llama, LlamaConfig
 
 INDEX = "model.safetensors.index.json"
@@ -140,10 +140,9 @@ def read_config(folder: str | Path) -> LlamaConfig:
         theirs["eos_token_id"] = merged_ids(theirs.get("eos_token_id"), _generation(folder).get("eos_token_id"))
         scaling = {key: rope[key] for key in rope.keys() - {"type", "rope_theta", "partial_rotary_factor"}}
         scaling = None if scaling["rope_type"] == "default" else scaling
-        values = {ours: theirs[key] for ours, key in HF_NAMES.items() if key in theirs}
+        silent = [ours for ours in ("n_kv_heads", "head_dim") if theirs.get(HF_NAMES[ours]) is None]
+        values = {ours: theirs[key] for ours, key in HF_NAMES.items() if key in theirs and ours not in silent}
         values["rope_theta"] = rope["rope_theta"]
-        guessed = {"n_kv_heads", "head_dim"} - {name for name, value in values.items() if value is not None}
-        values = {name: value for name, value in values.items() if name not in guessed}
         _check_types(values, scaling or {})
         values.setdefault("n_kv_heads", values["n_heads"])  # a wrong guess of these two does not fit the tensors
         values.setdefault("head_dim", values["hidden_size"] // values["n_heads"])
@@ -287,15 +286,8 @@ def _pickled(path: Path) -> dict[str, Tensor]:
         found = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         return {key: found[key] for key in found if isinstance(found[key], Tensor)}
     except (OSError, RuntimeError, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise _unreadable(path, str(error).partition("\n")[0]) from None
-
-
-def _unreadable(path: Path, reason: object) -> UserError:
-    with open(path, "rb") as f:
-        if f.read(len(LFS)) == LFS:
-            return UserError(f"{path}: only a pointer of Git LFS: git lfs pull gets the file")
-    what = "file of weights" if path.suffix == ".bin" else "safetensors file"
-    return UserError(f"{path}: not a readable {what} ({reason}): copy it again")
+        reason = str(error).partition("\n")[0]
+        raise unreadable(path, f"not a readable file of weights ({reason}): copy it again") from None
 
 
 def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -308,7 +300,7 @@ def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
             stored = {key: f.get_slice(key) for key in f.keys()}  # noqa: SIM118 (not a dict)
             return {key: (tuple(t.get_shape()), t.get_dtype()) for key, t in stored.items()}
     except (OSError, SafetensorError) as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, f"not a readable safetensors file ({error}): copy it again") from None
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -337,25 +329,25 @@ def weight_files(folder: Path) -> list[Path]:
 def check_tokenizer(folder: str | Path, data: str | Path) -> None:
     """Raises UserError where a model and a data set have two tokens for one id, by their tokenizers' files."""
     theirs, ours = _tokens(folder), _tokens(data)
-    if (i := _clash(theirs, ours)) is not None:
+    if (i := next((i for i in theirs.keys() & ours.keys() if theirs[i] != ours[i]), None)) is not None:
         words = f"token {i} is {theirs[i]!r} for the model and {ours[i]!r} in the data"
         raise UserError(f"{data}: was made with another tokenizer than {folder}'s ({words}): prepare it with that one")
 
 
-def _clash(theirs: dict[int, str], ours: dict[int, str]) -> int | None:
-    """An id that is not the same token in both."""
-    return next((i for i in theirs.keys() & ours.keys() if theirs[i] != ours[i]), None)
-
-
 def _tokens(folder: str | Path) -> dict[int, str]:
-    """The vocabulary of a folder's tokenizer without added tokens; {} where there is none. Raises UserError."""
-    from data.tokenizer import open_tokenizer, read_tokenizer_json  # noqa: PLC0415 (brings three libraries)
+    """The tokens of a folder's tokenizer.json, without added ones, or of its sentencepiece model, by id; {} where there
+    is neither. Raises UserError."""
+    from data.tokenizer import SentencePiece, open_tokenizer, read_tokenizer_json  # noqa: PLC0415 (three libraries)
 
-    file = next((Path(folder, name) for name in TOKENIZERS if Path(folder, name).is_file()), None)
-    if file is None:
-        return {}
-    json_form = read_tokenizer_json(file) if file.suffix == ".json" else open_tokenizer(file).to_json()
-    return {i: token for token, i in json_form.get_vocab(with_added_tokens=False).items()}
+    file = _tokenizer(folder)
+    if file and file.suffix == ".json":
+        return {i: token for token, i in read_tokenizer_json(file).get_vocab(with_added_tokens=False).items()}
+    found = file and open_tokenizer(file)
+    return {i: found.model.id_to_piece(i) for i in range(len(found.model))} if isinstance(found, SentencePiece) else {}
+
+
+def _tokenizer(folder: str | Path) -> Path | None:
+    return next((Path(folder, name) for name in TOKENIZERS if Path(folder, name).is_file()), None)
 
 
 # ---- writing
@@ -409,25 +401,22 @@ def _write_json(path: Path, content: dict) -> None:
 def copy_tokenizer(sources: Sequence[str | Path], folder: Path) -> bool:
     """The tokenizer of the first source that has one, with what belongs to it. Whether there is a tokenizer.json now.
 
-    tokenizer.json comes from a later source with the same tokens if need be: a data set has a sentencepiece model in
-    both forms. It is written anew, for a class that takes it as it stands: transformers 5 makes others from a part of
-    it, and gives other ids.
+    That is written anew, from a later source with the same tokens if need be (a data set has a sentencepiece model in
+    both forms), and for a class that takes it as it stands: to others, transformers 5 gives other ids.
     """
     from data.tokenizer import open_tokenizer, write_json  # noqa: PLC0415
 
-    homes = [Path(s) for s in sources if s and any(Path(s, name).is_file() for name in TOKENIZERS)]
+    homes, problem = [Path(s) for s in sources if s and _tokenizer(s)], None
     for file in [f for home in homes[:1] for pattern in CARRIED for f in home.glob(pattern) if f.is_file()]:
         target = folder / file.relative_to(homes[0])
         target.parent.mkdir(exist_ok=True)
         if file.resolve() != target.resolve():
             shutil.copyfile(file, target)
-    problem = None
     for home in sorted(homes, key=lambda home: not (home / "tokenizer.json").is_file()):
         try:
-            if _clash(_tokens(homes[0]), _tokens(home)) is None:
-                name = next(name for name in TOKENIZERS if (home / name).is_file())
-                write_json(open_tokenizer(home / name), folder)
-                return (folder / "tokenizer.json").is_file()
+            check_tokenizer(homes[0], home)
+            write_json(open_tokenizer(_tokenizer(home)), folder)
+            return (folder / "tokenizer.json").is_file()
         except UserError as error:
             problem = problem or error
     if problem:

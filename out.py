@@ -121,7 +121,9 @@ class Out:
         before = {"masks": "published"} if saved["config"]["stage"] == "prune" else {}  # there were no others
         settings = json.loads(json.dumps(asdict(type(self.cfg)()))) | before | saved["config"]
         for name, value in self.identity["config"].items():
-            if name not in MAY_CHANGE_ON_RESUME and not _same(settings[name], value):
+            if name in MAY_CHANGE_ON_RESUME or settings[name] == value:
+                continue
+            if os.path.realpath(str(settings[name])) != os.path.realpath(str(value)):  # a folder in other words
                 raise UserError(
                     f"{where}: was written with {name} = {settings[name]!r}, this run has {value!r}: "
                     "give the same, or choose another out_dir"
@@ -262,12 +264,6 @@ class Out:
         self.bar.close()
         self.log.say(f"model written to {self.folder}/model")
         self.log.sum_up()
-
-
-def _same(one: object, other: object) -> bool:
-    """Two settings; a folder may be written in several ways."""
-    both_texts = isinstance(one, str) and isinstance(other, str) and one and other
-    return one == other or bool(both_texts and os.path.realpath(one) == os.path.realpath(other))
 
 
 def memory_bytes(device: str) -> int:

@@ -41,7 +41,7 @@ SPLITS = ("train", "val")
 DOMAIN = re.compile(r"\w[\w.-]*", re.ASCII)  # names of domains are parts of file names
 AGAIN = "prepare the data set again"
 VERSION = 2  # of meta.json
-LFS = b"version https://git-lfs"  # how the pointer begins that stands for a file which was not fetched
+LFS = b"version https://git-lfs"  # how a pointer of Git LFS begins
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -89,16 +89,18 @@ def sha256(path: str | Path) -> str:
 def read_json(path: str | Path, what_to_do: str) -> dict:
     """The JSON object in a file. Raises UserError."""
     try:
-        content = Path(path).read_bytes()
-        if content.startswith(LFS):
-            raise UserError(f"{path}: only a pointer of Git LFS: git lfs pull gets the file")
-        if not isinstance(found := json.loads(content), dict):
-            raise ValueError(f"a {type(found).__name__}")
-        return found
+        return dict(json.loads(Path(path).read_bytes()))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): {what_to_do}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not a JSON object ({error}): {what_to_do}") from None
+    except (ValueError, TypeError) as error:
+        raise unreadable(path, f"not a JSON object ({error}): {what_to_do}") from None
+
+
+def unreadable(path: str | Path, said: str) -> UserError:
+    """What is said of a file, unless that is only the pointer of one which was not fetched."""
+    with open(path, "rb") as f:
+        pointer = f.read(len(LFS)) == LFS
+    return UserError(f"{path}: {'only a pointer of Git LFS: git lfs pull gets the file' if pointer else said}")
 
 
 def write_meta(folder: str | Path, meta: dict) -> None:

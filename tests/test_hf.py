@@ -232,7 +232,9 @@ def byte_level(folder, *tokens, **settings):
     names = ["<s>", "</s>", *tok.byte_characters().values(), *tokens]
     out = tokenizers.Tokenizer(tokenizers.models.BPE({name: i for i, name in enumerate(names)}, []))
     out.pre_tokenizer, out.decoder = tokenizers.pre_tokenizers.ByteLevel(False), tokenizers.decoders.ByteLevel()
-    tok.with_special(out, ["<s>", "</s>"], [0]).save(str(folder / "tokenizer.json"))
+    out.add_special_tokens(names[:2])
+    out.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    out.save(str(folder / "tokenizer.json"))
     settings = {"bos_token": "<s>", "eos_token": "</s>", "clean_up_tokenization_spaces": False} | settings
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
@@ -692,7 +694,7 @@ def lying_header(file):
         (lambda file: file.write_bytes(POINTER), "git lfs pull"),
         (lambda file: [file.unlink(), file.with_name("pytorch_model.bin").write_bytes(POINTER)], "git lfs pull"),
         (lambda file: file.with_name("config.json").write_bytes(POINTER), "config.json: only a pointer of Git LFS"),
-        (lambda file: file.with_name("config.json").write_bytes(b"[1]"), "not a JSON object .a list.: a model is"),
+        (lambda file: file.with_name("config.json").write_bytes(b"[1]"), "not a JSON object .*: a model is"),
         (lambda file: file.rename(file.with_name("model.fp16.safetensors")), "a variant: rename it to model.safetens"),
         (in_two_files, "b.safetensors: .* is in .*a.safetensors too"),
         (lambda file: file.with_name("config.json").unlink(), "config.json"),
