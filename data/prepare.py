@@ -6,13 +6,13 @@
     python data/prepare.py --preset=slimpajama --stream=cerebras/SlimPajama-627B --out=... --tokenizer=...
 
 A path is a file, a pattern or a folder, and a domain may be given several times. A file is known by its first bytes,
-whatever it is called; what is not read in a folder, and why, is said at the end. The sha256 of a document decides
-between train and validation. A record without usable text is reported with file and number, and counted in meta.json.
+whatever it is called; what is not read, and why, is said at the end. The sha256 of a document decides between train and
+validation. A record without usable text is reported with file and number, and counted in meta.json.
 
 The bytes written depend on the records and their order alone, not on the number of processes. A run that was stopped
-goes on with the same command and writes the same bytes: every 30 s the tokens so far are brought to the disk, and then
-the file `unfinished` says how many tokens and records they are. meta.json comes last: a folder with one is complete.
-Each process holds a few chunks of text in memory. The filter of repeats holds about 100 bytes a document.
+goes on with the same command and writes the same bytes: every 30 s the tokens so far are brought to the disk, then the
+file `unfinished`, which counts them and the records. meta.json comes last: a folder with one is complete. Each process
+holds a few chunks of text in memory, the filter of repeats about 100 bytes a document.
 """
 
 import bz2
@@ -67,6 +67,7 @@ CHECKPOINT_S = 30.0  # what a stop costs at most
 FIRST_RECORDS = 1000  # one of so many has to be usable where records of all domains are mixed
 REPORTED = 20  # bad records printed per source; all are counted
 TOKENIZER_CHARS = 24_000_000  # a tokenizer is trained on so many: an equal share of each domain, from its start
+NO_MATTER = ("out", "processes", "force")  # settings that are no part of what is made
 UNFINISHED = "unfinished"  # settings and progress, as long as a folder is not complete
 DIGESTS = "unfinished.digests"  # 64 bits of the sha256 of each document so far
 
@@ -96,15 +97,14 @@ class Preset(NamedTuple):
     names: dict[str, str] | None = None  # a record's meta.redpajama_set_name: domain. None: a folder for each domain
 
 
+# Soboleva et al. 2023; ratios of Sheared LLaMA (Xia et al. 2024), after LLaMA
 NAMES = ("CommonCrawl", "Github", "Book", "StackExchange", "Wikipedia", "ArXiv", "C4")
 RATIOS = {"cc": 0.67, "github": 0.045, "book": 0.045, "stackexchange": 0.02, "wiki": 0.045, "arxiv": 0.025, "c4": 0.15}
+SETS = {f"RedPajama{name}": domain for name, domain in zip(NAMES, RATIOS, strict=True)}
+# Nguyen et al. 2024; the power gives rare languages more than their share of the text
 TOKENS_B = {"en": 2846.97, "ru": 737.2, "zh": 227.06, "ja": 107.87, "ar": 69.35, "tr": 64.29, "ko": 24.77, "th": 15.72}
 PRESETS = {
-    # Soboleva et al. 2023; ratios of Sheared LLaMA (Xia et al. 2024), after LLaMA
-    "slimpajama": Preset(
-        "cerebras/SlimPajama-627B", RATIOS, {f"RedPajama{n}": domain for n, domain in zip(NAMES, RATIOS, strict=True)}
-    ),
-    # Nguyen et al. 2024; the power gives rare languages more than their share of the text
+    "slimpajama": Preset("cerebras/SlimPajama-627B", RATIOS, SETS),
     "culturax": Preset("uonlp/CulturaX", {language: n**0.3 for language, n in TOKENS_B.items()}),
 }
 
@@ -315,8 +315,8 @@ def chunks_of(sources: list[Source], at: int, record: int, wanted: set[str], fie
     """The records after `record` of source number `at`, in order, in chunks of about CHUNK_CHARS."""
     for s, source in enumerate(sources[at:], at):
         first, waiting, n_chars = record if s == at else 0, [], 0
-        bar = partial(tqdm, desc=source.name, unit=" records", disable=None, leave=False)
-        for item in bar(islice(source.records(), first, None)):
+        items = islice(source.records(), first, None)
+        for item in tqdm(items, source.name, unit=" records", disable=None, leave=False):
             if source.domain and source.domain not in wanted:
                 break
             waiting.append(item)
@@ -401,27 +401,6 @@ def take(found: list[tuple], name: str, cfg: Config, progress: dict, wanted: set
     return taken
 
 
-def append(folder: Path, name: str, shards: list[dict], tokens_N: np.ndarray, shard_tokens: int, vocab: int) -> None:
-    """Write behind the tokens of the last shard, or into a new one. An open shard has no checksum yet."""
-    while len(tokens_N):
-        if not shards or "sha256" in shards[-1]:
-            shards.append({"file": f"{name}_{len(shards):06d}.bin", "tokens": 0})
-        n = shards[-1]["tokens"]
-        here_N, tokens_N = np.split(tokens_N, [shard_tokens - n])
-        with open(folder / shards[-1]["file"], "r+b" if n else "wb") as file:
-            file.seek(data_set.HEADER_BYTES + n * tokens_N.itemsize)  # behind it may lie what was written before a stop
-            file.write(here_N.tobytes())
-        shards[-1]["tokens"] += len(here_N)
-        if shards[-1]["tokens"] == shard_tokens:
-            seal(folder, shards[-1], vocab)
-
-
-def seal(folder: Path, shard: dict, vocab_size: int) -> None:
-    with open(folder / shard["file"], "r+b") as file:
-        file.write(data_set.header(shard["tokens"], vocab_size))
-    shard["sha256"] = sha256(folder / shard["file"])
-
-
 def save(folder: Path, meta: dict, progress: dict) -> None:
     tmp = folder / f"{UNFINISHED}.tmp"
     tmp.write_text(json.dumps(meta | {"progress": progress}))
@@ -443,7 +422,7 @@ def write(cfg: Config, meta: dict, sources: list[Source], progress: dict) -> Non
             name = sources[chunk.source].name
             for (domain, split), pieces in take(found, name, cfg, progress, wanted, seen, digests).items():
                 shards, tokens_N = domains[domain][split]["shards"], np.concatenate(pieces)
-                append(folder, f"{domain}_{split}", shards, tokens_N, cfg.shard_tokens, vocab_size)
+                data_set.append(folder, f"{domain}_{split}", shards, tokens_N, cfg.shard_tokens, vocab_size)
             progress |= {"source": chunk.source, "record": chunk.first + len(chunk.records), "digests": len(seen)}
             if not wanted:
                 break
@@ -453,7 +432,7 @@ def write(cfg: Config, meta: dict, sources: list[Source], progress: dict) -> Non
                 saved_s = time.monotonic()
     for shard in shard_files(progress):
         if "sha256" not in shard:
-            seal(folder, shard, vocab_size)
+            data_set.seal(folder, shard, vocab_size)
 
 
 def build(cfg: Config, meta: dict, sources: list[Source], domains: dict[str, dict], spec: Callable) -> dict:
@@ -600,14 +579,6 @@ def table(meta: dict) -> str:
     return "\n".join([*lines, f"{n_bad:,} bad records and {n_repeated:,} repeated documents left out"])
 
 
-def command(cfg: Config, words: tuple[str, ...]) -> str:
-    """What makes the same data set anew, but for its folder."""
-    changed = {name: value for name, value in asdict(cfg).items() if value != getattr(Config, name)}
-    kept = changed.keys() - {"out", "processes", "force"}
-    texts = (f"--{name}={','.join(v) if isinstance(v, tuple) else v}" for name, v in changed.items() if name in kept)
-    return shlex.join(["python", "data/prepare.py", *words, *texts])
-
-
 def main(cfg: Config, *words: str) -> None:
     start_s = time.perf_counter()
     good = {"out": cfg.out, "tokenizer": cfg.tokenizer, "text_field": cfg.text_field, "processes": cfg.processes > 0}
@@ -617,7 +588,9 @@ def main(cfg: Config, *words: str) -> None:
     if os.path.isdir(cfg.tokenizer):  # a model's folder
         files = [f"{cfg.tokenizer}/{name}" for name in (JSON_FILE, MODEL_FILE)]
         cfg = replace(cfg, tokenizer=next(filter(os.path.isfile, files), files[0]))
-    meta = {"command": command(cfg, words)}
+    changed = {name: v for name, v in asdict(cfg).items() if v != getattr(Config, name) and name not in NO_MATTER}
+    options = [f"--{name}={','.join(v) if isinstance(v, tuple) else v}" for name, v in changed.items()]
+    meta = {"command": shlex.join(["python", "data/prepare.py", *words, *options])}  # that makes the same anew
     domains, sources, origin, unread = sources_of(cfg, words)
     cfg = replace(cfg, dedup=cfg.dedup and not cfg.preset)
     same = ("preset", "text_field", "eos", "vocab_size", "val_fraction", "shard_tokens", "max_tokens", "dedup")

@@ -57,6 +57,27 @@ def write_shard(path: str | Path, tokens_N: np.ndarray, vocab_size: int) -> None
     Path(path).write_bytes(header(len(tokens_N), vocab_size) + np.asarray(tokens_N, token_dtype(vocab_size)).tobytes())
 
 
+def append(folder: Path, name: str, shards: list[dict], tokens_N: np.ndarray, shard_tokens: int, vocab: int) -> None:
+    """Write behind the tokens of the last shard, or into a new one. An open shard has no checksum yet."""
+    while len(tokens_N):
+        if not shards or "sha256" in shards[-1]:
+            shards.append({"file": f"{name}_{len(shards):06d}.bin", "tokens": 0})
+        n = shards[-1]["tokens"]
+        here_N, tokens_N = np.split(tokens_N, [shard_tokens - n])
+        with open(folder / shards[-1]["file"], "r+b" if n else "wb") as file:
+            file.seek(HEADER_BYTES + n * tokens_N.itemsize)  # behind it may lie what was written before a stop
+            file.write(here_N.tobytes())
+        shards[-1]["tokens"] += len(here_N)
+        if shards[-1]["tokens"] == shard_tokens:
+            seal(folder, shards[-1], vocab)
+
+
+def seal(folder: Path, shard: dict, vocab_size: int) -> None:
+    with open(folder / shard["file"], "r+b") as file:
+        file.write(header(shard["tokens"], vocab_size))
+    shard["sha256"] = sha256(folder / shard["file"])
+
+
 def check_shard(path: str | Path) -> tuple[int, np.dtype]:
     """Number and type of a shard's tokens. Raises UserError where header and size do not tell of a whole shard."""
     try:

@@ -7,8 +7,8 @@ meta.json names the tokenizer in one of four ways; files lie in the data set's f
     {"kind": "huggingface", "file": "tokenizer.json", "sha256": "..."}
     {"kind": "tiktoken", "name": "cl100k_base"}                              tiktoken checks its own downloads
 
-The entry also holds what stands around a document, in ids. "before": what transformers puts in front of a text, BOS or
-nothing. "after": "eos", the id that ends a text, unless the same id stands in front already.
+The entry also has the ids around a document: "before", what transformers puts in front of a text, BOS or nothing, and
+"after": "eos", the id that ends a text, unless the same id stands in front already.
 
 A tokenizer has encode(text) -> ids, decode(ids) -> text without BOS and EOS, before, after, eos, and bos, the first of
 `before` or None. vocab_size counts all tokens, used_vocab_size those up to the last that can stand in a data set: an
@@ -257,8 +257,7 @@ def settings_beside(path: str | Path) -> tuple[dict, dict]:
 
 def by_name(value: object) -> object:
     """A token, or those of a list, by its text; anything else as it is."""
-    if isinstance(value, list):
-        return [by_name(item) for item in value]
+    value = [*map(by_name, value)] if isinstance(value, list) else value
     return value["content"] if isinstance(value, dict) and "content" in value else value
 
 

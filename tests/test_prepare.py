@@ -29,7 +29,7 @@ import zstandard
 
 import configurator
 from configurator import UserError
-from data import prepare
+from data import prepare, shards
 from data.prepare import Config, is_complete, locked, main, training_share, write_dataset
 from data.shards import open_shard, read_meta, verify
 from data.tokenizer import MODEL_FILE, SentencePiece, load_tokenizer, train_tokenizer
@@ -632,7 +632,7 @@ def test_a_run_stopped_at_any_place_loses_and_repeats_nothing(inputs, model, mon
         return stops
 
     monkeypatch.setattr(prepare, "CHECKPOINT_S", 0)
-    places = (prepare, "take append seal save sha256 write_meta in_order"), (os, "replace")
+    places = (prepare, "take save write_meta in_order"), (shards, "append seal sha256"), (os, "replace")
     for owner, name in [(owner, name) for owner, names in places for name in names.split()]:
         monkeypatch.setattr(owner, name, stopping(getattr(owner, name)))
     n_stops, steps = 0, 15 if max_tokens else 60
@@ -650,7 +650,8 @@ def test_a_run_stopped_at_any_place_loses_and_repeats_nothing(inputs, model, mon
 def run_until_killed(folder: Path, model: str, place: str, n: int) -> None:
     """In a process of its own: SIGKILL at the n-th call of this function."""
     prepare.CHECKPOINT_S, prepare.CHUNK_CHARS = 0, 2000
-    whole, calls = getattr(prepare, place), itertools.count()
+    owner = shards if place in ("append", "seal", "sha256") else prepare
+    whole, calls = getattr(owner, place), itertools.count()
 
     def killed(*args):
         if next(calls) == n:
@@ -659,7 +660,7 @@ def run_until_killed(folder: Path, model: str, place: str, n: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return whole(*args)
 
-    setattr(prepare, place, killed)
+    setattr(owner, place, killed)
     run(folder, model, "killed", processes=2)
 
 
@@ -730,7 +731,7 @@ def test_one_made_before_documents_ended_with_eos_names_the_command_that_makes_i
 
 def test_an_unfinished_data_set_of_other_settings_is_refused(inputs, model, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(prepare, "seal", lambda *_: (_ for _ in ()).throw(Stop))
+        patch.setattr(shards, "seal", lambda *_: (_ for _ in ()).throw(Stop))
         run(inputs.folder, model, "unfinished")
     before = content(inputs.folder / "unfinished")
     with pytest.raises(UserError, match="holds another data set"):
