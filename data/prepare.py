@@ -593,8 +593,8 @@ def main(cfg: Config, *words: str) -> None:
     meta = {"command": shlex.join(["python", "data/prepare.py", *words, *options])}  # that makes the same anew
     domains, sources, origin, unread = sources_of(cfg, words)
     cfg = replace(cfg, dedup=cfg.dedup and not cfg.preset)
-    same = ("preset", "text_field", "eos", "vocab_size", "val_fraction", "shard_tokens", "max_tokens", "dedup")
-    settings = {"made_by": "data/prepare.py"} | {name: getattr(cfg, name) for name in same}
+    unsaid = (*NO_MATTER, "stream", "revision")  # origin says what these do
+    settings = {"made_by": "data/prepare.py"} | {k: v for k, v in asdict(cfg).items() if k not in unsaid}
     settings["tokenizer"] = sha256(cfg.tokenizer) if os.path.isfile(cfg.tokenizer) else cfg.tokenizer
     meta["settings"] = settings = settings | {"domains": list(domains), "origin": origin}
     with locked(cfg.out):

@@ -33,7 +33,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from configurator import UserError
-from data.shards import LFS, read_json, sha256
+from data.shards import read_json, sha256, unreadable
 
 MODEL_FILE, JSON_FILE, CONFIG_FILE = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 AGAIN = "copy it again from the model"
@@ -45,7 +45,7 @@ PROBE = "\tif x:\n\t\treturn  1234\r\n\n       y = '\u00e9\u6f22\U0001f600\0'  I
 class Tokenizer:
     """What all kinds have in common: the tokens around a text."""
 
-    kind, file = "tiktoken", ""  # in meta.json
+    kind, file, decoding = "tiktoken", "", {}  # two entries of meta.json, and what decode needs beside the ids
     config, family, added = {}, "", {}  # of the files beside it: tokenizer_config.json, model_type, more tokens
 
     def surround(self, before: list[int], after: list[int], eos: int) -> None:
@@ -56,7 +56,7 @@ class Tokenizer:
         self.used_vocab_size = max(self.n_text, *(token + 1 for token in (*self.around, eos)))  # n_text: of texts alone
 
     def decode(self, tokens: list[int]) -> str:
-        return self.model.decode([token for token in tokens if token not in self.around])
+        return self.model.decode([token for token in tokens if token not in self.around], **self.decoding)
 
 
 class SentencePiece(Tokenizer):
@@ -72,7 +72,7 @@ class SentencePiece(Tokenizer):
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError, ValueError):
-            raise UserError(f"{path}: not a sentencepiece model: give the .model file (not .vocab or .json)") from None
+            raise unreadable(path, "not a sentencepiece model: give the .model file (not .vocab or .json)") from None
         self.encode, self.n_text, (self.config, model) = self.model.encode, len(self.model), settings_beside(path)
         self.family, listed = model.get("model_type"), self.config.get("added_tokens_decoder") or {}
         self.added = {by_name(token): int(i) for i, token in listed.items() if int(i) >= self.n_text}
@@ -186,7 +186,7 @@ class HuggingFace(Tokenizer):
     common name that the vocabulary has.
     """
 
-    kind, file = "huggingface", JSON_FILE
+    kind, file, decoding = "huggingface", JSON_FILE, {"skip_special_tokens": False}
     END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 
     def __init__(self, path: str | Path, eos: str = ""):
@@ -213,9 +213,6 @@ class HuggingFace(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         return self.model.encode(text, add_special_tokens=False).ids
-
-    def decode(self, tokens: list[int]) -> str:
-        return self.model.decode([t for t in tokens if t not in self.around], skip_special_tokens=False)
 
 
 KINDS = {kind.kind: kind for kind in (SentencePiece, Ranks, HuggingFace)}
@@ -297,10 +294,10 @@ def split_as(out: tokenizers.Tokenizer, pattern: str, composed: bool) -> None:
 
 
 def write_json(tokenizer: Tokenizer, folder: str | Path) -> None:
-    """tokenizer.json and tokenizer_config.json; not where another tool would get other ids from them.
+    """tokenizer.json and tokenizer_config.json, which names the class that takes the former as it stands.
 
-    Those are sentencepiece models that normalise text, that are no BPE, or that have pieces of the user's own. The
-    class that is named takes tokenizer.json as it stands, but for one kind of models: a warning says so.
+    Not where transformers would get other ids from them: of sentencepiece models that normalise text, that are no BPE,
+    or that have pieces of the user's own.
     """
     (out, special), carried = (tokenizer.model, []), tokenizer.config.keys() - {"auto_map"}
     if not isinstance(tokenizer, HuggingFace):
@@ -316,10 +313,8 @@ def write_json(tokenizer: Tokenizer, folder: str | Path) -> None:
         (theirs := tokenizers.Tokenizer.from_str(out.to_str())).encode_special_tokens = True
         split_as(theirs, QWEN, composed=True)
         if theirs.encode(text, add_special_tokens=False).ids != expected:
-            print(
-                f"warning: {folder}: AutoTokenizer of transformers 5 cuts text in Qwen's way beside every qwen2 model, "
-                "which gives other ids here: load this tokenizer by PreTrainedTokenizerFast.from_pretrained"
-            )
+            what = "beside a qwen2 model AutoTokenizer of transformers 5 cuts text in Qwen's way and gives other ids"
+            print(f"warning: {folder}: {what}: load this tokenizer by PreTrainedTokenizerFast.from_pretrained")
     out.save(str(Path(folder, JSON_FILE)))
     config = {"clean_up_tokenization_spaces": False}
     config |= {name: value for name, value in tokenizer.config.items() if name in carried}
@@ -346,10 +341,7 @@ def kind_of(path: str | Path) -> type[Tokenizer]:
         what = "is a folder" if Path(path).is_dir() else "no such file"
         raise UserError(f"{path}: {what}: give a tokenizer.json, a sentencepiece .model or a file of tiktoken ranks")
     with open(path, "rb") as f:
-        line = f.readline(1 << 10)
-    token, _, rank = line.strip().partition(b" ")
-    if line.startswith(LFS):
-        raise UserError(f"{path}: only a pointer of Git LFS: git lfs pull gets the file")
+        token, _, rank = f.readline(1 << 10).strip().partition(b" ")
     if token.startswith(b"{"):
         return HuggingFace
     return Ranks if rank.isdigit() and token.isascii() else SentencePiece
@@ -397,9 +389,9 @@ def install_tokenizer(path: str | Path, folder: str | Path, eos: str = "") -> di
     return spec | {name: getattr(tokenizer, name) for name in ("before", "after", "eos")}
 
 
+# Line ends stay inside a text: pieces such as ";\n" and "\n\n" save 7 % of the tokens.
 WHOLE_TEXT = {"normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False}
 SPECIAL = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "byte_fallback": True, "character_coverage": 0.9995}
-# Line ends stay inside a text: pieces such as ";\n" and "\n\n" save 7 % of the tokens.
 PIECES = {"model_type": "bpe", "split_digits": True, "allow_whitespace_only_pieces": True}
 LIMITS = {"max_sentence_length": 8 * SENTENCE_CHARS, "num_threads": 1, "minloglevel": 2}
 
