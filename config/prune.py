@@ -2,7 +2,7 @@
 
 7B: 32 layers, 4096 channels, 32 heads of 128, FFN 11008. 1.3B: 24, 2048, 16, 5504: half of every width, three
 quarters of the layers. Weights, gradients and both moments in float32 are 6.74 B * 16 bytes = 108 GB, more than a GPU
-of 80 GB holds: fsdp, a share of them on every rank. `--plan` says 44 GiB a GPU on 8, 25 of them gradients that are
+of 80 GB holds: fsdp, a share of them on every rank. `--plan` says 46 GiB a GPU on 8, 25 of them gradients that are
 summed up over the 4 micro-batches (32 sequences / 8 ranks, 1 each) before they are shared out.
 
 Masks by count, from scores, under the source as teacher: config/published.py has the paper's own masks.
@@ -22,7 +22,6 @@ max_steps = 3200  # 3,200 * 131,072 = 0.42 B tokens
 lr, mask_lr = 1e-4, 1.0
 distill = 0.9  # of the loss is KL(source || model); the teacher in bfloat16: 13.5 GB / 8 ranks
 lr_warmup = 320
-sparsity_warmup = 640
 eval_interval = 50  # 64 evaluations, as many points as a fit takes
 eval_sequences = 24  # 7 * 24 = 168 forward passes against 50 * 32 = 1,600 forward and backward: 4 % of the time
 reference_losses = (1.9643, 0.7459, 2.1393, 1.6117, 1.7590, 1.4449, 2.1251)  # 1.3B, predicted from Llama-2's (paper)

@@ -23,7 +23,6 @@ max_steps = 3200  # 0.42 B tokens
 lr, mask_lr = 1e-4, 1.0
 distill = 0.9  # the source is the teacher
 lr_warmup = 320
-sparsity_warmup = 640
 eval_interval = 50
 eval_sequences = 24  # 8 * 24 = 192 forward passes against 1,600 forward and backward: 4 % of the time
 reference_losses = (2.389493, 1.795453, 2.626018, 2.362056, 2.453045, 2.535048, 2.155811, 1.835680)
