@@ -164,9 +164,8 @@ def walked(entries: Iterable[Path], seen: dict) -> Iterator[tuple[Path, str]]:
             if entry.is_symlink() or entry.resolve() != seen[key].resolve():
                 yield entry, "read by another name"
         elif seen.setdefault(key, entry).is_dir():
-            inside = sorted(entry.iterdir())
-            yield from ((e, "hidden") for e in inside if e.name.startswith("."))
-            yield from walked((e for e in inside if not e.name.startswith(".")), seen)
+            for item in sorted(entry.iterdir()):
+                yield from [(item, "hidden")] if item.name.startswith(".") else walked([item], seen)
         else:
             yield entry, ""
 
@@ -336,19 +335,18 @@ def encode(chunk: Chunk, folder: str, spec: str, cfg: Config) -> list[tuple]:
     """(number, domain, problem, split, digest, bytes, tokens) of the records in a chunk; where problem, no more."""
     tokenizer, found = tokenizer_of(folder, spec), []
     for number, record in enumerate(chunk.records, chunk.first + 1):
-        domain = chunk.domain
+        domain, problem, split, short, n_bytes, tokens_N = chunk.domain, "", "", 0, 0, None
         try:
             domain, text = domain_and_text(record, domain, cfg)
             if domain not in chunk.wanted:
                 continue
-            ids = tokenizer.encode(text)
+            tokens = [*tokenizer.before, *tokenizer.encode(text), *tokenizer.after]
+            tokens_N, digest = np.array(tokens, data_set.token_dtype(tokenizer.vocab_size)), digest_of(text)
+            split, short = split_of(digest, cfg.val_fraction), int.from_bytes(digest[8:16], "big")
+            n_bytes = len(text.encode())
         except (ValueError, RecursionError) as error:
-            found.append((number, domain, str(error), "", 0, 0, None))
-            continue
-        tokens_N = np.array([*tokenizer.before, *ids, *tokenizer.after], data_set.token_dtype(tokenizer.vocab_size))
-        digest = digest_of(text)
-        split, short = split_of(digest, cfg.val_fraction), int.from_bytes(digest[8:16], "big")
-        found.append((number, domain, "", split, short, len(text.encode()), tokens_N))
+            problem = str(error)
+        found.append((number, domain, problem, split, short, n_bytes, tokens_N))
     return found
 
 
@@ -456,11 +454,11 @@ def build(cfg: Config, meta: dict, sources: list[Source], domains: dict[str, dic
     write(cfg, meta, sources, progress)
     made = {d: sum(e[split]["documents"] for split in SPLITS) for d, e in progress["domains"].items()}
     if empty := [domain for domain, n in made.items() if not n]:
-        n_repeats = progress["domains"][empty[0]]["duplicates"]
-        why = "see the bad records above" if progress["bad_records"] else "no record is of it"
+        n_repeats, n_bad = progress["domains"][empty[0]]["duplicates"], len(progress["bad_records"])
+        why = "see the bad records above" if n_bad else "no record is of it"
         why = f"{n_repeats:,} repeats of others; --dedup=false keeps them" if n_repeats else why
-        rest = f" by --domains={','.join(d for d in made if d not in empty)}" if cfg.preset else ""
-        raise UserError(f"domain {' and '.join(empty)}: not one usable document: {why}, or leave it out{rest}")
+        rest = f"--domains={','.join(d for d in made if d not in empty)} " if cfg.preset else ""
+        raise UserError(f"domain {' and '.join(empty)}: not one usable document: {why}, or leave it out: {rest}--force")
     tokenizer = load_tokenizer(progress["tokenizer"], folder)
     meta |= {name: getattr(tokenizer, name) for name in ("vocab_size", "used_vocab_size", "bos", "eos")}
     meta |= {name: progress[name] for name in ("tokenizer", "bad_records", "domains")}
@@ -507,15 +505,13 @@ def is_complete(folder: str | Path, settings: dict, force: bool = False) -> bool
     return False
 
 
-def write_dataset(
-    folder: str | Path, spec: dict, texts: dict, *, val_fraction: float, settings: dict, about=None, processes: int
-) -> dict:
+def write_dataset(folder: str | Path, spec: dict, texts: dict, *, settings: dict, about=None, **config) -> dict:
     """Write texts that lie in memory and replace what is in the folder; returns meta.json's content.
 
     spec: the tokenizer's entry in meta.json; its file lies in the folder. texts: {domain: iterable of str}.
-    about: {domain: (source, licence)}.
+    about: {domain: (source, licence)}. config: more of Config.
     """
-    cfg = Config(out=str(folder), val_fraction=val_fraction, processes=processes, force=True)
+    cfg = Config(out=str(folder), force=True, **config)
     sources = [Source(domain, partial(iter, documents), domain) for domain, documents in texts.items()]
     domains = {d: dict(zip(("source", "licence"), (about or {}).get(d, ()), strict=False)) for d in texts}
     with locked(folder):

@@ -353,13 +353,10 @@ def load_tokenizer(spec: dict, folder: str | Path) -> Tokenizer:
     Raises UserError when it cannot be had or is not the one the tokens were made with.
     """
     spec = spec.get("tokenizer", spec)
-    if "name" in spec:
-        tokenizer = Tiktoken(spec["name"])
-    else:
-        path = Path(folder, spec["file"])
-        if not path.is_file() or sha256(path) != spec["sha256"]:
-            raise UserError(f"{path}: not the file that meta.json names by its checksum: prepare the data set again")
-        tokenizer = KINDS[spec["kind"]](path)
+    path = Path(folder, spec.get("file", ""))
+    if "file" in spec and not (path.is_file() and sha256(path) == spec["sha256"]):
+        raise UserError(f"{path}: not the file that meta.json names by its checksum: prepare the data set again")
+    tokenizer = KINDS[spec["kind"]](path) if "file" in spec else Tiktoken(spec["name"])
     if "before" in spec:
         tokenizer.surround(spec["before"], spec["after"], spec["eos"])
     return tokenizer
@@ -379,13 +376,13 @@ def install_tokenizer(path: str | Path, folder: str | Path, eos: str = "") -> di
     for name in (JSON_FILE, CONFIG_FILE):  # may be another tokenizer's
         Path(folder, name).unlink(missing_ok=True)
     write_json(tokenizer, folder)
-    if tokenizer.file:
+    if not tokenizer.file:
+        spec = {"kind": tokenizer.kind, "name": tokenizer.model.name}
+    else:
         target = Path(folder, tokenizer.file)
         if not isinstance(tokenizer, HuggingFace):  # which write_json has written
             target.write_bytes(content)
         spec = {"kind": tokenizer.kind, "file": target.name, "sha256": sha256(target)}
-    else:
-        spec = {"kind": tokenizer.kind, "name": tokenizer.model.name}
     return spec | {name: getattr(tokenizer, name) for name in ("before", "after", "eos")}
 
 

@@ -559,8 +559,8 @@ def test_a_domain_that_a_preset_does_not_have_is_named_with_the_setting_that_lea
     lines = "".join(json.dumps(record) + "\n" for record in records)
     write_files(slimpajama, {"some/a.jsonl": lines.encode()})
     what = (
-        "domain book and c4: not one usable document: no record is of it, or leave it out by "
-        "--domains=cc,github,stackexchange,wiki,arxiv"
+        "domain book and c4: not one usable document: no record is of it, or leave it out: "
+        "--domains=cc,github,stackexchange,wiki,arxiv --force"
     )
     with pytest.raises(UserError, match=what):
         main(Config(preset="slimpajama", tokenizer=model, processes=1, out=f"{slimpajama}/o"), f"{slimpajama}/some")
