@@ -129,7 +129,10 @@ SWEEP |= {
 }
 HEADLINE = ("constant", "sheared", "paper")
 STUDIES = {  # source: arms and the number of their seeds
-    "evidence": {"A": {arm: 8 if arm in HEADLINE else 3 for arm in ARMS}, "B": dict.fromkeys(HEADLINE, 5)},
+    "evidence": {
+        "A": {name: 8 if name in HEADLINE else 3 for name, arm in ARMS.items() if arm.damping == 1.0},
+        "B": dict.fromkeys(HEADLINE, 5),
+    },
     "smollm2": {"smollm2": dict.fromkeys(HEADLINE, 1)},
     "sweep": {"A": dict.fromkeys(SWEEP, 3)},
 }

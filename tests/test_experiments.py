@@ -28,8 +28,8 @@ def stages_of(arm, seed=1, source="A"):
     return arms.stages(f"{source}/{arm}/{seed}", "out", DOMAINS, (2.0,) * 6)
 
 
-def test_the_plan_has_105_runs_on_as_many_tokens_each_and_no_two_stages_share_their_order_of_text():
-    assert len(arms.runs("evidence")) == 93 + 12  # planned, and added afterwards
+def test_the_plan_s_runs_are_on_as_many_tokens_each_and_no_two_stages_share_their_order_of_text():
+    assert len(arms.runs("evidence")) == 93 + 12 - 6  # planned, added afterwards, and of a setting that is gone
     for source, arm in {tuple(name.split("/")[:2]) for study in arms.STUDIES for name in arms.runs(study)}:
         if arm in DAMPED:
             continue
