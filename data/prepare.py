@@ -17,7 +17,6 @@ holds a few chunks of text in memory, the filter of repeats about 100 bytes a do
 
 import bz2
 import ctypes
-import fcntl
 import glob
 import gzip
 import hashlib
@@ -51,7 +50,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import configurator
 from configurator import UserError
 from data import shards as data_set
-from data.shards import SPLITS, read_json, sha256, shard_files, write_meta
+from data.shards import SPLITS, locked, read_json, sha256, shard_files, table, write_meta
 from data.tokenizer import JSON_FILE, MODEL_FILE, install_tokenizer, load_tokenizer, train_tokenizer
 
 ZSTD = b"\x28\xb5\x2f\xfd", *(bytes([first]) + b"*M\x18" for first in range(0x50, 0x60))  # or a frame to skip: pzstd's
@@ -473,20 +472,6 @@ def json_in(path: Path) -> dict:
     return read_json(path, "give --force to replace it") if path.exists() else {}
 
 
-@contextmanager
-def locked(folder: str | Path) -> Iterator[None]:
-    """Make the folder, for one process at a time; the lock ends with its process. Raises UserError."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise UserError(f"{folder}: another process is writing this data set: wait for it or end it") from None
-    finally:
-        os.close(descriptor)
-
-
 def is_complete(folder: str | Path, settings: dict, force: bool = False) -> bool:
     """Whether the folder holds the whole data set made with these settings; where False, it may be written.
 
@@ -563,16 +548,6 @@ def make_tokenizer(cfg: Config, domains: tuple[str, ...], sources: list[Source])
     share = partial(training_share, n_chars=TOKENIZER_CHARS // len(domains), val_fraction=cfg.val_fraction)
     texts = (text for domain in domains for text in share(texts_of(domain, sources, cfg)))
     return train_tokenizer(texts, cfg.vocab_size, cfg.out)
-
-
-def table(meta: dict) -> str:
-    lines = [f"{'domain':<14} {'documents':>12} {'MB':>12} {'train tokens':>16} {'val tokens':>14} {'bytes/token':>12}"]
-    for domain, entry in meta["domains"].items():
-        n_documents, n_bytes, n_tokens = (sum(entry[s][n] for s in SPLITS) for n in ("documents", "bytes", "tokens"))
-        train, val, ratio = entry["train"]["tokens"], entry["val"]["tokens"], n_bytes / n_tokens
-        lines.append(f"{domain:<14} {n_documents:>12,} {n_bytes / 1e6:>12.2f} {train:>16,} {val:>14,} {ratio:>12.2f}")
-    n_bad, n_repeated = sum(meta["bad_records"].values()), sum(e["duplicates"] for e in meta["domains"].values())
-    return "\n".join([*lines, f"{n_bad:,} bad records and {n_repeated:,} repeated documents left out"])
 
 
 def main(cfg: Config, *words: str) -> None:

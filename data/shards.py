@@ -22,11 +22,14 @@ trained on it unlearns to end a text, so it is refused.
 `python -m data.shards --data=FOLDER` compares a data set with its checksums.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import re
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,6 +127,20 @@ def unreadable(path: str | Path, said: str) -> UserError:
     return UserError(f"{path}: {'only a pointer of Git LFS: git lfs pull gets the file' if pointer else said}")
 
 
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Make the folder, for one process at a time; the lock ends with its process. Raises UserError."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"{folder}: another process is writing this data set: wait for it or end it") from None
+    finally:
+        os.close(descriptor)
+
+
 def write_meta(folder: str | Path, meta: dict) -> None:
     tmp = Path(folder, "meta.json.tmp")
     tmp.write_text(json.dumps({"version": VERSION} | meta, indent=1) + "\n")
@@ -159,6 +176,17 @@ def command_of(meta: dict, folder: str | Path) -> str:
 
 def shard_files(meta: dict) -> list[dict]:
     return [s for splits in meta["domains"].values() for split in SPLITS for s in splits[split]["shards"]]
+
+
+def table(meta: dict) -> str:
+    """What is in a data set, a line for each domain."""
+    lines = [f"{'domain':<14} {'documents':>12} {'MB':>12} {'train tokens':>16} {'val tokens':>14} {'bytes/token':>12}"]
+    for domain, entry in meta["domains"].items():
+        n_documents, n_bytes, n_tokens = (sum(entry[s][n] for s in SPLITS) for n in ("documents", "bytes", "tokens"))
+        train, val, ratio = entry["train"]["tokens"], entry["val"]["tokens"], n_bytes / n_tokens
+        lines.append(f"{domain:<14} {n_documents:>12,} {n_bytes / 1e6:>12.2f} {train:>16,} {val:>14,} {ratio:>12.2f}")
+    n_bad, n_repeated = sum(meta["bad_records"].values()), sum(e["duplicates"] for e in meta["domains"].values())
+    return "\n".join([*lines, f"{n_bad:,} bad records and {n_repeated:,} repeated documents left out"])
 
 
 def verify(folder: str | Path) -> None:
