@@ -40,7 +40,7 @@ GENERATION = "generation_config.json"
 SHARD_BYTES = 5 * 10**9  # of a safetensors file at most, as tools expect
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors names them
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # a folder with one of these has a tokenizer
-SETTINGS = "tokenizer_config.json"
+SETTINGS = "tokenizer_config.json"  # of the tokenizer
 CARRIED = (  # what goes with the weights into every folder: what belongs to the tokenizer, and the source's licence
     *(SETTINGS, "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
     *("chat_template.jinja", "additional_chat_templates/*.jinja", GENERATION, "LICENSE*", "NOTICE*", "USE_POLICY*"),
@@ -110,7 +110,7 @@ def to_hugging_face(config: LlamaConfig, dtype: torch.dtype = torch.float32) -> 
         "model_type": family,
         "hidden_act": "silu",
         "torch_dtype": str(dtype).removeprefix("torch."),
-        "transformers_version": "5.20.2",  # without one, it advises a setting that changes token ids
+        "transformers_version": "5.20.2",  # where none is said, it advises a setting that changes token ids
         **{theirs: ours[name] for name, theirs in HF_NAMES.items()},
         **({"rope_scaling": config.rope_scaling} if config.rope_scaling else {}),
     }
@@ -124,7 +124,7 @@ def read_config(folder: str | Path) -> LlamaConfig:
     path = Path(folder, "config.json")
     inside = [*path.parent.glob("model/config.json"), *path.parent.glob("snapshots/*/config.json")]
     advice = f"give {inside[0].parent}" if inside else "`hf download NAME --local-dir=FOLDER` brings one"
-    theirs = read_json(path, f"a model is a folder with it; {advice}")
+    theirs, generation = read_json(path, f"a model is a folder with it; {advice}"), _generation(folder)
     by_name = {f.architecture: family for family, f in FAMILIES.items()}
     family = theirs.get("model_type") or by_name.get((theirs.get("architectures") or [""])[0])
     try:
@@ -137,7 +137,7 @@ def read_config(folder: str | Path) -> LlamaConfig:
             raise UserError(f"not supported: {reason}")
         if family != "mistral":
             theirs["sliding_window"] = None  # the others have none, or have it switched off
-        theirs["eos_token_id"] = merged_ids(theirs.get("eos_token_id"), _generation(folder).get("eos_token_id"))
+        theirs["eos_token_id"] = merged_ids(theirs.get("eos_token_id"), generation.get("eos_token_id"))
         scaling = {key: rope[key] for key in rope.keys() - {"type", "rope_theta", "partial_rotary_factor"}}
         scaling = None if scaling["rope_type"] == "default" else scaling
         silent = [ours for ours in ("n_kv_heads", "head_dim") if theirs.get(HF_NAMES[ours]) is None]

@@ -532,6 +532,14 @@ def test_a_text_ends_at_any_id_of_config_and_generation_config_here_and_in_gener
     assert (theirs.eos_token_id, theirs.top_k) == (expected, 5)
 
 
+@pytest.mark.parametrize("content", [b"[1]", b"", b"{,}"])
+def test_a_generation_config_that_cannot_be_read_is_named(content, tmp_path):
+    hf.save(random_model(), tmp_path)
+    (tmp_path / hf.GENERATION).write_bytes(content)
+    with pytest.raises(UserError, match=f"^{tmp_path}/generation_config.json: not a JSON object"):
+        hf.read_config(tmp_path)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
 def test_where_config_json_is_silent_transformers_values_hold(family, tmp_path):
     reference_model(family, "plain").save_pretrained(tmp_path)
