@@ -26,13 +26,15 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from test_tokenizer import bpe
 
 import configurator
 from configurator import UserError
 from data import prepare, shards
+from data.loader import DomainLoader
 from data.prepare import Config, is_complete, locked, main, training_share, write_dataset
 from data.shards import open_shard, read_meta, verify
-from data.tokenizer import MODEL_FILE, SentencePiece, load_tokenizer, train_tokenizer
+from data.tokenizer import MODEL_FILE, SentencePiece, load_tokenizer, read_tokenizer_json, train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 BAD = [b"", b"{", b"[1]", b'{"txt": "a"}', b'{"text": 3}', b'{"text": " \\n"}', b'{"text": "\xff"}']
@@ -685,6 +687,19 @@ def test_a_run_killed_again_and_again_gives_the_same_bytes_and_leaves_no_process
 def is_running(pid: str) -> bool:
     path = Path("/proc", pid, "cmdline")
     return path.exists() and bool(path.read_bytes())  # a zombie's is empty
+
+
+def test_a_token_that_was_added_but_no_document_holds_asks_a_model_for_no_row(tmp_path):
+    bpe(tmp_path, "<s> $A")
+    tokenizer = read_tokenizer_json(tmp_path / "tokenizer.json")
+    size = tokenizer.get_vocab_size()
+    tokenizer.add_special_tokens(["<pad>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    write_files(tmp_path, {"a.jsonl": json_lines([f"a cat <pad> {i} sat" for i in range(99)])})
+    prepared(tmp_path, f"{tmp_path}/tokenizer.json", f"web={tmp_path}/a.jsonl")
+    meta, loader = read_meta(tmp_path / "out"), DomainLoader(tmp_path / "out", ("web",), 8, 0, "train")
+    assert (meta["vocab_size"], meta["used_vocab_size"], loader.vocab_size) == (size + 1, size, size)
+    assert loader.read(loader.fixed_batch(0, 99)).max() < size
 
 
 # ---- what is in the folder already
