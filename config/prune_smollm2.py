@@ -12,11 +12,11 @@ init_from = "data/smollm2/model"
 data = "data/smollm2/data"
 n_layers, hidden_size, intermediate_size, n_heads = 24, 480, 1184, 6
 seq_len = 256
-batch_size = micro_batch_size = 2  # 512 tokens a step: the masks need steps more than tokens
-max_steps = 240  # 0.12 M tokens: enough to see it work, not to recover
+batch_size = micro_batch_size = 2  # 512 tokens a step
+max_steps = 64  # config/continue_smollm2.py has the rest, and the decay
 lr, lr_warmup = 3e-4, 8
-kappa, mask_lr = 30.0, 1.0  # few units on the slope at a time: there are only 3 key/value groups a layer
 distill = 0.9
-eval_interval = 20  # 13 evaluations
-eval_sequences = 1  # 6 * 256 tokens forward against 20 * 512 forward and backward
-save_interval = 120
+mix = "constant"  # a learned one needs more text in an evaluation than two cores have time for
+eval_interval = 32
+eval_sequences = 2
+save_interval = 32

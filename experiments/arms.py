@@ -55,8 +55,8 @@ class Arm:
 
 
 SMOLLM2 = configurator.load(Config, [str(Path(__file__).parents[1] / "config/prune_smollm2.py")])
-SMOLLM2 = replace(SMOLLM2, masks="published", mask_lr=2.0, sparsity_warmup=40, distill=0.0, device="cpu")
-SMOLLM2 = replace(SMOLLM2, eval_interval=5, **CONSTANT)
+SMOLLM2 = replace(SMOLLM2, masks="published", mask_lr=2.0, sparsity_warmup=40, max_steps=240, distill=0.0, device="cpu")
+SMOLLM2 = replace(SMOLLM2, eval_interval=5, eval_sequences=1, save_interval=120, **CONSTANT)
 SOURCES = {
     "A": Source(
         {"4th": shape(4, 96, 160, 2), "8th": shape(3, 64, 160, 2), "16th": shape(2, 64, 104, 2)},
