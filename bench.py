@@ -47,7 +47,7 @@ from prune import (
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DEMO = LlamaConfig(4096, 192, 512, 6, n_heads=6, n_kv_heads=3, head_dim=32)  # the demo's source model
+DEMO = LlamaConfig(4096, 192, 512, 6, n_heads=6, n_kv_heads=3, head_dim=32)  # small enough for two CPU cores
 if DEVICE == "cuda":  # 2/32 of the vocabulary too: the LM head keeps the share of the time it has in the whole model
     PRUNING = replace(LLAMA_7B, vocab_size=2000, n_layers=2), replace(LLAMA_1B, vocab_size=2000, n_layers=2), 4, 4096
 else:
