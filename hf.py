@@ -337,11 +337,16 @@ def check_tokenizer(folder: str | Path, data: str | Path) -> None:
 def _tokens(folder: str | Path) -> dict[int, str]:
     """The tokens of a folder's tokenizer.json, without added ones, or of its sentencepiece model, by id; {} where there
     is neither. Raises UserError."""
-    from data.tokenizer import SentencePiece, open_tokenizer, read_tokenizer_json  # noqa: PLC0415 (three libraries)
+    from data.tokenizer import SentencePiece, open_tokenizer  # noqa: PLC0415 (brings three libraries)
 
     file = _tokenizer(folder)
     if file and file.suffix == ".json":
-        return {i: token for token, i in read_tokenizer_json(file).get_vocab(with_added_tokens=False).items()}
+        try:
+            vocab = read_json(file, "copy it again")["model"]["vocab"]
+            is_unigram = isinstance(vocab, list)  # of pairs of token and score
+            return dict(enumerate(t for t, _ in vocab) if is_unigram else ((i, t) for t, i in vocab.items()))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise UserError(f"{file}: not a tokenizer.json with a vocabulary: copy it again") from None
     found = file and open_tokenizer(file)
     return {i: found.model.id_to_piece(i) for i in range(len(found.model))} if isinstance(found, SentencePiece) else {}
 
