@@ -8,10 +8,10 @@ out_dir = "out/demo/pretrain"
 n_layers, hidden_size, intermediate_size = 6, 128, 320
 n_heads, n_kv_heads, head_dim = 4, 2, 32
 seq_len = 256
-batch_size = micro_batch_size = 16  # 16 * 256 = 4,096 tokens a step
-max_steps = 700  # 2.9 M tokens
+batch_size = micro_batch_size = 8  # 8 * 256 = 2,048 tokens a step, as in the other stages
+max_steps = 1400  # 2.9 M tokens
 lr = 2e-3
-lr_warmup = 50
+lr_warmup = 100
 mix = "constant"
-eval_interval = 100
+eval_interval = 200
 eval_sequences = 8
