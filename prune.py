@@ -150,6 +150,10 @@ class Masks(nn.Module):
     def overall_target(self) -> float:
         """1 - prunable parameters of the target / prunable parameters."""
         kept = {m: torch.full_like(a, 1 - self.target_sparsity()[m]) for m, a in self.log_alpha.items()}
+        return self._sparsity(kept)
+
+    def _sparsity(self, kept: Mapping[str, Tensor]) -> float:
+        """1 - prunable parameters that are kept / prunable parameters. kept: the share of each unit, by mask type."""
         return 1 - self._prunable(kept) / self._prunable({})
 
     def _prunable(self, kept: Mapping[str, Tensor]) -> float:
@@ -247,9 +251,7 @@ class CountMasks(Masks):
 
     def overall_sparsity(self, ramp: float = 1.0) -> float:
         """1 - prunable parameters that are kept / prunable parameters."""
-        return 1 - self._prunable({m: z.gt(0).float() for m, z in self.deterministic(ramp).items()}) / self._prunable(
-            {}
-        )
+        return self._sparsity({m: z.gt(0).float() for m, z in self.deterministic(ramp).items()})
 
     @torch.no_grad()
     def mark(self, ramp: float) -> None:
@@ -266,7 +268,7 @@ class CountMasks(Masks):
             "target_sparsity": self.target_sparsity(ramp),
             "on_slope": {m: ((z[m] < 1) & kept_RU).double().mean().item() for m, kept_RU in kept.items()},
             "entered": {m: int((kept_RU & ~marked[m]).sum()) for m, kept_RU in kept.items()},
-            "overall_sparsity": 1 - self._prunable({m: k.float() for m, k in kept.items()}) / self._prunable({}),
+            "overall_sparsity": self._sparsity({m: k.float() for m, k in kept.items()}),
         }
 
 
@@ -327,7 +329,7 @@ class SampledMasks(Masks):
     def overall_sparsity(self, ramp: float = 1.0) -> float:
         """1 - E[prunable parameters] / prunable parameters, the probabilities multiplied as if independent."""
         kept = {mask: 1 - probability_pruned(a) for mask, a in self.log_alpha.items()}
-        return 1 - self._prunable(kept) / self._prunable({})
+        return self._sparsity(kept)
 
     def record(self, ramp: float) -> dict:
         """What metrics.jsonl says of the masks."""

@@ -236,14 +236,12 @@ def read_data(cfg: Config) -> tuple[DomainLoader, DomainLoader, dro.Mix]:
     return train, val, mix
 
 
-def build(cfg: Config, ranks: parallel.Ranks, vocab_size: int) -> tuple[Llama, Masks | None]:
+def build(cfg: Config, ranks: parallel.Ranks, source: LlamaConfig, vocab_size: int) -> tuple[Llama, Masks | None]:
     """The model, and for pruning its masks. It is made without memory, then given this rank's share, then filled."""
-    meta = read_meta(cfg.data)
-    config = source_of(cfg, meta)
-    config.check_length(cfg.seq_len)
-    longest = max(cfg.seq_len, config.max_position_embeddings)
-    ends = hf.merged_ids(config.eos_token_id, meta["eos"])  # what the model learns to end with ends a text, too
-    config = replace(config, max_position_embeddings=longest, eos_token_id=ends)
+    source.check_length(cfg.seq_len)
+    longest, eos = max(cfg.seq_len, source.max_position_embeddings), read_meta(cfg.data)["eos"]
+    ends = hf.merged_ids(source.eos_token_id, eos)  # what the model learns to end with ends a text, too
+    config = replace(source, max_position_embeddings=longest, eos_token_id=ends)
     if vocab_size > config.vocab_size:
         raise UserError(
             f"{cfg.data}: its vocabulary has {vocab_size} tokens, the model's {config.vocab_size}: "
@@ -424,7 +422,8 @@ def run(cfg: Config) -> dict:  # noqa: PLR0912, PLR0915 (the loop is read from t
         raise UserError(f"batch_size / micro_batch_size must be a multiple of the {ranks.world_size} ranks")
     train, val, mix = read_data(cfg)
     with Out(cfg, ranks, sha256(f"{cfg.data}/meta.json")) as out:
-        model, masks = build(cfg, ranks, train.vocab_size)
+        source = source_of(cfg, read_meta(cfg.data))
+        model, masks = build(cfg, ranks, source, train.vocab_size)
         teacher = build_teacher(cfg, ranks, model.config)
         optimizers = Optimizers(cfg, model, masks)
         prepare_kernels(cfg, ranks, model, teacher, masks, out)
@@ -433,7 +432,7 @@ def run(cfg: Config) -> dict:  # noqa: PLR0912, PLR0915 (the loop is read from t
         learned = {"model": model} | ({"masks": masks} if masks else {})
         out.resume(s, shapes, learned, optimizers, mix, train)
         if not s.step:
-            introduce(cfg, ranks, model, shapes, val, out)
+            introduce(cfg, ranks, foreseen(cfg, source, masks and masks.target), model, shapes, val, out)
             if s.carried:
                 out.log.say(f"goes on with AdamW's moments of {s.carried} steps, without a warm-up")
             start_masks(cfg, ranks, model, masks, mix)
@@ -546,13 +545,12 @@ def prepare_kernels(cfg, ranks: parallel.Ranks, model: Llama, teacher: Llama | N
             out.log.say(line)
 
 
-def introduce(cfg: Config, ranks: parallel.Ranks, model: Llama, shapes: dict, val: DomainLoader, out: Out) -> None:
-    """The first lines of a run on the terminal, and its first record."""
+def introduce(cfg: Config, ranks: parallel.Ranks, said: tuple, model: Llama, shapes: dict, val, out: Out) -> None:
+    """The first lines of a run on the terminal, and its first record. said: what `foreseen` says."""
     n_parameters = {"all": model.n_parameters(), "non_embedding": model.n_parameters(embeddings=False)}
     out.log.say(f"{cfg.stage}: {n_parameters['all']:,} parameters, {n_parameters['non_embedding']:,} not embeddings")
     out.log.say(configurator.differing(cfg))
-    target = LlamaConfig(**shapes["target"]) if shapes["target"] else None
-    loads, warnings = foreseen(cfg, source_of(cfg, read_meta(cfg.data)), target)
+    loads, warnings = said
     out.log.say(loads)
     record = {
         "kind": "run",
