@@ -194,6 +194,7 @@ class Embedding(nn.Embedding):
 
     def forward(self, tokens: Tensor, u: Units = ALL) -> Tensor:
         x = F.embedding(tokens, self.weight)  # look up first: B*T rows are fewer than V
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # the residual stream, whatever weights are held in
         return pack(x.flatten(0, -2), None, u.cols, None, u.col_scale).unflatten(0, tokens.shape)
 
 
@@ -265,8 +266,12 @@ class Attention(nn.Module):
             past[:] = k, v = [torch.cat(pair, dim=2) for pair in zip(past, (k, v), strict=True)] if past else (k, v)
             attn_mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device)
             attn_mask = attn_mask.tril(k.shape[2] - q.shape[2])
+        grouped, scale = self.grouped, self.head_dim**-0.5
+        if grouped and q.dtype == torch.float32:  # groups in float32 have no kernel on CUDA that spares the scores
+            k, v = (y.repeat_interleave(q.shape[1] // y.shape[1], dim=1) for y in (k, v))
+            grouped = False
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask, is_causal=attn_mask is None, scale=self.head_dim**-0.5, enable_gqa=self.grouped
+            q, k, v, attn_mask, is_causal=attn_mask is None, scale=scale, enable_gqa=grouped
         )
         return self.o_proj(y.transpose(1, 2).flatten(2), u.o_proj)  # (B, T, d)
 
@@ -343,7 +348,8 @@ class Llama(nn.Module):
         x, delta = self.embed_tokens(tokens, s.embed_tokens), None  # (B, T, d)
         for i, (block, units) in enumerate(zip(self.layers, s.blocks, strict=True)):
             if self.checkpoint_activations:
-                x, delta = checkpoint(block, x, delta, rope, units, use_reentrant=False)
+                options = {"use_reentrant": False, "preserve_rng_state": False, "determinism_check": "none"}
+                x, delta = checkpoint(block, x, delta, rope, units, **options)  # nothing random is in it
             else:
                 x, delta = block(x, delta, rope, units, cache and cache.layers[i])
         h, _ = self.norm(x, delta, s.norm)

@@ -53,6 +53,7 @@ def setup(kind: str, device: str) -> Ranks:
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     if device.startswith("cuda"):
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # sizes vary: fewer holes
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -68,10 +69,12 @@ def position() -> tuple[int, int]:
 # ---- the model
 
 
-def shard(model: Llama, ranks: Ranks, dtype: torch.dtype) -> None:
+def shard(model: Llama, ranks: Ranks, dtype: torch.dtype, several: bool) -> None:
     """Split a model of the meta device over the ranks, block by block; its weights are then to be filled.
 
-    dtype: what blocks are gathered and computed in. Sums over ranks, embeddings, head and every share are float32.
+    dtype: what weights are gathered and computed in; shares and sums over ranks are float32. several: a step has more
+    than one micro-batch. Then weights are gathered once a step and stay until its last backward pass (2 bytes a
+    parameter in bfloat16, beside the 4 of gradients that are not shared out until then); else twice, block by block.
     """
     node = int(os.environ["LOCAL_WORLD_SIZE"])  # ranks of one
     axes = {"fsdp": {"shard": ranks.world_size}, "hsdp": {"copy": ranks.world_size // node, "shard": node}}[ranks.kind]
@@ -84,7 +87,9 @@ def shard(model: Llama, ranks: Ranks, dtype: torch.dtype) -> None:
     for module in (model.embed_tokens, model.norm, model.lm_head):
         module.to_empty(device=ranks.device)
     model.tie()
-    fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    if several:
+        model.set_reshard_after_forward(False)
     register_fsdp_forward_method(model, "teach")  # a teacher's weights are gathered for it as for forward
 
 
@@ -102,6 +107,7 @@ def accumulating(network: nn.Module, ranks: Ranks, is_last: bool) -> AbstractCon
     """For a forward and backward pass: the ranks add up their gradients after the last one of a step only."""
     if ranks.sharded:
         network.set_requires_gradient_sync(is_last)
+        network.set_reshard_after_backward(is_last)
     return nullcontext() if is_last or ranks.sharded or ranks.world_size == 1 else network.no_sync()
 
 
@@ -119,13 +125,15 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def let_go(model: Llama) -> None:
-    """Give back what a forward pass has left gathered: every parameter is a share again, as the optimizer knows it."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
+    """Give back what a forward pass has left gathered: each parameter is a float32 share again, not a bfloat16 copy."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def gather(model: Llama) -> Llama:
     """The whole model, on the CPU of rank 0; other ranks help and get one whose weights mean nothing."""
+    let_go(model)
     with torch.device("meta"):
         gathered = Llama(model.config)
     gathered.to_empty(device="cpu").tie()

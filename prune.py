@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from configurator import UserError
 from model import BlockUnits, Llama, LlamaConfig, Subnetwork, Units
-from parallel import position, whole
+from parallel import let_go, position, whole
 
 GAMMA, ZETA, BETA = -0.1, 1.1, 2 / 3  # the stretch and the temperature of the hard concrete
 EDGE = BETA * math.log(-GAMMA / ZETA)  # the logit at which z, without noise, begins to be above 0
@@ -511,6 +511,7 @@ def extract(model: Llama, masks: Masks, of: Callable[[Tensor], Tensor] = lambda 
     power: of the scales. A small weight is w s, so its gradient is that of w / s, and AdamW's moments go with the
     powers -1 and -2.
     """
+    let_go(model)
     weight = model.norm.weight
     z = masks.deterministic()
     s = subnetwork(model.config, z, weight.device.type)

@@ -266,7 +266,8 @@ def blank(config: LlamaConfig, cfg: Config, ranks: parallel.Ranks, learns: bool)
     with torch.device("meta"):
         model = Llama(config).to(torch.bfloat16 if lower else torch.float32).requires_grad_(learns)
     if ranks.sharded:
-        parallel.shard(model, ranks, getattr(torch, cfg.dtype))
+        several = learns and cfg.batch_size // cfg.micro_batch_size > ranks.world_size
+        parallel.shard(model, ranks, getattr(torch, cfg.dtype), several)
         return model
     model.to_empty(device=ranks.device).tie()
     return model
@@ -331,7 +332,6 @@ class Optimizers(list):
         """AdamW's moments of the model that masks by count extract, each as a model; none before the first step."""
         if not isinstance(self.masks, CountMasks) or not self or not self[0].state:
             return {}
-        parallel.let_go(self.model)
         powers, state = zip(checkpoint.MOMENTS, (-1, -2), strict=True), self[0].state
         return {name: extract(self.model, self.masks, lambda p, name=name: state[p][name], n) for name, n in powers}
 
@@ -506,14 +506,13 @@ def run(cfg: Config) -> dict:  # noqa: PLR0912, PLR0915 (the loop is read from t
 
 
 def prepare_network(cfg: Config, ranks: parallel.Ranks, model: Llama) -> torch.nn.Module:
-    """What a step runs. Pruning compiles each block by itself: which blocks are kept changes, their graph does not."""
+    """What a step runs. Each block is compiled by itself: FSDP's gathers and the choice of blocks stay outside."""
     if not cfg.max_steps:
         return model
-    if cfg.compile and cfg.stage == "prune":
-        for block in model.layers:
-            block.compile()
-    network = torch.compile(model) if cfg.compile and cfg.stage != "prune" else model
-    return parallel.wrap(network, ranks, find_unused=cfg.stage == "prune")
+    torch._dynamo.config.optimize_ddp = False  # it would cut the graphs into DDP's buckets
+    for block in model.layers if cfg.compile else ():
+        block.forward = torch.compile(block.forward, dynamic=False)
+    return parallel.wrap(model, ranks, find_unused=cfg.stage == "prune")
 
 
 def examine(

@@ -7,16 +7,19 @@ import signal
 import socket
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
 import configurator
 import parallel
+import train
 from configurator import UserError
 from model import Llama, LlamaConfig
 
@@ -30,11 +33,11 @@ torch.set_num_threads(1)
 # ---- on each rank
 
 
-def built(ranks):
+def built(ranks, shape=SHAPE):
     with torch.device("meta"):
-        model = Llama(SHAPE)
+        model = Llama(shape)
     if ranks.sharded:
-        parallel.shard(model, ranks, torch.float32)
+        parallel.shard(model, ranks, torch.float32, several=True)
     else:
         model.to_empty(device="cpu").tie()
     model.init_weights(17, parallel.put)
@@ -48,6 +51,44 @@ def backward(network, ranks):
         with parallel.accumulating(network, ranks, is_last=i + ranks.world_size >= N_MICRO_BATCHES):
             loss = network(tokens[i, :, :-1], tokens[i, :, 1:])
             (loss.objective * ranks.world_size / N_MICRO_BATCHES).backward()
+
+
+class Ops(TorchDispatchMode):
+    def __enter__(self):
+        self.names = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def gathers(network, ranks):
+    """How often the ranks gather weights in a step."""
+    network.zero_grad()
+    with Ops() as ops:
+        backward(network, ranks)
+    return sum(name.startswith("c10d::") and "allgather" in name for name in ops.names)
+
+
+def graphs(ranks, steps=20):
+    """How many there are after the first step and after the last, compiled as train.py does but for the backend."""
+    wide = replace(SHAPE, hidden_size=192, intermediate_size=768)  # a block fills more than DDP's first bucket
+    made, found = [], []
+
+    def backend(graph, inputs):
+        made.append(graph)
+        return graph
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(torch, "compile", partial(torch.compile, backend=backend, fullgraph=True))
+        network = train.prepare_network(train.Config(stage="continue", compile=True), ranks, built(ranks, wide))
+    for _ in range(steps):
+        backward(network, ranks)
+        found.append(len(made))
+    if not ranks.sharded:
+        network.reducer = network.logger = None
+    return found[0], found[-1]
 
 
 def whole_gradients(model):
@@ -117,7 +158,9 @@ def on_each_rank(kind, out):
     gradients, together = whole_gradients(model), parallel.gather(model)
     if ranks.is_main:
         torch.save({"gradients": gradients, "weights": together.state_dict()}, out / "tensors.pt")
+    results["graphs"] = graphs(ranks)
     if ranks.sharded:
+        results["gathers"] = gathers(network, ranks)
         results["saved"] = saved_together(model, ranks, out)
     parallel.close(network)
     for i in range(0 if ranks.sharded else ROUNDS):  # they hang in one of them if DDP ends after the group
@@ -192,6 +235,15 @@ def test_ranks_together_have_the_weights_and_gradients_of_one(two):
     for name, gradient in whole_gradients(model).items():
         torch.testing.assert_close(together["gradients"][name], gradient)
     assert all(torch.equal(together["weights"][name], value) for name, value in model.state_dict().items())
+
+
+def test_a_block_has_one_graph_and_it_is_compiled_once(two):
+    assert [rank["graphs"] for rank in two[2]] == [[2, 2]] * 2  # the first block has nothing to add up, and its own
+
+
+@FSDP
+def test_weights_are_gathered_once_a_step(two):
+    assert [rank["gathers"] for rank in two[2]] == [SHAPE.n_layers + 1] * 2  # each block, and what is around them
 
 
 @FSDP

@@ -355,16 +355,6 @@ def test_every_kind_of_mix_runs_in_the_loop(options, data, source, tmp_path):
     assert sum(last["ratio"]) == pytest.approx(1)
 
 
-def test_the_model_compiles_without_a_graph_break():
-    config = llama.LlamaConfig(VOCAB, 32, 48, 2, 4, 2, 8)
-    model = llama.Llama(config)
-    model.init_weights(0)
-    tokens = torch.randint(0, VOCAB, (2, T + 1))
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    losses = [network(tokens[:, :-1], tokens[:, 1:]).cross_entropy for network in (compiled, model)]
-    assert torch.allclose(*losses, atol=1e-6)
-
-
 # ---- masks by count in the loop
 
 
@@ -454,7 +444,7 @@ def test_after_the_ramp_a_block_has_one_graph_whichever_blocks_and_units_are_kep
     model, masks, kept = llama.Llama(config), prune.CountMasks(config, target), []
     model.init_weights(0)
     for block in model.layers:
-        block.compile(backend="eager", fullgraph=True)
+        block.forward = torch.compile(block.forward, backend="eager", fullgraph=True, dynamic=False)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     tokens, generator = torch.randint(0, VOCAB, (2, T + 1)), torch.Generator().manual_seed(0)
