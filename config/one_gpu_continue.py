@@ -19,4 +19,5 @@ eval_sequences = 24  # 7 * 24 = 168 forward passes against 24 * 64 = 1,536 forwa
 save_interval = 96
 dtype = "bfloat16"
 checkpoint_activations = True
+compile = True
 seed = 18  # not that of the stage before: its text would come again, in the same order

@@ -13,7 +13,7 @@ ratios = (0.67, 0.045, 0.045, 0.02, 0.045, 0.025, 0.15)
 n_layers, hidden_size, intermediate_size, n_heads = 24, 2048, 5504, 16
 seq_len = 4096
 batch_size = 32  # 32 * 4096 = 131,072 tokens a step
-micro_batch_size = 1
+micro_batch_size = 4  # a step sees 8 samples of the masks, one a micro-batch; with 1 it sees the paper's 32
 max_steps = 3200  # 3,200 * 131,072 = 0.42 B tokens
 lr, mask_lr = 1e-4, 1.0
 masks = "published"
