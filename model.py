@@ -12,6 +12,7 @@ is a checkpoint any tool loads.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -122,8 +123,9 @@ class Units:
 ALL = Units()
 
 
-@dataclass(frozen=True)
-class BlockUnits:
+class BlockUnits(SimpleNamespace):
+    """What is kept of a block. No dataclass: FSDP would walk through it at every block of every forward pass."""
+
     attention: bool = True  # False: no head is kept, or the block is off
     mlp: bool = True
     input_layernorm: Units = ALL

@@ -560,6 +560,8 @@ def introduce(cfg: Config, ranks: parallel.Ranks, said: tuple, model: Llama, sha
     }
     record |= {"bytes_per_token": [w.bytes_per_token for w in val.windows], "world_size": ranks.world_size}
     device = torch.cuda.get_device_name() if ranks.device.startswith("cuda") else "cpu"
+    if device != "cpu":
+        out.log.say(f"{device}: computes in {cfg.dtype}, products of float32 in TF32")
     record |= {"device": device, "threads": torch.get_num_threads(), "versions": parallel.versions()}
     out.log.record(record)
     n_fits = (cfg.max_steps - cfg.sparsity_warmup * cfg.law_after_ramp) // cfg.eval_interval - dro.FIT_MORE_THAN
