@@ -144,11 +144,14 @@ def gather(model: Llama) -> Llama:
     return gathered
 
 
-def average_over_ranks(grads: list[Tensor], device: str) -> None:
-    """In place; the masks' gradients live on the CPU and travel as one tensor of the device, which nccl asks for."""
-    flat = torch.cat([g.flatten() for g in grads]).to(device)
+def average_over_ranks(grads: list[Tensor]) -> None:
+    """In place, in one message; the masks' gradients live on the CPU, where gloo takes them."""
+    n_ranks = position()[1]
+    if n_ranks == 1:
+        return
+    flat = torch.cat([g.flatten() for g in grads])
     dist.all_reduce(flat)
-    mean = (flat / dist.get_world_size()).cpu()
+    mean = flat / n_ranks
     for g, part in zip(grads, mean.split([g.numel() for g in grads]), strict=True):
         g.copy_(part.view_as(g))
 

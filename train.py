@@ -338,11 +338,19 @@ class Optimizers(list):
     def rate(self, step: int) -> float:
         return learning_rate(step, self.cfg)
 
-    def clip(self) -> float:
-        """Clip the weights' gradient; its norm, infinite where one of the masks' gradients is not finite."""
-        norm = parallel.whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)).item()
-        masks = self.masks.log_alpha.values() if self.masks else ()
-        return norm if all(bool(a.grad.isfinite().all()) for a in masks) else math.inf
+    def clip(self, samples: list, ramp: float) -> float:
+        """Clip the weights' gradient, and carry the masks' on from the samples to the logits.
+
+        -> the norm of the weights', infinite where one of the masks' is not finite.
+        """
+        norm = parallel.whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP))
+        logits = list(self.masks.log_alpha.values()) if self.masks else []
+        if self.masks:  # on the CPU: here the host begins to wait for the device
+            backward_to_masks(samples)
+            parallel.average_over_ranks([a.grad for a in logits])
+            if self.masks.sampled:
+                self.masks.lagrangian(ramp).backward()
+        return norm.item() if all(bool(a.grad.isfinite().all()) for a in logits) else math.inf
 
     def step(self, step: int) -> None:
         for optimizer, lr in zip(self, self.base_lr, strict=False):
@@ -371,7 +379,7 @@ def kept_by(masks: Masks | None, z: dict | None, device: str):
 
 
 def forward_backward(network, teacher, masks, train, batch, step: int, stop: bool, cfg: Config, ranks: parallel.Ranks):
-    """Leave the gradients of one global batch, averaged over ranks, in .grad. -> (sequences + 2,) float64.
+    """Leave the gradients of one global batch, averaged over ranks, in .grad. -> (sequences + 2,) float64, subnetworks.
 
     The first values are the cross-entropy of each sequence, summed over its tokens; then comes the KL divergence of all
     tokens. The last is above 0 where any rank was asked to stop: then all ranks stop after this step.
@@ -395,13 +403,7 @@ def forward_backward(network, teacher, masks, train, batch, step: int, stop: boo
         loss_N[-2] += loss.kl.double().sum() if teacher else 0.0
     if ranks.world_size > 1:
         dist.all_reduce(loss_N)
-    if masks:
-        backward_to_masks(samples)  # the losses left dL/dz at each sample; this goes on from z to log_alpha, on the CPU
-        if ranks.world_size > 1:
-            parallel.average_over_ranks([a.grad for a in masks.log_alpha.values()], ranks.device)
-        if masks.sampled:
-            masks.lagrangian(ramp).backward()
-    return loss_N
+    return loss_N, samples
 
 
 def main(cfg: Config) -> dict:
@@ -466,8 +468,10 @@ def run(cfg: Config) -> dict:  # noqa: PLR0912, PLR0915 (the loop is read from t
 
             start = time.perf_counter()
             batch = train.next_batch(s.step, mix.ratio_M, cfg.batch_size)
-            loss_N = forward_backward(network, teacher, masks, train, batch, s.step, out.stop_asked, cfg, ranks)
-            grad_norm = optimizers.clip()
+            loss_N, samples = forward_backward(
+                network, teacher, masks, train, batch, s.step, out.stop_asked, cfg, ranks
+            )
+            grad_norm = optimizers.clip(samples, ramp)
             *loss_N, kl, stop = loss_N.tolist()
             finite = all(map(math.isfinite, [*loss_N, grad_norm]))
             loss_sum_M = np.bincount(batch.domain_N, loss_N, len(mix.domains))

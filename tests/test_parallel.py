@@ -110,7 +110,7 @@ def fail(message):
 def said(ranks):
     """What comes out of everything that the ranks say to each other."""
     mean = [torch.full((2,), float(ranks.rank)), torch.full((1, 1), 4.0 * ranks.rank)]
-    parallel.average_over_ranks(mean, "cpu")
+    parallel.average_over_ranks(mean)
     return {
         "exchange": parallel.exchange({"rank": ranks.rank, "text": "\u00e4" * 100 * ranks.rank}),
         "on_main": problem_of(parallel.on_main, lambda: fail("the dog ate it")),
