@@ -8,10 +8,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from tiny import ROOT, Death, at_step, config_of, die, differences, metrics
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import checkpoint
 import evaluate
@@ -47,6 +52,40 @@ def test_a_checkpoint_gives_back_its_state_and_tensors(tmp_path):
     assert all(torch.equal(named[name], t) for name, t in TENSORS.items())
     assert (last.step, last.error) == (2, "")
     assert last.n_bytes == sum(f.stat().st_size for f in folder.iterdir())
+
+
+def test_a_checkpoint_has_the_bytes_that_torch_s_own_writer_gives_it(tmp_path):
+    for name, writer in (("ours", checkpoint.Writer), ("torch", dcp.HuggingFaceStorageWriter)):
+        storage = writer(str(tmp_path / name), save_distributed=True)
+        dcp.save({**TENSORS, "b": torch.ones(3, dtype=torch.uint8)}, storage_writer=storage, no_dist=True)
+    (one,), (other,) = ((tmp_path / name).iterdir() for name in ("ours", "torch"))
+    assert (one.name, one.read_bytes()) == (other.name, other.read_bytes())
+
+
+@pytest.fixture
+def sharded():
+    """A weight that is sharded over a group of one rank, and the group."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    weight = distribute_tensor(torch.zeros(2, 3), init_device_mesh("cpu", (1,)), [Shard(0)])
+    yield weight, dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_a_weight_that_changes_right_after_a_save_does_not_reach_the_checkpoint(sharded, tmp_path, monkeypatch):
+    weight, group = sharded
+    write, changed = checkpoint.Writer.write_data, threading.Event()
+    monkeypatch.setattr(checkpoint.Writer, "write_data", lambda *a: changed.wait(60) and write(*a))
+    checkpoints = Checkpoints(tmp_path, 9, group)
+    for step in (1, 2):
+        changed.clear()
+        checkpoints.save(step, {"step": step}, {"w": weight})
+        weight += 1
+        changed.set()
+        assert checkpoints.finished(wait=True)[0].error == ""
+    loaded = [torch.zeros(2, 3), torch.zeros(2, 3)]
+    for tensor, folder in zip(loaded, checkpoint.checkpoints(tmp_path), strict=True):
+        checkpoint.load(folder, {"w": tensor})
+    assert [t.unique().tolist() for t in loaded] == [[0.0], [1.0]]
 
 
 def test_the_newest_checkpoints_stay_in_the_order_of_their_steps(tmp_path):
@@ -141,9 +180,9 @@ MOMENTS = {  # where: the function that kills instead of being called, and at wh
     "in an evaluation": ("train.evaluate", 4),
     "in a step": ("train.learning_rate", 30),
     "while tensors are written": ("checkpoint.dcp.HuggingFaceStorageWriter.finish", 1),
-    "between a checkpoint's files": ("checkpoint._flush", 1),
+    "between a checkpoint's files": ("checkpoint._flush", 2),
     "before a checkpoint is renamed": ("checkpoint.os.replace", 2),
-    "before the folder is flushed": ("checkpoint._flush", 3),
+    "before the folder is flushed": ("checkpoint._flush", 4),
     "while an older checkpoint is dropped": ("checkpoint.shutil.rmtree", 3),
     "while metrics are cut back": ("metrics.os.replace", 1),
     "in a fit": ("dro.refloss.fit", 3),

@@ -86,10 +86,13 @@ def optimized(model):
 
 
 def saved_together(model, ranks, out):
-    """A checkpoint of both ranks; then one that the disk of rank 1 has no room for."""
+    """A checkpoint of both ranks, of what there was before it changed; then one that rank 1's disk has no room for."""
     named = optimized(model)
     checkpoints = checkpoint.Checkpoints(out / "run", 2, dist.new_group(backend="gloo"))
     checkpoints.save(1, {"step": 1}, named)
+    with torch.no_grad():
+        for tensor in named.values():
+            tensor.add_(1)
     saved = checkpoints.finished(wait=True)
     if ranks.rank == 1:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
