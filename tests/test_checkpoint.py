@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from tiny import ROOT, Death, at_step, config_of, die, differences, metrics
+from tiny import ROOT, Death, at_step, config_of, die, differences, metrics, tiny
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -256,6 +257,53 @@ def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_from_there(name, wh
     train.main(dataclasses.replace(cfg, resume=True))
     assert differences(whole, tmp_path / "r") == []
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_run_that_breaks_says_where_and_how_to_go_on(whole, tmp_path, monkeypatch, capsys):
+    def broken():
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    at_step(monkeypatch, 5, broken)
+    with pytest.raises(RuntimeError, match="device-side"):
+        train.main(config_of(whole, tmp_path / "r"))
+    where, command = capsys.readouterr().err.splitlines()[-2:]
+    assert re.fullmatch(r"rank 0 of 1 ends after step 5, train.py:\d+ in rate: return learning_rate.*", where)
+    assert command.startswith("to go on: ") and command.endswith(" --resume")
+
+
+LOSES_RANK_1 = f"""
+import datetime, os, signal, sys
+sys.path[:0] = [{str(ROOT)!r}]
+import torch.distributed as dist
+import configurator, out, train
+out.STOPPING_S, rate, store = 1, train.learning_rate, dist.HashStore()
+store.set_timeout(datetime.timedelta(seconds=6))
+
+def lost(step, cfg):
+    if step == 5 and not cfg.resume:
+        os.environ["RANK"] == "1" and os.kill(os.getpid(), signal.SIGKILL)
+        cfg.mix == "constant" and store.get("never")  # as with NCCL: no error comes, and Python hears no signal
+    return rate(step, cfg)
+
+train.learning_rate = lost
+configurator.command(train.main, train.Config, config_files=True)
+"""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("mix", "how"), [("dro", "ends"), ("constant", "stands still for 1 s, as if another was lost,")]
+)
+def test_a_rank_that_loses_another_says_where_it_was_and_the_command_that_ends_the_run(mix, how, data, tmp_path):
+    (tmp_path / "run.py").write_text(LOSES_RANK_1)
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "run.py"]
+    options = dict(cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200)
+    cfg = tiny(data, tmp_path / "r", max_steps=8, save_interval=4, mix=mix)
+    lost = subprocess.run([*ranks, *command(cfg)], check=False, **options)
+    where = re.search(rf"\nrank 0 of 2 {how} after step (\d), train.py:\d+ in (\w+): .+\nto go on: (.+)\n", lost.stderr)
+    assert (where[1], where[2]) == (("6", "forward_backward") if how == "ends" else ("5", "rate"))
+    subprocess.run(where[3], shell=True, check=True, **options)
+    assert [r["step"] for r in metrics(tmp_path / "r", "train")] == list(range(1, 9))
 
 
 def test_a_damaged_checkpoint_is_warned_about_and_the_run_ends_with_the_same_bytes(whole, tmp_path, monkeypatch):

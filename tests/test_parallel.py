@@ -229,5 +229,14 @@ def test_a_rank_that_fails_ends_all_of_them_and_an_error_is_said_once(fails, kin
     assert done.stderr.count("error: the dog ate it\n") == (fails != "killed")
 
 
+def test_a_run_of_triton_s_kernels_is_refused_where_triton_finds_no_compiler(tmp_path, monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="finds no gcc, clang or CC: install gcc"):
+        parallel.check_compiler()
+    (tmp_path / "gcc").touch(mode=0o755)
+    parallel.check_compiler()
+
+
 if __name__ == "__main__":
     configurator.command(main, Config, speaks=parallel.first_to_say)
