@@ -194,9 +194,8 @@ def plan(cfg, source: LlamaConfig, target: LlamaConfig | None) -> str:
     total = f"  {'sum':30} {sums[cfg.micro_batch_size] / GIB:8.3f}"
     lines.append(f"{total}   {verdict} into {cfg.gpu_memory:g} GiB (5 % kept for the allocator)")
     if len(sums) > 1:
-        lines.append(
-            "micro_batch_size, activations, sum" + (", masks a step sees: published, by count" if target else "")
-        )
+        what = ", masks a step sees: published, by count" if target else ""
+        lines.append(f"micro_batch_size, activations, sum{what}")
         seen = {m: f" {cfg.batch_size // m:8} {1:8}" if target else "" for m in sums}
         lines += [f"  {m:8} {activations[m] / GIB:8.3f} {total / GIB:8.3f}{seen[m]}" for m, total in sums.items()]
     lines += hours(cfg, source, target, micro_batches)
@@ -208,17 +207,15 @@ def plan(cfg, source: LlamaConfig, target: LlamaConfig | None) -> str:
 def ways_out(cfg, source: LlamaConfig, scores: int, activations: int, sums: dict[int, float], room: float) -> str:
     """What would fit into this room, where the run does not. sums: of the run, by micro_batch_size."""
     ways = [f"--micro_batch_size={m} ({n / GIB:.1f} GiB)" for m, n in sums.items() if n < room][:1]
-    more = [n for n in (2, 4, 8, 16, 32, 64) if n > cfg.gpus and cfg.batch_size // cfg.micro_batch_size % n == 0]
-    shares = {n: sum(state_of(replace(cfg, gpus=n, parallel="fsdp"), source).values()) + activations for n in more}
-    ways += [
-        f"--parallel=fsdp --gpus={n} ({of_each / GIB:.1f} GiB each)" for n, of_each in shares.items() if of_each < room
-    ][:1]
+    for gpus in (n for n in (2, 4, 8, 16, 32, 64) if n > cfg.gpus and cfg.batch_size // cfg.micro_batch_size % n == 0):
+        each = sum(state_of(replace(cfg, gpus=gpus, parallel="fsdp"), source).values()) + activations
+        if each < room:
+            ways.append(f"--parallel=fsdp --gpus={gpus} ({each / GIB:.1f} GiB each)")
+            break
     frozen = sum(state_of(replace(cfg, max_steps=0), source).values()) + scores
     if scores and cfg.max_steps and frozen < room:
-        ways.append(
-            f"one-shot masks from scores, as config/one_gpu_prune.py ({frozen / GIB:.1f} GiB: frozen weights), "
-        )
-        ways[-1] += "and then the small model, as config/one_gpu_continue.py"
+        small = "and then the small model, as config/one_gpu_continue.py"
+        ways.append(f"one-shot masks from scores, as config/one_gpu_prune.py ({frozen / GIB:.1f} GiB), {small}")
     return "what fits: " + ("; or ".join(ways) or "nothing was found: try checkpoint_activations or a shorter seq_len")
 
 
@@ -232,22 +229,16 @@ def step_ms(cfg, source: LlamaConfig, flops: float, micro_batches: int) -> dict[
         calls, *again = (len(m.layers) + 3 - m.config.tied_embeddings for m in (model, *teacher))
         lesson = sum(computed_in * t.n_parameters() * micro_batches for t in teacher)
         s = ((computed_in + 4) * P + lesson) * (n - 1) / n / within
-        sent = [
-            f"{calls} all-gathers of {computed_in * P / 1e9:.1f} GB",
-            f"{calls} reduce-scatters of {4 * P / 1e9:.1f} GB",
-        ]
+        sent = [f"{calls} all-gathers and reduce-scatters of {computed_in * P / 1e9:.1f} and {4 * P / 1e9:.1f} GB"]
         sent += [f"teacher's {calls * micro_batches} all-gathers of {lesson / 1e9:.1f} GB" for calls in again]
         sent[-1] += f", at {within / 1e9:.0f} GB/s"
     if copies > 1:
         s += 8 * P / n * (copies - 1) / copies / between
         sent.append(f"all-reduce of {4 * P / n / 1e9:.1f} GB on {copies} copies, at {between / 1e9:.0f} GB/s")
     blocks = len(model.layers) + sum(len(t.layers) for t in teacher) / 3
-    peak, moved = cfg.gpus * TFLOPS * 1e12 * MFU, UPDATE_BYTES * P / n
+    tflop, moved = flops / cfg.gpus / 1e12, UPDATE_BYTES * P / n
     return {
-        "compute": (
-            1e3 * flops / peak,
-            f"{flops / 1e12:.0f} TFLOP at {MFU:.0%} of {TFLOPS} TFLOP/s on {cfg.gpus} GPUs",
-        ),
+        "compute": (1e3 * tflop / TFLOPS / MFU, f"{tflop:.0f} TFLOP at {MFU:.0%} of {TFLOPS} a second"),
         "communication": (1e3 * s, "; ".join(sent) or "none"),
         "host": (HOST_MS * blocks * micro_batches, f"{HOST_MS} ms a block and micro-batch, a teacher's a third"),
         "optimizer": (1e3 * moved / HBM, f"{moved / 1e9:.1f} GB at {HBM / 1e12} TB/s"),
