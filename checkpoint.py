@@ -5,7 +5,8 @@
                         state.json            settings, counters, mix, position in the data; sizes of the other files
 
 A checkpoint is written as step_000100.tmp, flushed and renamed; only then do older ones go. A model that is sharded
-over ranks is copied to the CPU and written in the background. Any number of ranks reads any checkpoint.
+over ranks is copied once, to pinned memory that stays, and written from there in the background. Any number of ranks
+reads any checkpoint.
 """
 
 import fcntl
@@ -23,7 +24,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from configurator import UserError
 from parallel import position, refuse_unequal
@@ -86,6 +89,22 @@ def set_steps(optimizers: Iterable[torch.optim.Optimizer], steps: int) -> None:
             state["step"].fill_(steps)
 
 
+class Writer(dcp.HuggingFaceStorageWriter):
+    """The same bytes as torch's, which makes two more copies of them and lets no other thread run meanwhile."""
+
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> torch.futures.Future:
+        tensors = {item.index.fqn: planner.resolve_data(item) for item in plan.items}
+        offsets = {item.index.fqn: {"saved_offsets": item.tensor_data.chunk.offsets} for item in plan.items}
+        if tensors:
+            path = self.path / f"shard-{plan.storage_data['shard_index']:05}-model-00001-of-00001.safetensors"
+            metadata = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
+            save_file(tensors, path, metadata)
+            _flush(path)
+        written = torch.futures.Future()
+        written.set_result([])
+        return written
+
+
 class Checkpoints:
     """Writes the checkpoints of one run. How it went is told, never raised: the run is worth more than a checkpoint.
 
@@ -98,6 +117,8 @@ class Checkpoints:
         self.out_dir, self.keep, self.group = out_dir, keep, group
         self.is_main = group is None or position()[0] == 0
         self.background = ThreadPoolExecutor(1)
+        on_gpu = torch.cuda.is_available()  # its copies run at the bus's speed, and end before `save` returns
+        self.stager = DefaultStager(StagingOptions(on_gpu, False, False, on_gpu))
         self.writing: Future[Saved] | None = None
 
     def save(self, step: int, state: dict, named: dict[str, Tensor]) -> None:
@@ -108,9 +129,10 @@ class Checkpoints:
         start, tmp, state = time.perf_counter(), self.out_dir / f"step_{step:06}.tmp", json.loads(json.dumps(state))
         for left in self.out_dir.glob("step_*.tmp") if self.is_main else ():  # by a killed run
             shutil.rmtree(left, ignore_errors=True)
-        writer = dcp.HuggingFaceStorageWriter(str(tmp), save_distributed=True)  # makes the folder
+        writer = Writer(str(tmp), save_distributed=True)  # makes the folder
         if self.group:
-            write = dcp.async_save(named, storage_writer=writer, process_group=self.group).result
+            options = {"process_group": self.group, "async_stager": self.stager}
+            write = dcp.async_save(named, storage_writer=writer, **options).result
         else:
             write = partial(dcp.save, named, storage_writer=writer, no_dist=True)
         self.writing = self.background.submit(self._finish, step, start, tmp, state, write)

@@ -10,8 +10,13 @@ import json
 import math
 import os
 import re
+import select
+import shlex
 import signal
+import sys
 import threading
+import time
+import traceback
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -34,6 +39,8 @@ MAY_CHANGE_ON_RESUME = {
 ADAMW = "adamw"  # in a model's folder: AdamW's moments of its weights, and the steps that they have come from
 SPARSITY_GAP = 0.02  # of a row, at the end; more is warned about
 SKIPPED_AT_MOST = 10  # steps in a row without a finite loss and gradient end the run
+STILL_S = 0.9 * parallel.TIMEOUT.total_seconds()  # a rank that stays on one line so long says it, before torch ends it
+STOPPING_S = 20  # the same once it was asked to stop: torchrun, which asks all when one is lost, kills after 30
 
 
 @dataclass
@@ -62,11 +69,16 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
             self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
+            self.heard, wake = os.pipe2(os.O_NONBLOCK)
+            signal.set_wakeup_fd(wake)  # written at once, where _ask waits until the main thread is back from C
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.before:
+            os.close(signal.set_wakeup_fd(-1))
+            os.close(self.heard)
 
     def _ask(self, number: int, _) -> None:
         if self.asked == "SIGINT" and number == signal.SIGINT:
@@ -82,6 +94,8 @@ class Out:
         self.identity = {"config": json.loads(json.dumps(asdict(cfg))), "data": data_sha256}
         self.log = Log(self.folder / "metrics.jsonl", ranks.is_main)
         self.lock, self.signals, self.bar = Lock(self.folder), StopSignals(), None
+        self.progress, self.over = Progress(np.zeros(0)), threading.Event()
+        self.watch = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> "Out":
         """Raises UserError where the folder holds another run, or another process has it."""
@@ -91,9 +105,16 @@ class Out:
         if self.found:
             self._same_run(self.found[1], self.found[0])
         self.signals.__enter__()
+        if self.ranks.world_size > 1:
+            self.watch.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, _) -> None:
+        if error and not isinstance(error, (UserError, Stopped, KeyboardInterrupt)):
+            self._say("ends", self._place(traceback.extract_tb(error.__traceback__)))
+        self.over.set()
+        if self.watch.is_alive():
+            self.watch.join()
         self.signals.__exit__()
         if self.bar is not None:
             self.bar.close()
@@ -103,6 +124,29 @@ class Out:
     @property
     def stop_asked(self) -> bool:
         return bool(self.signals.asked)
+
+    def _place(self, stack: traceback.StackSummary) -> str:
+        at = [frame for frame in stack if frame.filename.endswith("train.py")][-1]
+        return f"after step {self.progress.step}, train.py:{at.lineno} in {at.name}: {at.line.partition('  #')[0]}"
+
+    def _say(self, what: str, place: str) -> None:
+        """On every rank's own terminal: what it does, where, and the command that goes on from there."""
+        started = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else "self"  # torchrun is the parent
+        words = Path(f"/proc/{started}/cmdline").read_text().split("\0")[:-1]
+        command = shlex.join(words + ["--resume"] * ("--resume" not in words))
+        said = f"\nrank {self.ranks.rank} of {self.ranks.world_size} {what} {place}\nto go on: {command}\n"
+        print(said, end="", file=sys.stderr, flush=True)
+
+    def _watch(self) -> None:
+        """Say where this rank hangs. In a thread, as the main one waits in C for a rank that is lost."""
+        seen, since = "", time.monotonic()
+        while not self.over.wait(1):
+            place = self._place(traceback.extract_stack(sys._current_frames()[threading.main_thread().ident]))
+            if place != seen:
+                seen, since = place, time.monotonic()
+            limit_s = STOPPING_S if select.select([self.signals.heard], [], [], 0)[0] else STILL_S
+            if time.monotonic() - since > limit_s:
+                return self._say(f"stands still for {limit_s:.0f} s, as if another was lost,", place)
 
     def _claim(self) -> None:
         files = [self.folder / "metrics.jsonl", self.folder / "model", *checkpoint.checkpoints(self.folder)[-1:]]
@@ -134,6 +178,7 @@ class Out:
     def resume(self, progress: Progress, shapes: dict, learned: dict, optimizers: list, mix, loader) -> None:
         """Fill all of them from the newest whole checkpoint, where there is one, and open the log at its step."""
         self.shapes, self.learned, self.optimizers, self.mix, self.loader = shapes, learned, optimizers, mix, loader
+        self.progress = progress
         if self.found:
             folder, state = self.found
             for name, here in json.loads(json.dumps(shapes)).items():

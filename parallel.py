@@ -8,8 +8,10 @@ A mask sample may drop a block on one rank and keep it on another. DDP looks for
 meet at the same gathers and sums, so there a dropped block still hands zeros to its gradients (model._TakePart).
 """
 
+import faulthandler
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -57,6 +59,8 @@ def setup(kind: str, device: str) -> Ranks:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        faulthandler.enable()  # the line of Python where torch's watchdog ends the process, as a collective hangs;
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")  # and the last 2,000 collectives, in ~/.cache/torch
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=TIMEOUT)
     return Ranks(*position(), device, kind)
 
@@ -186,6 +190,12 @@ def on_main(action: Callable[[], object]) -> None:
 
 def versions() -> dict[str, str]:
     return {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
+
+
+def check_compiler() -> None:
+    """For a run whose kernels are Triton's. Raises UserError where its first launch would find no C compiler."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        raise UserError("Triton needs a C compiler, and finds no gcc, clang or CC: install gcc, or give kernels=torch")
 
 
 def refuse_unequal(settings: dict) -> None:

@@ -2,12 +2,14 @@
 
 One training step runs on fake tensors, which have shapes and no memory, while every allocation is counted: the memory
 is that of the code that will run, not of a formula. A pruning step is counted as the stage begins, where most units
-are kept, which is its peak. FLOPs are those of the matrix products and of attention, as far as units are kept.
+are kept, which is its peak. FLOPs are those of the matrix products and of attention, as far as units are kept. How fast
+a GPU does them, and all else that takes time, is assumed and not measured.
 """
 
 import weakref
 from collections.abc import Iterable
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,9 +24,15 @@ from model import Llama, LlamaConfig, Subnetwork
 from prune import MASKS, PAD, subnetwork
 
 GIB = 2**30
-TFLOPS = 989  # of a GPU at its peak (H100, bfloat16)
+# assumed of an H100 (SXM): its peak or bandwidth as sold, and what to expect of it
+TFLOPS = 989  # bfloat16
 MFU = 0.4  # the share of that peak to expect
+HBM = 2.7e12  # bytes a second of its memory: 80 % of 3.35 TB/s
+NVLINK = 300e9  # bytes a second into a GPU, from the others of its node: two thirds of 450 GB/s
+NETWORK = 40e9  # the same, from other nodes: 80 % of 400 Gbit/s
+HOST_MS = 3.5  # of Python and launches, a block's forward and backward pass; a teacher's block takes a third of it
 NODE = 8  # GPUs of a node; with hsdp each node has a copy of the model
+UPDATE_BYTES = 4 + 8 + 28 + 4  # moved for a parameter a step: the norm, clipping, AdamW, and zeros for the next one
 STATE_BYTES = {"weights": 4, "gradients": 4, "optimizer": 8}  # a parameter: float32, and two moments of AdamW
 FIT_S = 0.03  # of the scaling law of a domain; measured: 18 to 26 ms for 10 to 65 evaluations, on one CPU core
 DOMAINS = 7  # where the settings name none: those of the paper
@@ -98,24 +106,21 @@ def pass_bytes(
     return live.peak
 
 
-def activation_bytes(cfg, source: LlamaConfig, target: LlamaConfig | None, multiple: int = PAD["cuda"]) -> int:
-    """Peak of a micro-batch, beside weights and gradients; or of a window of the scores, where that is higher.
+def score_bytes(cfg, source: LlamaConfig, target: LlamaConfig | None) -> int:
+    """Peak of a window of the scores, beside weights; 0 without them."""
+    if not target or cfg.masks != "count":
+        return 0
+    ones = {m: torch.ones_like(a).requires_grad_() for m, a in MASKS[cfg.masks](source, target).log_alpha.items()}
+    return pass_bytes(cfg, source, subnetwork(source, ones), 1, True, learns=False, teacher=None)
 
-    cfg: train.Config. multiple: sets of kept units are padded to it.
-    """
-    needed = []
-    if target:
-        masks = MASKS[cfg.masks](source, target, seed=0)
-        z = masks.sample(0, 0, 0, ramp=0.0 if cfg.sparsity_warmup else 1.0)
-        kept = subnetwork(source, z, "cpu", multiple)
-        if cfg.masks == "count":
-            ones = {mask: torch.ones_like(a).requires_grad_() for mask, a in masks.log_alpha.items()}
-            needed.append(pass_bytes(cfg, source, subnetwork(source, ones), 1, True, learns=False, teacher=None))
-    if cfg.max_steps:
-        teacher, recompute = teacher_config(cfg, source), cfg.checkpoint_activations
-        kept = kept if target else None
-        needed.append(pass_bytes(cfg, source, kept, cfg.micro_batch_size, recompute, learns=True, teacher=teacher))
-    return max(needed)
+
+def step_bytes(cfg, source: LlamaConfig, target: LlamaConfig | None, multiple: int = PAD["cuda"]) -> int:
+    """Peak of a micro-batch, beside weights and gradients; 0 without steps. multiple: kept units are padded to it."""
+    if not cfg.max_steps:
+        return 0
+    z = target and MASKS[cfg.masks](source, target, seed=0).sample(0, 0, 0, ramp=0.0 if cfg.sparsity_warmup else 1.0)
+    kept, teacher = z and subnetwork(source, z, "cpu", multiple), teacher_config(cfg, source)
+    return pass_bytes(cfg, source, kept, cfg.micro_batch_size, cfg.checkpoint_activations, learns=True, teacher=teacher)
 
 
 def forward_flops(c: LlamaConfig, kept: dict[str, float], length: int) -> tuple[float, float]:
@@ -138,25 +143,32 @@ def flops_per_token(c: LlamaConfig, kept: dict[str, float], length: int, recompu
     return blocks * (4 if recompute else 3) + head * 3
 
 
-def memory_of(cfg, source: LlamaConfig, target: LlamaConfig | None) -> dict[str, float]:
-    """Bytes of a GPU, by kind."""
-    teacher, learns, frozen = teacher_config(cfg, source), cfg.max_steps > 0, getattr(torch, cfg.dtype).itemsize
+def models_of(cfg, source: LlamaConfig) -> dict[str, Llama]:
+    """The model and its teacher, by whose they are in what is printed. They have shapes only."""
+    teacher = teacher_config(cfg, source)
     with torch.device("meta"):
-        models = {"": Llama(source)} | ({"teacher's ": Llama(teacher)} if teacher else {})
-    sharing = {"ddp": 1, "fsdp": cfg.gpus, "hsdp": min(cfg.gpus, NODE)}[cfg.parallel]
-    memory = {}
-    for whose, model in models.items():
-        P, state = model.n_parameters(), STATE_BYTES if learns and not whose else {"weights": frozen}
-        memory |= {whose + kind: n * P / sharing for kind, n in state.items()}
-        if sharing == 1:
+        return {"": Llama(source)} | ({"teacher's ": Llama(teacher)} if teacher else {})
+
+
+def sharers(cfg) -> int:
+    """How many GPUs have a share each of one copy of a model."""
+    return {"ddp": 1, "fsdp": cfg.gpus, "hsdp": min(cfg.gpus, NODE)}[cfg.parallel]
+
+
+def state_of(cfg, source: LlamaConfig) -> dict[str, float]:
+    """Bytes of a GPU beside activations, by kind."""
+    learns, computed_in, memory = cfg.max_steps > 0, getattr(torch, cfg.dtype).itemsize, {}
+    for whose, model in models_of(cfg, source).items():
+        P, state = model.n_parameters(), STATE_BYTES if learns and not whose else {"weights": computed_in}
+        memory |= {whose + kind: n * P / sharers(cfg) for kind, n in state.items()}
+        if sharers(cfg) == 1:
             continue
-        # the block that computes and the next one; embeddings, head and norm stay whole between the passes
+        # what learns stays gathered from forward to backward; else the block that computes and the next one
         outside, block = P - model.n_parameters(embeddings=False), sum(p.numel() for p in model.layers[0].parameters())
-        memory[whose + "gathered weights"] = 2 * block * frozen + state["weights"] * outside
+        memory[whose + "gathered weights"] = computed_in * (P if "gradients" in state else 2 * block + outside)
         if "gradients" in state:
             several = cfg.batch_size // cfg.micro_batch_size > cfg.gpus  # whole until the last micro-batch is summed up
-            memory["gradients not yet sharded"] = 4 * (P if several else 2 * block + outside)
-    memory["activations"] = activation_bytes(cfg, source, target)
+            memory["gradients not yet sharded"] = 4 * (P if several else 2 * max(block, outside))
     return memory
 
 
@@ -170,36 +182,95 @@ def plan(cfg, source: LlamaConfig, target: LlamaConfig | None) -> str:
         lines = [f"{name}: {Llama(shape).n_parameters():,} parameters" for name, shape in shapes.items()]
     nodes = f" in nodes of {NODE}" if cfg.parallel == "hsdp" else ""
     lines.append(f"memory of each of {cfg.gpus} GPUs, {cfg.parallel}{nodes}, GiB:")
-    memory = memory_of(cfg, source, target)
-    total = sum(memory.values()) / GIB
+    scores = score_bytes(cfg, source, target)
+    sizes = {m for m in (1, 2, 4) if cfg.max_steps and cfg.batch_size // cfg.gpus % m == 0} | {cfg.micro_batch_size}
+    of_size = {m: replace(cfg, micro_batch_size=m) for m in sorted(sizes)}
+    activations = {m: max(scores, step_bytes(c, source, target)) for m, c in of_size.items()}
+    sums = {m: sum(state_of(c, source).values()) + activations[m] for m, c in of_size.items()}
+    memory = state_of(cfg, source) | {"activations": activations[cfg.micro_batch_size]}
     lines += [f"  {kind:30} {n / GIB:8.3f}" for kind, n in memory.items()]
-    verdict = "fits" if total < 0.95 * cfg.gpu_memory else "DOES NOT FIT"
-    lines.append(f"  {'sum':30} {total:8.3f}   {verdict} into {cfg.gpu_memory:g} GiB (5 % kept for the allocator)")
-    return "\n".join(lines + hours(cfg, source, target, micro_batches))
+    room = 0.95 * cfg.gpu_memory * GIB
+    verdict = "fits" if sums[cfg.micro_batch_size] < room else "DOES NOT FIT"
+    total = f"  {'sum':30} {sums[cfg.micro_batch_size] / GIB:8.3f}"
+    lines.append(f"{total}   {verdict} into {cfg.gpu_memory:g} GiB (5 % kept for the allocator)")
+    if len(sums) > 1:
+        what = ", masks a step sees: published, by count" if target else ""
+        lines.append(f"micro_batch_size, activations, sum{what}")
+        seen = {m: f" {cfg.batch_size // m:8} {1:8}" if target else "" for m in sums}
+        lines += [f"  {m:8} {activations[m] / GIB:8.3f} {total / GIB:8.3f}{seen[m]}" for m, total in sums.items()]
+    lines += hours(cfg, source, target, micro_batches)
+    if verdict != "fits":
+        lines.append(ways_out(cfg, source, scores, memory["activations"], sums, room))
+    return "\n".join(lines)
+
+
+def ways_out(cfg, source: LlamaConfig, scores: int, activations: int, sums: dict[int, float], room: float) -> str:
+    """What would fit into this room, where the run does not. sums: of the run, by micro_batch_size."""
+    ways = [f"--micro_batch_size={m} ({n / GIB:.1f} GiB)" for m, n in sums.items() if n < room][:1]
+    for gpus in (n for n in (2, 4, 8, 16, 32, 64) if n > cfg.gpus and cfg.batch_size // cfg.micro_batch_size % n == 0):
+        each = sum(state_of(replace(cfg, gpus=gpus, parallel="fsdp"), source).values()) + activations
+        if each < room:
+            ways.append(f"--parallel=fsdp --gpus={gpus} ({each / GIB:.1f} GiB each)")
+            break
+    frozen = sum(state_of(replace(cfg, max_steps=0), source).values()) + scores
+    if scores and cfg.max_steps and frozen < room:
+        small = "and then the small model, as config/one_gpu_continue.py"
+        ways.append(f"one-shot masks from scores, as config/one_gpu_prune.py ({frozen / GIB:.1f} GiB), {small}")
+    return "what fits: " + ("; or ".join(ways) or "nothing was found: try checkpoint_activations or a shorter seq_len")
+
+
+def step_ms(cfg, source: LlamaConfig, flops: float, micro_batches: int) -> dict[str, tuple[float, str]]:
+    """Milliseconds of a step, and what they are assumed for. flops: of all GPUs together."""
+    model, *teacher = models_of(cfg, source).values()
+    P, n, computed_in = model.n_parameters(), sharers(cfg), getattr(torch, cfg.dtype).itemsize
+    within, between = (NVLINK if gpus <= NODE else NETWORK for gpus in (n, cfg.gpus))
+    copies, s, sent = cfg.gpus // n, 0.0, []
+    if n > 1:  # blocks, embeddings, head and norm, each for itself
+        calls, *again = (len(m.layers) + 3 - m.config.tied_embeddings for m in (model, *teacher))
+        lesson = sum(computed_in * t.n_parameters() * micro_batches for t in teacher)
+        s = ((computed_in + 4) * P + lesson) * (n - 1) / n / within
+        sent = [f"{calls} all-gathers and reduce-scatters of {computed_in * P / 1e9:.1f} and {4 * P / 1e9:.1f} GB"]
+        sent += [f"teacher's {calls * micro_batches} all-gathers of {lesson / 1e9:.1f} GB" for calls in again]
+        sent[-1] += f", at {within / 1e9:.0f} GB/s"
+    if copies > 1:
+        s += 8 * P / n * (copies - 1) / copies / between
+        sent.append(f"all-reduce of {4 * P / n / 1e9:.1f} GB on {copies} copies, at {between / 1e9:.0f} GB/s")
+    blocks = len(model.layers) + sum(len(t.layers) for t in teacher) / 3
+    tflop, moved = flops / cfg.gpus / 1e12, UPDATE_BYTES * P / n
+    return {
+        "compute": (1e3 * tflop / TFLOPS / MFU, f"{tflop:.0f} TFLOP at {MFU:.0%} of {TFLOPS} a second"),
+        "communication": (1e3 * s, "; ".join(sent) or "none"),
+        "host": (HOST_MS * blocks * micro_batches, f"{HOST_MS} ms a block and micro-batch, a teacher's a third"),
+        "optimizer": (1e3 * moved / HBM, f"{moved / 1e9:.1f} GB at {HBM / 1e12} TB/s"),
+    }
 
 
 def hours(cfg, source: LlamaConfig, target: LlamaConfig | None, micro_batches: int) -> list[str]:
-    tokens, rate = cfg.max_steps * cfg.batch_size * cfg.seq_len, cfg.gpus * TFLOPS * 1e12 * MFU
-    masks, teacher = target and MASKS[cfg.masks](source, target, seed=0), teacher_config(cfg, source)
-    dense, taught = flops_per_token(source, {}, cfg.seq_len, cfg.checkpoint_activations), 0.0
+    tokens, masks = cfg.batch_size * cfg.seq_len, target and MASKS[cfg.masks](source, target, seed=0)
+    recompute, teacher = cfg.checkpoint_activations, teacher_config(cfg, source)
     lines, seconds = [], 0.0
     if target and cfg.masks == "count":
-        seconds = cfg.calibration * cfg.seq_len * flops_per_token(source, {}, cfg.seq_len, recompute=True) / rate
+        flops = cfg.calibration * cfg.seq_len * flops_per_token(source, {}, cfg.seq_len, recompute=True)
+        seconds = flops / (cfg.gpus * TFLOPS * 1e12 * MFU)
         lines.append(f"scores: {cfg.calibration} windows, {seconds:.0f} s")
     if cfg.max_steps:
-        mean = 0.0
+        dense, mean = flops_per_token(source, {}, cfg.seq_len, recompute), 0.0
         for step in range(cfg.max_steps):
             ramp = min(1.0, step / cfg.sparsity_warmup) if cfg.sparsity_warmup else 1.0
             kept = {mask: 1 - share for mask, share in masks.target_sparsity(ramp).items()} if masks else {}
-            mean += flops_per_token(source, kept, cfg.seq_len, cfg.checkpoint_activations) / cfg.max_steps
+            mean += flops_per_token(source, kept, cfg.seq_len, recompute) / cfg.max_steps
+        taught = sum(forward_flops(teacher, {}, cfg.seq_len)) if teacher else 0.0
+        terms = step_ms(cfg, source, tokens * (mean + taught), micro_batches)
+        (compute, _), (sent, _), (host, _), (optimizer, _) = terms.values()
+        step = max(compute, sent, host) + optimizer
+        seconds += cfg.max_steps * step / 1e3
         lines += [
-            f"tokens: {tokens:,} in {cfg.max_steps:,} steps of {micro_batches} micro-batches a GPU",
+            f"tokens: {cfg.max_steps * tokens:,} in {cfg.max_steps:,} steps of {micro_batches} micro-batches a GPU",
             f"FLOPs a token, mean of the stage: {mean:.3e}; every unit computed: {dense:.3e} ({mean / dense:.0%})",
+            *([f"FLOPs a token of the teacher: {taught:.3e}"] if teacher else []),
+            f"a step: {step:.0f} ms, assumed, not measured: the longest of the first three, side by side, and the last",
+            *(f"  {kind:13} {ms:6.0f} ms   {what}" for kind, (ms, what) in terms.items()),
         ]
-        if teacher:
-            taught = sum(forward_flops(teacher, {}, cfg.seq_len))
-            lines.append(f"FLOPs a token of the teacher: {taught:.3e}")
-        seconds += tokens * (mean + taught) / rate
     lines.append(f"hours at {MFU:.0%} of {TFLOPS} TFLOP/s: {seconds / 3600:.2f}, evaluation not counted")
     if cfg.mix != "constant" and cfg.max_steps:
         updates, domains = -(-cfg.max_steps // cfg.eval_interval) + 1, len(cfg.domains) or DOMAINS

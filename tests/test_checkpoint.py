@@ -5,13 +5,19 @@ import errno
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
-from tiny import ROOT, Death, at_step, config_of, die, differences, metrics
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from tiny import ROOT, Death, at_step, config_of, die, differences, metrics, tiny
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import checkpoint
 import evaluate
@@ -47,6 +53,47 @@ def test_a_checkpoint_gives_back_its_state_and_tensors(tmp_path):
     assert all(torch.equal(named[name], t) for name, t in TENSORS.items())
     assert (last.step, last.error) == (2, "")
     assert last.n_bytes == sum(f.stat().st_size for f in folder.iterdir())
+
+
+def test_a_checkpoint_is_written_as_torch_s_own_writer_writes_it(tmp_path):
+    written = []
+    for writer in (checkpoint.Writer, dcp.HuggingFaceStorageWriter):
+        folder = tmp_path / writer.__name__
+        storage = writer(str(folder), save_distributed=True)
+        dcp.save({**TENSORS, "b": torch.ones(3, dtype=torch.uint8)}, storage_writer=storage, no_dist=True)
+        (file,) = folder.iterdir()
+        with file.open(
+            "rb"
+        ) as f:  # a safetensors file: bytes of the header, the header, whose order varies, the tensors
+            header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+            written.append((file.name, header, f.read()))
+    assert written[0] == written[1]
+
+
+@pytest.fixture
+def sharded():
+    """A weight that is sharded over a group of one rank, and the group."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    weight = distribute_tensor(torch.zeros(2, 3), init_device_mesh("cpu", (1,)), [Shard(0)])
+    yield weight, dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_a_weight_that_changes_right_after_a_save_does_not_reach_the_checkpoint(sharded, tmp_path, monkeypatch):
+    weight, group = sharded
+    write, changed = checkpoint.Writer.write_data, threading.Event()
+    monkeypatch.setattr(checkpoint.Writer, "write_data", lambda *a: changed.wait(60) and write(*a))
+    checkpoints = Checkpoints(tmp_path, 9, group)
+    for step in (1, 2):
+        changed.clear()
+        checkpoints.save(step, {"step": step}, {"w": weight})
+        weight += 1
+        changed.set()
+        assert checkpoints.finished(wait=True)[0].error == ""
+    loaded = [torch.zeros(2, 3), torch.zeros(2, 3)]
+    for tensor, folder in zip(loaded, checkpoint.checkpoints(tmp_path), strict=True):
+        checkpoint.load(folder, {"w": tensor})
+    assert [t.unique().tolist() for t in loaded] == [[0.0], [1.0]]
 
 
 def test_the_newest_checkpoints_stay_in_the_order_of_their_steps(tmp_path):
@@ -141,9 +188,9 @@ MOMENTS = {  # where: the function that kills instead of being called, and at wh
     "in an evaluation": ("train.evaluate", 4),
     "in a step": ("train.learning_rate", 30),
     "while tensors are written": ("checkpoint.dcp.HuggingFaceStorageWriter.finish", 1),
-    "between a checkpoint's files": ("checkpoint._flush", 1),
+    "between a checkpoint's files": ("checkpoint._flush", 2),
     "before a checkpoint is renamed": ("checkpoint.os.replace", 2),
-    "before the folder is flushed": ("checkpoint._flush", 3),
+    "before the folder is flushed": ("checkpoint._flush", 4),
     "while an older checkpoint is dropped": ("checkpoint.shutil.rmtree", 3),
     "while metrics are cut back": ("metrics.os.replace", 1),
     "in a fit": ("dro.refloss.fit", 3),
@@ -217,6 +264,53 @@ def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_from_there(name, wh
     train.main(dataclasses.replace(cfg, resume=True))
     assert differences(whole, tmp_path / "r") == []
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_run_that_breaks_says_where_and_how_to_go_on(whole, tmp_path, monkeypatch, capsys):
+    def broken():
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    at_step(monkeypatch, 5, broken)
+    with pytest.raises(RuntimeError, match="device-side"):
+        train.main(config_of(whole, tmp_path / "r"))
+    where, command = capsys.readouterr().err.splitlines()[-2:]
+    assert re.fullmatch(r"rank 0 of 1 ends after step 5, train.py:\d+ in rate: return learning_rate.*", where)
+    assert command.startswith("to go on: ") and command.endswith(" --resume")
+
+
+LOSES_RANK_1 = f"""
+import datetime, os, signal, sys
+sys.path[:0] = [{str(ROOT)!r}]
+import torch.distributed as dist
+import configurator, out, train
+out.STOPPING_S, rate, store = 1, train.learning_rate, dist.HashStore()
+store.set_timeout(datetime.timedelta(seconds=6))
+
+def lost(step, cfg):
+    if step == 5 and not cfg.resume:
+        os.environ["RANK"] == "1" and os.kill(os.getpid(), signal.SIGKILL)
+        cfg.mix == "constant" and store.get("never")  # as with NCCL: no error comes, and Python hears no signal
+    return rate(step, cfg)
+
+train.learning_rate = lost
+configurator.command(train.main, train.Config, config_files=True)
+"""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("mix", "how"), [("dro", "ends"), ("constant", "stands still for 1 s, as if another was lost,")]
+)
+def test_a_rank_that_loses_another_says_where_it_was_and_the_command_that_ends_the_run(mix, how, data, tmp_path):
+    (tmp_path / "run.py").write_text(LOSES_RANK_1)
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "run.py"]
+    options = dict(cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200)
+    cfg = tiny(data, tmp_path / "r", max_steps=8, save_interval=4, mix=mix)
+    lost = subprocess.run([*ranks, *command(cfg)], check=False, **options)
+    where = re.search(rf"\nrank 0 of 2 {how} after step (\d), train.py:\d+ in (\w+): .+\nto go on: (.+)\n", lost.stderr)
+    assert (where[1], where[2]) == (("6", "forward_backward") if how == "ends" else ("5", "rate"))
+    subprocess.run(where[3], shell=True, check=True, **options)
+    assert [r["step"] for r in metrics(tmp_path / "r", "train")] == list(range(1, 9))
 
 
 def test_a_damaged_checkpoint_is_warned_about_and_the_run_ends_with_the_same_bytes(whole, tmp_path, monkeypatch):

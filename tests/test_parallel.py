@@ -127,10 +127,13 @@ def optimized(model):
 
 
 def saved_together(model, ranks, out):
-    """A checkpoint of both ranks; then one that the disk of rank 1 has no room for."""
+    """A checkpoint of both ranks, of what there was before it changed; then one that rank 1's disk has no room for."""
     named = optimized(model)
     checkpoints = checkpoint.Checkpoints(out / "run", 2, dist.new_group(backend="gloo"))
     checkpoints.save(1, {"step": 1}, named)
+    with torch.no_grad():
+        for tensor in named.values():
+            tensor.add_(1)
     saved = checkpoints.finished(wait=True)
     if ranks.rank == 1:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -276,6 +279,15 @@ def test_a_rank_that_fails_ends_all_of_them_and_an_error_is_said_once(fails, kin
     done = subprocess.run([*command, *arguments], env=env, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 1
     assert done.stderr.count("error: the dog ate it\n") == (fails != "killed")
+
+
+def test_a_run_of_triton_s_kernels_is_refused_where_triton_finds_no_compiler(tmp_path, monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="finds no gcc, clang or CC: install gcc"):
+        parallel.check_compiler()
+    (tmp_path / "gcc").touch(mode=0o755)
+    parallel.check_compiler()
 
 
 if __name__ == "__main__":

@@ -68,17 +68,16 @@ def allocated(cfg, kept=None, learns=True):
 def test_the_plan_is_within_3_percent_of_what_a_step_allocates(target, changes):
     cfg = config(micro_batch_size=4, **changes)
     kept = target and subnetwork(SOURCE, MASKS[cfg.masks](SOURCE, target, 0).sample(0, 0, 0), "cpu", 8)
-    assert plan.activation_bytes(cfg, SOURCE, target, multiple=8) == pytest.approx(allocated(cfg, kept), rel=0.03)
+    assert plan.step_bytes(cfg, SOURCE, target, multiple=8) == pytest.approx(allocated(cfg, kept), rel=0.03)
 
 
 def test_the_plan_of_no_step_is_within_3_percent_of_what_a_window_of_the_scores_allocates():
     cfg = config(masks="count", max_steps=0, checkpoint_activations=True, distill=0.9)
     ones = {m: torch.ones_like(a).requires_grad_() for m, a in MASKS["count"](SOURCE, TARGET).log_alpha.items()}
     expected = allocated(cfg, subnetwork(SOURCE, ones), learns=False)
-    assert plan.activation_bytes(cfg, SOURCE, TARGET) == pytest.approx(expected, rel=0.03)
-    memory = plan.memory_of(config(masks="count", max_steps=0, dtype="bfloat16", distill=0.9), SOURCE, TARGET)
-    assert memory.keys() == {"weights", "activations"}
-    assert memory["weights"] == 2 * Llama(SOURCE).n_parameters()
+    assert plan.score_bytes(cfg, SOURCE, TARGET) == pytest.approx(expected, rel=0.03)
+    state = plan.state_of(config(masks="count", max_steps=0, dtype="bfloat16", distill=0.9), SOURCE)
+    assert state == {"weights": 2 * Llama(SOURCE).n_parameters()}
 
 
 def test_flops_of_a_whole_model_are_six_a_weight_beside_attention_and_two_of_its_teacher():
@@ -95,11 +94,11 @@ def test_flops_of_a_whole_model_are_six_a_weight_beside_attention_and_two_of_its
 def test_a_teacher_is_that_of_its_folder_or_the_source_and_is_shared_out_as_the_model_is(tmp_path):
     small = target_config(SOURCE, hidden_size=96, intermediate_size=256, n_layers=1, n_heads=2)
     hf.save(Llama(small), tmp_path)
-    assert "teacher's weights" not in plan.memory_of(config(), SOURCE, TARGET)
+    assert "teacher's weights" not in plan.state_of(config(), SOURCE)
     for folder, shape in (("", SOURCE), (str(tmp_path), small)):
         for parallel, gpus, sharing in (("ddp", 8, 1), ("fsdp", 8, 8)):
             cfg = config(teacher=folder, distill=0.5, dtype="bfloat16", parallel=parallel, gpus=gpus)
-            memory = plan.memory_of(cfg, SOURCE, TARGET)
+            memory = plan.state_of(cfg, SOURCE)
             assert memory["teacher's weights"] == 2 * Llama(shape).n_parameters() / sharing
 
 
@@ -115,6 +114,7 @@ def test_a_plan_says_what_is_needed_and_whether_it_fits(gpu_memory, verdict):
     text = plan.plan(config(gpus=1, gpu_memory=gpu_memory, mix="dro", eval_interval=10), SOURCE, TARGET)
     for part in ("weights", "gradients", "optimizer", "activations", "hours at 40% of 989 TFLOP/s", verdict):
         assert part in text
+    assert text.splitlines()[-1].startswith("what fits: ") == verdict.startswith("DOES NOT")
     assert "mix: 11 updates, about 2 s (fits of 7 domains at 0.03 s)" in text
     assert "mix" not in plan.plan(config(gpus=1, mix="constant"), SOURCE, None)
 
@@ -122,12 +122,77 @@ def test_a_plan_says_what_is_needed_and_whether_it_fits(gpu_memory, verdict):
 def test_fsdp_shards_over_all_gpus_and_hsdp_over_those_of_a_node_of_eight():
     needed = {}
     for parallel, gpus in (("ddp", 8), ("fsdp", 8), ("fsdp", 16), ("hsdp", 8), ("hsdp", 16)):
-        memory = plan.memory_of(config(parallel=parallel, gpus=gpus, batch_size=16), SOURCE, None)
-        needed[parallel, gpus] = memory["optimizer"]
+        needed[parallel, gpus] = plan.state_of(config(parallel=parallel, gpus=gpus, batch_size=16), SOURCE)["optimizer"]
     whole = 8 * Llama(SOURCE).n_parameters()
     assert needed["ddp", 8] == whole
     assert needed["fsdp", 8] == needed["hsdp", 8] == needed["hsdp", 16] == whole / 8
     assert needed["fsdp", 16] == whole / 16
+
+
+def test_what_learns_in_shares_stays_gathered_and_a_teacher_is_gathered_two_blocks_at_a_time():
+    cfg = config(parallel="fsdp", dtype="bfloat16", distill=0.9, masks="count")
+    P, block = Llama(SOURCE).n_parameters(), sum(p.numel() for p in Llama(SOURCE).layers[0].parameters())
+    state = plan.state_of(cfg, SOURCE)
+    assert state["gathered weights"] == 2 * P
+    assert state["teacher's gathered weights"] == 2 * (2 * block + 2 * 192 * 2048)
+    assert (
+        state["gradients not yet sharded"]
+        < plan.state_of(config(gpus=4, **{"parallel": "fsdp"}), SOURCE)["gradients not yet sharded"]
+        == 4 * P
+    )
+
+
+def sent(**changes):
+    """(seconds, in words) of a step's communication."""
+    cfg = config(dtype="bfloat16", batch_size=64, **changes)
+    ms, what = plan.step_ms(cfg, SOURCE, 1e15, cfg.batch_size // cfg.gpus)["communication"]
+    return ms / 1e3, what
+
+
+def test_a_step_gathers_and_sums_each_group_once_and_a_teacher_s_at_every_micro_batch():
+    P = Llama(SOURCE).n_parameters()
+    assert sent(gpus=1) == (0.0, "none")
+    seconds, what = sent(parallel="fsdp", gpus=8)
+    assert seconds == pytest.approx(6 * P * 7 / 8 / 300e9)
+    assert "6 all-gathers and reduce-scatters" in what  # 3 blocks, embeddings, head, norm
+    assert sent(parallel="fsdp", gpus=8, distill=0.5)[0] == pytest.approx(seconds + 8 * 2 * P * 7 / 8 / 300e9)
+    assert "teacher's 48 all-gathers" in sent(parallel="fsdp", gpus=8, distill=0.5)[1]
+    assert sent(gpus=8)[0] == pytest.approx(2 * 4 * P * 7 / 8 / 300e9)
+    copies = 2 * 4 * P / 8 * 1 / 2 / 40e9  # a share of the gradients, between the two nodes
+    assert sent(parallel="hsdp", gpus=16)[0] == pytest.approx(seconds + copies)
+    assert sent(parallel="fsdp", gpus=16)[0] == pytest.approx(6 * P * 15 / 16 / 40e9)
+
+
+def test_the_hours_are_those_of_the_longest_of_compute_communication_and_host_and_of_the_optimizer():
+    text = plan.plan(config(gpus=1, max_steps=3600), SOURCE, None)
+    ms = {
+        kind: float(text.split(f"  {kind} ")[1].split()[0])
+        for kind in ("compute", "communication", "host", "optimizer")
+    }
+    assert ms["host"] == 3.5 * 3 * 8 == max(ms.values())  # a tiny model's launches take longer than its products
+    assert f"hours at 40% of 989 TFLOP/s: {84 / 1e3:.2f}" in text
+
+
+def test_where_a_run_does_not_fit_more_gpus_or_one_shot_masks_may():
+    cfg, mib = config(masks="count", gpus=1), 2**20
+    sums = {1: 300 * mib, 2: 200 * mib}  # fewer micro-batches than gpus leave no whole gradients
+    P = Llama(SOURCE).n_parameters()
+    each = (
+        16 * P / 4 + 4 * P + 4 * P + 20 * mib
+    )  # state, gathered weights, gradients of 2 micro-batches each; activations
+    ways = plan.ways_out(cfg, SOURCE, 10 * mib, 20 * mib, sums, each + 1)
+    assert f"what fits: --parallel=fsdp --gpus=4 ({each / 2**30:.1f} GiB each); or one-shot masks from scores" in ways
+    assert "--micro_batch_size=2" in plan.ways_out(cfg, SOURCE, 10 * mib, 20 * mib, sums, 200 * mib + 1)
+    assert "config/one_gpu_prune.py" not in plan.ways_out(cfg, SOURCE, 0, 20 * mib, sums, 200 * mib)
+    assert "what fits: nothing was found" in plan.ways_out(cfg, SOURCE, 10 * mib, 20 * mib, sums, mib)
+
+
+def test_a_plan_shows_the_micro_batch_sizes_and_how_many_masks_a_step_sees():
+    text = plan.plan(config(gpus=2, micro_batch_size=2), SOURCE, TARGET)
+    rows = [line.split() for line in text.split("masks a step sees: published, by count\n")[1].splitlines()[:3]]
+    assert [(row[0], *row[3:]) for row in rows] == [("1", "8", "1"), ("2", "4", "1"), ("4", "2", "1")]
+    assert float(rows[0][1]) < float(rows[1][1]) < float(rows[2][1])
+    assert f"sum                            {float(rows[1][2]):8.3f}" in text
 
 
 def test_micro_batches_that_the_gpus_cannot_share_evenly_are_refused():
@@ -138,5 +203,5 @@ def test_micro_batches_that_the_gpus_cannot_share_evenly_are_refused():
 def test_a_plan_leaves_the_ops_of_the_process_as_they_were():
     ops.use("torch", "cpu")
     before = dict(vars(ops.ops))
-    plan.activation_bytes(config(kernels="auto"), SOURCE, TARGET)
+    plan.step_bytes(config(kernels="auto"), SOURCE, TARGET)
     assert vars(ops.ops) == before
