@@ -155,6 +155,11 @@ def sharers(cfg) -> int:
     return {"ddp": 1, "fsdp": cfg.gpus, "hsdp": min(cfg.gpus, NODE)}[cfg.parallel]
 
 
+def micro_batches_of(cfg) -> int:
+    """Of a step, on each GPU."""
+    return cfg.batch_size // cfg.micro_batch_size // cfg.gpus
+
+
 def state_of(cfg, source: LlamaConfig) -> dict[str, float]:
     """Bytes of a GPU beside activations, by kind."""
     learns, computed_in, memory = cfg.max_steps > 0, getattr(torch, cfg.dtype).itemsize, {}
@@ -163,12 +168,12 @@ def state_of(cfg, source: LlamaConfig) -> dict[str, float]:
         memory |= {whose + kind: n * P / sharers(cfg) for kind, n in state.items()}
         if sharers(cfg) == 1:
             continue
-        # what learns stays gathered from forward to backward; else the block that computes and the next one
+        # several micro-batches: whole until the last of them; else the block that computes and the next one
         outside, block = P - model.n_parameters(embeddings=False), sum(p.numel() for p in model.layers[0].parameters())
-        memory[whose + "gathered weights"] = computed_in * (P if "gradients" in state else 2 * block + outside)
+        whole = P if "gradients" in state and micro_batches_of(cfg) > 1 else 2 * block + outside
+        memory[whose + "gathered weights"] = computed_in * whole
         if "gradients" in state:
-            several = cfg.batch_size // cfg.micro_batch_size > cfg.gpus  # whole until the last micro-batch is summed up
-            memory["gradients not yet sharded"] = 4 * (P if several else 2 * max(block, outside))
+            memory["gradients not yet sharded"] = 4 * whole
     return memory
 
 
@@ -225,12 +230,15 @@ def step_ms(cfg, source: LlamaConfig, flops: float, micro_batches: int) -> dict[
     P, n, computed_in = model.n_parameters(), sharers(cfg), getattr(torch, cfg.dtype).itemsize
     within, between = (NVLINK if gpus <= NODE else NETWORK for gpus in (n, cfg.gpus))
     copies, s, sent = cfg.gpus // n, 0.0, []
-    if n > 1:  # blocks, embeddings, head and norm, each for itself
-        calls, *again = (len(m.layers) + 3 - m.config.tied_embeddings for m in (model, *teacher))
-        lesson = sum(computed_in * t.n_parameters() * micro_batches for t in teacher)
-        s = ((computed_in + 4) * P + lesson) * (n - 1) / n / within
-        sent = [f"{calls} all-gathers and reduce-scatters of {computed_in * P / 1e9:.1f} and {4 * P / 1e9:.1f} GB"]
-        sent += [f"teacher's {calls * micro_batches} all-gathers of {lesson / 1e9:.1f} GB" for calls in again]
+    if n > 1:
+        passes = 1 if micro_batches > 1 else 2  # that gather: the first of a step; or forward and backward
+        gathered, lesson = (
+            passes * computed_in * P,
+            sum(computed_in * t.n_parameters() * micro_batches for t in teacher),
+        )
+        s = (gathered + 4 * P + lesson) * (n - 1) / n / within
+        sent = [f"gathers {gathered / 1e9:.1f} GB", f"sums up {4 * P / 1e9:.1f} GB"]
+        sent += [f"the teacher's {lesson / 1e9:.1f} GB"] if teacher else []
         sent[-1] += f", at {within / 1e9:.0f} GB/s"
     if copies > 1:
         s += 8 * P / n * (copies - 1) / copies / between
