@@ -38,6 +38,7 @@ MAY_CHANGE_ON_RESUME = {
 }
 ADAMW = "adamw"  # in a model's folder: AdamW's moments of its weights, and the steps that they have come from
 SPARSITY_GAP = 0.02  # of a row, at the end; more is warned about
+SAME = 0.01  # nats; rounding to bfloat16 moves a mean loss by a tenth of it
 SKIPPED_AT_MOST = 10  # steps in a row without a finite loss and gradient end the run
 STILL_S = 0.9 * parallel.TIMEOUT.total_seconds()  # a rank that stays on one line so long says it, before torch ends it
 STOPPING_S = 20  # the same once it was asked to stop: torchrun, which asks all when one is lost, kills after 30
@@ -241,6 +242,8 @@ class Out:
                 self.log.warn(last["step"], f"mask {mask} misses its target sparsity by up to {gap:.3f}: {advice}")
         masked = np.array(last["val_loss"], dtype=float).mean()
         self.log.say(f"extracted: mean {loss_M.mean():.4f}, as masked {masked:.4f}")
+        if not abs(loss_M.mean() - masked) < SAME:
+            self.log.warn(last["step"], "the extracted model is not the masked one: try --resume --kernels=torch")
         extracted = {"kind": "extracted", "val_loss": loss_M, "masked_val_loss": last["val_loss"]}
         return self.log.record({**last, **extracted})
 

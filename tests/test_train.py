@@ -392,6 +392,22 @@ def test_no_step_is_one_shot_pruning_by_scores(data, source, tmp_path):
     assert (tmp_path / "r/model/model.safetensors").read_bytes() == before
 
 
+def test_an_extracted_model_that_is_not_the_masked_one_is_warned_about(data, source, tmp_path, monkeypatch):
+    cfg = prune_tiny(data, tmp_path / "r", source, max_steps=2, sparsity_warmup=0, lr_warmup=0)
+    train.main(cfg)
+    assert not [r for r in metrics(tmp_path / "r", "warning") if "not the masked one" in r["text"]]
+    right = train.extract
+
+    def wrong(*arguments):
+        small = right(*arguments)
+        small.norm.weight.data.zero_()
+        return small
+
+    monkeypatch.setattr(train, "extract", wrong)
+    train.main(dataclasses.replace(cfg, resume=True))
+    assert [r["step"] for r in metrics(tmp_path / "r", "warning") if "not the masked one" in r["text"]] == [2]
+
+
 def test_a_stage_that_continues_an_extracted_model_takes_the_steps_that_pruning_would_have(
     data, source, tmp_path, monkeypatch
 ):
