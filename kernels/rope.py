@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.shared import check, kernel_op, launch
+from kernels.shared import check, differentiable, kernel_op, launch
 
 WARPS = 4  # one program a token, all heads; not tuned on a GPU, from the table of `make kernels`
 
@@ -59,9 +59,9 @@ def _backward(ctx, dq, dk):
     return *_rope(dq.contiguous(), dk.contiguous(), cos, -sin), None, None
 
 
-_rope.register_autograd(_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[2:]))
+_differentiable = differentiable(_rope, _backward, lambda ctx, inputs, output: ctx.save_for_backward(*inputs[2:]))
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """q (B, T, h, K), k (B, T, g, K), cos and sin (T, K/2) float32 -> both, rotated."""
-    return _rope(q, k, cos, sin)
+    return _differentiable(q, k, cos, sin)
