@@ -31,7 +31,7 @@ from data.shards import write_meta, write_shard
 from dro import Mix
 from hf import to_hugging_face
 from kernels import ops as kernel_ops
-from kernels.cases import DISTILL, Case, call, cases
+from kernels.cases import DISTILL, Case, Shapes, call, cases
 from kernels.machine_code import LLAMA_1B, LLAMA_7B
 from kernels.ops import ops
 from kernels.pack import _pack_kernel
@@ -367,7 +367,8 @@ def kernels(rounds: int, *shape, compiler: str = "inductor", n: int = 8192, size
     yield "large product, TFLOP/s", [2e-12 * n**3 / t for t in s["product"]]
     yield "large copy, GB/s", [2e-9 * size / t for t in s["copy"]]
     shape = shape or (LLAMA_7B, LLAMA_1B, 4, 4096)
-    for case in cases(*shape, torch.bfloat16, DEVICE, PAD[DEVICE], teacher=shape[0]):
+    source, target, *tokens = shape
+    for case in cases(Shapes(source, target, source, tokens, torch.bfloat16, multiple=PAD[DEVICE]), DEVICE):
         inputs = case.inputs()
         ways = ways_of(case, inputs, compiler)
         outputs = call(*ways["plain"], torch.bfloat16)

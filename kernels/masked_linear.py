@@ -55,7 +55,7 @@ def _tile(n_first, n_second, BAND: tl.constexpr):
     return band * BAND + within % height, within // height
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _product_kernel(x, weight, bias, units, y, N, sizes, strides, TILE: tl.constexpr, PRECISION: tl.constexpr):
     outs, ins, out_scale, in_scale = units
     n, m = sizes

@@ -25,7 +25,7 @@ TOKENS, CHANNELS, WARPS = 4, 256, 4  # of a tile
 A_PROGRAM = 64  # backward: tokens that are summed into one line of dz
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _forward_kernel(gate, up, z, h, N, I, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
     t = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
@@ -37,7 +37,7 @@ def _forward_kernel(gate, up, z, h, N, I, TOKENS: tl.constexpr, CHANNELS: tl.con
     tl.store(h + at, y.to(h.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _backward_kernel(
     dh, gate, up, z, dgate, dup, dz_sums, N, I, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, A_PROGRAM: tl.constexpr
 ):

@@ -45,7 +45,7 @@ def scale_of(scale, i, inside):
         return tl.load(scale + i, mask=inside, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _pack_kernel(weight, units, small, n, m, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     rows, cols, row_scale, col_scale = units
     i = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -70,7 +70,7 @@ def _place(index, i, n, steps):
         return tl.where(tl.load(index + low, mask=low < n, other=-1) == i, low, -1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "R", "row_steps", "col_steps"])
 def _unpack_kernel(
     grad, weight, units, dweight, sums, n, m, R, C, row_steps, col_steps, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):

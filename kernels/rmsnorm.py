@@ -49,7 +49,7 @@ def _forward_kernel(x, delta, weight, rows, scale, y, h, rstd, d, count, eps, CH
     tl.store(rstd + token, r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _backward_kernel(
     dy, dh, h, rstd, weight, rows, scale, dx, ddelta, sums, N, d, count, A_PROGRAM: tl.constexpr, CHANNELS: tl.constexpr
 ):
