@@ -53,6 +53,7 @@ RUNS = {  # name: source, target
     "1.3B": (LLAMA_1B, None),
     "Qwen2-7B to 1.8B": (QWEN_7B, QWEN_1B),
 }
+HELD = torch.float32, torch.bfloat16  # dtypes of the weights
 TRACED_TOKENS = 16  # the machine code does not depend on them; few, since PyTorch's part of the run computes
 
 
@@ -129,7 +130,7 @@ def compiled(arch: int, runs: dict = RUNS) -> list[tuple[str, str, str, Code]]:
     codes = {}
     for run, (source, target) in runs.items():
         shapes = Shapes(source, target, source, (1, TRACED_TOKENS), torch.bfloat16)
-        for held in (torch.float32, torch.bfloat16):
+        for held in HELD:
             for case in cases(replace(shapes, held=held), "cpu", filled=False):
                 driver.active.launched.clear()
                 outputs = [y for y in call(case.fused, case.inputs(), case.dtype) if y.requires_grad]

@@ -769,13 +769,6 @@ def dies_of_a_fault(say):
     os.abort()
 
 
-def answers(say):
-    say("rope (attention)")
-    shape = [16, 24]
-    precision = torch.get_float32_matmul_precision()
-    return {"replaced": ["rope"], "linears": [[shape, "masked_linear"]], "lines": [precision]}
-
-
 def test_a_trial_that_dies_is_one_line_and_torch_takes_over():
     ops.use("triton", "cpu")
     line = "warning: the trial ended at rope (attention), exit code -6: PyTorch takes every kernel's place"
@@ -785,6 +778,7 @@ def test_a_trial_that_dies_is_one_line_and_torch_takes_over():
 
 def test_ranks_adopt_what_a_child_of_one_has_found():
     ops.use("triton", "cpu")
-    assert fused.adopt(json.loads(json.dumps(fused.in_child(answers)))) == ["highest"]
-    assert vars(ops.ops) == fused.TRITON | {"rope": ops.TORCH["rope"]}
-    assert fused.fastest == {fused.ELSE: packed_linear, (16, 24): masked_linear}
+    shapes = dict(source=replace(SOURCE, intermediate_size=8), target=None, teacher=None, tokens=(1, 2), dtype=F32)
+    lines = ops.self_check("cpu", lambda trial: json.loads(json.dumps(trial())), **shapes)
+    assert [line.partition(" in ")[0] for line in lines] == ["kernels checked"]
+    assert vars(ops.ops) == fused.TRITON
