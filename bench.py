@@ -318,9 +318,9 @@ def mix(rounds: int) -> Iterator[tuple]:
 # ---- kernels, on a GPU
 
 
-def run(way: Callable, inputs: tuple, upstream: list[Tensor]) -> None:
+def run(way: Callable, inputs: tuple, dtype: torch.dtype, upstream: list[Tensor]) -> None:
     """Forward, and backward where gradients of the outputs are given."""
-    outputs = [y for y in call(way, inputs, torch.bfloat16) if y.requires_grad]
+    outputs = [y for y in call(way, inputs, dtype) if y.requires_grad]
     if upstream:
         torch.autograd.grad(outputs, [t for t in inputs if isinstance(t, Tensor) and t.requires_grad], upstream)
 
@@ -339,11 +339,11 @@ def whole_logits_loss(h: Tensor, weight: Tensor, targets: Tensor, *teacher) -> t
 
 def ways_of(case: Case, inputs: tuple, compiler: str) -> dict[str, tuple[Callable, tuple]]:
     """The op by its kernels, in plain PyTorch, that compiled, and a linear's product alone; with the inputs of each."""
-    dtypes = [y.dtype for y in call(case.fused, inputs, torch.bfloat16)]
+    dtypes = [y.dtype for y in call(case.fused, inputs, case.dtype)]
     whole = whole_logits_loss if case.op == "linear_cross_entropy" else kernel_ops.TORCH[case.op]
 
     def plain(*inputs) -> tuple[Tensor, ...]:  # cast, as the op that comes next would
-        return tuple(y.to(dtype) for y, dtype in zip(call(whole, inputs, torch.bfloat16), dtypes, strict=True))
+        return tuple(y.to(dtype) for y, dtype in zip(call(whole, inputs, case.dtype), dtypes, strict=True))
 
     torch.compiler.reset()  # each case is compiled for its own shapes
     compiled = torch.compile(plain, dynamic=False, backend=compiler)
@@ -371,12 +371,12 @@ def kernels(rounds: int, *shape, compiler: str = "inductor", n: int = 8192, size
     for case in cases(Shapes(source, target, source, tokens, torch.bfloat16, multiple=PAD[DEVICE]), DEVICE):
         inputs = case.inputs()
         ways = ways_of(case, inputs, compiler)
-        outputs = call(*ways["plain"], torch.bfloat16)
+        outputs = call(*ways["plain"], case.dtype)
         nbytes = sum(t.nbytes for t in (*inputs, *outputs) if isinstance(t, Tensor))
         gradients = [torch.randn_like(y) for y in outputs if y.requires_grad]
-        for direction, upstream in (("forward", []), ("both", gradients)):
+        for direction, upstream in [("forward", []), *([("both", gradients)] if gradients else [])]:
             name = f"{case.fused.__name__}, {case.where}, {direction}"
-            s = in_turns({way: partial(run, *w, upstream) for way, w in ways.items()}, rounds, device_s)
+            s = in_turns({way: partial(run, *w, case.dtype, upstream) for way, w in ways.items()}, rounds, device_s)
             for way in ways.keys() - {"ours"}:
                 yield f"{name}, {way} / ours", s[way], s["ours"]
             if direction == "forward" and case.op in ("rms_norm", "rope", "swiglu"):  # their bytes are all they cost

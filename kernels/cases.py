@@ -57,14 +57,15 @@ def call(way: Callable, inputs: tuple, dtype: torch.dtype) -> tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Maker:
-    """Random tensors. filled: with random numbers, not with whatever memory holds."""
+    """Random tensors. filled: with random numbers, not with whatever memory holds. learns: they require gradients."""
 
     filled: bool
     generator: torch.Generator  # on the device
+    learns: bool = True
 
     def __call__(self, dtype: torch.dtype, *shape: int, std: float = 1.0) -> Tensor:
         x = torch.empty(shape, dtype=dtype, device=self.generator.device)
-        return (x.normal_(0, std, generator=self.generator) if self.filled else x).requires_grad_()
+        return (x.normal_(0, std, generator=self.generator) if self.filled else x).requires_grad_(self.learns)
 
 
 def subnetworks(s: Shapes, device: str) -> Iterator[Subnetwork]:
@@ -83,8 +84,9 @@ def subnetworks(s: Shapes, device: str) -> Iterator[Subnetwork]:
         yield subnetwork(s.source, masks.sample(ramp=ramp), device, s.multiple)
 
 
-def of_model(s: Shapes, c: LlamaConfig, kept: Subnetwork, held: torch.dtype, make: Maker, who: str = "") -> list[Case]:
-    """What a model runs beside its linear layers and the loss. held: dtype of its weights, but of the last norm's."""
+def of_model(s: Shapes, c: LlamaConfig, kept: Subnetwork, dtypes: tuple, make: Maker, who: str = "") -> list[Case]:
+    """What a model runs beside linear layers and the loss. dtypes: of the blocks' weights, of the last norm's."""
+    held, stored = dtypes
     block = whole_block(kept)
     D, I, K = c.hidden_size, c.intermediate_size, c.head_dim
     heads = [size(u.rows, n * K) // K for u, n in ((block.q_proj, c.n_heads), (block.k_proj, c.n_kv_heads))]
@@ -108,7 +110,7 @@ def of_model(s: Shapes, c: LlamaConfig, kept: Subnetwork, held: torch.dtype, mak
     found = [
         ("rms_norm", "norm", rms_norm, lambda: norm(block.input_layernorm, held)),
         ("rms_norm", "first norm", rms_norm, lambda: norm(block.input_layernorm, held, first=True)),
-        ("rms_norm", "last norm", rms_norm, lambda: norm(kept.norm, s.stored if held == s.held else held)),
+        ("rms_norm", "last norm", rms_norm, lambda: norm(kept.norm, stored)),
         *([("rms_norm", "q_norm", rms_norm, head_norm)] if c.qk_norm else []),
         ("rope", "attention", rope, rotary),
         ("swiglu", "mlp", masked_swiglu, swiglu),
@@ -123,12 +125,13 @@ def whole_block(kept: Subnetwork) -> BlockUnits:
 def cases(s: Shapes, device: str, filled: bool = True) -> list[Case]:
     c, make = s.source, Maker(filled, torch.Generator(device).manual_seed(0))
     kept, *wider = subnetworks(s, device)
-    found, V, D = of_model(s, c, kept, s.held, make), c.vocab_size, size(kept.norm.rows, c.hidden_size)
+    V, D, dtypes = c.vocab_size, size(kept.norm.rows, c.hidden_size), (s.held, s.stored)
+    found = of_model(s, c, kept, dtypes, make)
     for wide in wider:
-        found += [case for case in of_model(s, c, wide, s.held, make, "wide ") if case.op == "rms_norm"]
+        found += [case for case in of_model(s, c, wide, dtypes, make, "wide ") if case.op == "rms_norm"]
     if s.teacher:
-        everything = Subnetwork([BlockUnits()])
-        found += of_model(s, s.teacher, everything, s.dtype, make, "teacher's ")
+        everything, frozen = Subnetwork([BlockUnits()]), replace(make, learns=False)
+        found += of_model(s, s.teacher, everything, (s.dtype, s.dtype), frozen, "teacher's ")
 
     def loss() -> tuple:
         targets = torch.arange(s.tokens[0] * s.tokens[1], device=device).view(s.tokens) % V
@@ -163,13 +166,7 @@ def cases(s: Shapes, device: str, filled: bool = True) -> list[Case]:
     with torch.device("meta"):
         layers = {name.split(".")[-1]: layer for name, layer in Block(c).named_modules() if isinstance(layer, Linear)}
     exact = next(subnetworks(replace(s, multiple=1), device))
-    for name in (
-        "q_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "down_proj",
-    ):  # k_proj is like q_proj, up_proj like gate_proj
+    for name in ("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"):  # k_proj is like q_proj, up_proj like gate
         layer, shape = layers[name], tuple(layers[name].weight.shape)
         inputs = partial(linear, layer, getattr(whole_block(kept), name))
         found += [Case("linear", name, way, inputs, s.dtype, shape) for way in (packed_linear, masked_linear)]

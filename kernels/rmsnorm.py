@@ -29,9 +29,9 @@ A_PROGRAM = 16  # tokens of a program in backward; not tuned on a GPU
 
 
 def _options(d: int) -> dict:
-    """A program holds whole tokens. Warps from the table of `make kernels`: 8 channels a thread, 16 from 4096 on."""
+    """A program holds whole tokens. Warps from the table of `make kernels`: 8 channels a thread, 4 above 2048."""
     block = triton.next_power_of_2(max(d, 1))
-    return {"CHANNELS": block, "num_warps": max(1, min(block // 256, max(8, block // 512), 16))}
+    return {"CHANNELS": block, "num_warps": min(32, max(1, block // (128 if block > 2048 else 256)))}
 
 
 @triton.jit
