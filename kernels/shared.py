@@ -14,10 +14,7 @@ INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run 
 
 
 def kernel_op(body: Callable) -> Callable:
-    """The body of a kernel's launch; where torch.compile traces it, a custom op of its name, which costs more time.
-
-    On fake tensors the body runs too, without the launch.
-    """
+    """The body of a kernel's launch; where torch.compile traces it, a custom op of its name, which takes more time."""
     op = torch.library.custom_op(f"drpruning::{body.__name__.strip('_')}", body, mutates_args=())
     op.register_fake(body)
 
