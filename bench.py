@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -30,8 +31,10 @@ from data.shards import write_meta, write_shard
 from dro import Mix
 from hf import to_hugging_face
 from kernels import ops as kernel_ops
-from kernels.cases import DISTILL, Case, call, cases
+from kernels.cases import DISTILL, Case, Shapes, call, cases
 from kernels.machine_code import LLAMA_1B, LLAMA_7B
+from kernels.ops import ops
+from kernels.pack import _pack_kernel
 from model import BlockUnits, Llama, LlamaConfig, Subnetwork, Units
 from plan import LiveBytes
 from prune import (
@@ -61,7 +64,9 @@ FLUSH = 2**30  # bytes written before a measurement on a GPU: more than any L2 c
 
 @dataclass(frozen=True)
 class Config:
-    only: tuple[str, ...] = ()  # of pruning,distilling,transformers,loader,mix,kernels; empty: all, kernels on a GPU
+    only: tuple[
+        str, ...
+    ] = ()  # of pruning,distilling,transformers,host,loader,mix,kernels; empty: all, kernels on a GPU
     rounds: int = 15  # measurements of everything
 
 
@@ -89,6 +94,13 @@ def device_s(way: Callable[[], object]) -> float:
     end.record()
     end.synchronize()
     return 1e-3 * start.elapsed_time(end)
+
+
+def cpu_s(way: Callable[[], object]) -> float:
+    """Seconds of this process, which does not count what others do to the machine."""
+    start = time.process_time()
+    way()
+    return time.process_time() - start
 
 
 def in_turns(ways: dict[str, Callable], rounds: int, clock: Callable = wall_s) -> dict[str, list[float]]:
@@ -234,6 +246,36 @@ def transformers(rounds: int, c: LlamaConfig = DEMO, batch: int = 8, length: int
     yield "training at a small shape, tokens/s", [batch * length / t for t in s["ours"]]
 
 
+def host(rounds: int, blocks: int = 32) -> Iterator[tuple]:
+    """CPU time of a micro-step of pruning on the kernels: as many operations as for a 7B, on tensors of no size.
+
+    Launches are left out, with Triton's own part of them.
+    """
+    source = LlamaConfig(512, 64, 192, blocks, n_heads=8, n_kv_heads=8, head_dim=8)
+    target = target_config(source, hidden_size=32, intermediate_size=96, n_heads=4, n_layers=3 * blocks // 4)
+    masks, model, tokens, before = settled_masks(source, target), Llama(source), torch.arange(17)[None], dict(vars(ops))
+    model.init_weights(0)
+    model.checkpoint_activations = True
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    step, now = iter(range(10**9)), {}
+
+    def backward() -> None:
+        now["loss"].objective.backward()
+
+    ways = {
+        "masks": lambda: now.update(s=subnetwork(source, masks.sample(0, next(step), 0), multiple=8)),
+        "forward": lambda: now.update(loss=model(tokens[:, :-1], tokens[:, 1:], now["s"])),
+        "backward": backward,
+    }
+    kernel_ops.plan("auto")
+    with patch.object(type(_pack_kernel), "__getitem__", lambda kernel, grid: lambda *args, **options: None):
+        found = in_turns(ways, rounds, cpu_s)
+    vars(ops).update(before)
+    for name, s in found.items():
+        yield f"host time of a micro-step, launches stubbed, {name}, ms", [1e3 * t for t in s]
+
+
 # ---- data and mix
 
 
@@ -276,9 +318,9 @@ def mix(rounds: int) -> Iterator[tuple]:
 # ---- kernels, on a GPU
 
 
-def run(way: Callable, inputs: tuple, upstream: list[Tensor]) -> None:
+def run(way: Callable, inputs: tuple, dtype: torch.dtype, upstream: list[Tensor]) -> None:
     """Forward, and backward where gradients of the outputs are given."""
-    outputs = [y for y in call(way, inputs, torch.bfloat16) if y.requires_grad]
+    outputs = [y for y in call(way, inputs, dtype) if y.requires_grad]
     if upstream:
         torch.autograd.grad(outputs, [t for t in inputs if isinstance(t, Tensor) and t.requires_grad], upstream)
 
@@ -297,11 +339,11 @@ def whole_logits_loss(h: Tensor, weight: Tensor, targets: Tensor, *teacher) -> t
 
 def ways_of(case: Case, inputs: tuple, compiler: str) -> dict[str, tuple[Callable, tuple]]:
     """The op by its kernels, in plain PyTorch, that compiled, and a linear's product alone; with the inputs of each."""
-    dtypes = [y.dtype for y in call(case.fused, inputs, torch.bfloat16)]
+    dtypes = [y.dtype for y in call(case.fused, inputs, case.dtype)]
     whole = whole_logits_loss if case.op == "linear_cross_entropy" else kernel_ops.TORCH[case.op]
 
     def plain(*inputs) -> tuple[Tensor, ...]:  # cast, as the op that comes next would
-        return tuple(y.to(dtype) for y, dtype in zip(call(whole, inputs, torch.bfloat16), dtypes, strict=True))
+        return tuple(y.to(dtype) for y, dtype in zip(call(whole, inputs, case.dtype), dtypes, strict=True))
 
     torch.compiler.reset()  # each case is compiled for its own shapes
     compiled = torch.compile(plain, dynamic=False, backend=compiler)
@@ -325,23 +367,24 @@ def kernels(rounds: int, *shape, compiler: str = "inductor", n: int = 8192, size
     yield "large product, TFLOP/s", [2e-12 * n**3 / t for t in s["product"]]
     yield "large copy, GB/s", [2e-9 * size / t for t in s["copy"]]
     shape = shape or (LLAMA_7B, LLAMA_1B, 4, 4096)
-    for case in cases(*shape, torch.bfloat16, DEVICE, PAD[DEVICE], teacher=shape[0]):
+    source, target, *tokens = shape
+    for case in cases(Shapes(source, target, source, tokens, torch.bfloat16, multiple=PAD[DEVICE]), DEVICE):
         inputs = case.inputs()
         ways = ways_of(case, inputs, compiler)
-        outputs = call(*ways["plain"], torch.bfloat16)
+        outputs = call(*ways["plain"], case.dtype)
         nbytes = sum(t.nbytes for t in (*inputs, *outputs) if isinstance(t, Tensor))
         gradients = [torch.randn_like(y) for y in outputs if y.requires_grad]
-        for direction, upstream in (("forward", []), ("both", gradients)):
+        for direction, upstream in [("forward", []), *([("both", gradients)] if gradients else [])]:
             name = f"{case.fused.__name__}, {case.where}, {direction}"
-            s = in_turns({way: partial(run, *w, upstream) for way, w in ways.items()}, rounds, device_s)
+            s = in_turns({way: partial(run, *w, case.dtype, upstream) for way, w in ways.items()}, rounds, device_s)
             for way in ways.keys() - {"ours"}:
                 yield f"{name}, {way} / ours", s[way], s["ours"]
             if direction == "forward" and case.op in ("rms_norm", "rope", "swiglu"):  # their bytes are all they cost
                 yield f"{name}, GB/s", [1e-9 * nbytes / t for t in s["ours"]]
 
 
-BENCHES = {"pruning": pruning, "distilling": distilling, "transformers": transformers, "loader": loader, "mix": mix}
-BENCHES |= {"kernels": kernels} if DEVICE == "cuda" else {}
+BENCHES = {"pruning": pruning, "distilling": distilling, "transformers": transformers, "host": host}
+BENCHES |= {"loader": loader, "mix": mix} | {"kernels": kernels} if DEVICE == "cuda" else {}
 
 
 def main(cfg: Config) -> None:

@@ -379,10 +379,12 @@ def to_device(tensor: Tensor, device: str) -> Tensor:
 
 
 def in_one_copy(arrays: dict, device: str) -> dict:
+    """Arrays of int64 on the device. Each begins at a multiple of 16 bytes: kernels are compiled for that."""
     if not arrays:
         return {}
-    flat = to_device(torch.from_numpy(np.concatenate(list(arrays.values()))), device)
-    return dict(zip(arrays, flat.split([len(a) for a in arrays.values()]), strict=True))
+    even = [np.resize(a, len(a) + len(a) % 2) for a in arrays.values()]
+    parts = to_device(torch.from_numpy(np.concatenate(even)), device).split([len(a) for a in even])
+    return {name: part[: len(a)] for (name, a), part in zip(arrays.items(), parts, strict=True)}
 
 
 def subnetwork(config: LlamaConfig, z: dict[str, Tensor], device: str = "cpu", multiple: int = 1) -> Subnetwork:
@@ -422,7 +424,7 @@ def subnetwork(config: LlamaConfig, z: dict[str, Tensor], device: str = "cpu", m
             factor = factor.repeat_interleave(n) if n > 1 else factor
         else:  # a mask of whole blocks: one number for all channels
             factor = z_rows[mask][0][row]
-            factor = factor.expand(config.hidden_size) if others is None else factor
+            factor = factor.repeat(config.hidden_size) if others is None else factor
         return factor if others is None else factor * others
 
     def units(weight: str, layer: int = 0) -> Units:

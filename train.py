@@ -543,8 +543,11 @@ def passed(teacher_loss_M: np.ndarray, loss_M: np.ndarray, last: dict) -> list[s
 def prepare_kernels(cfg, ranks: parallel.Ranks, model: Llama, teacher: Llama | None, masks: Masks | None, out: Out):
     """Choose the kernels. On a GPU, where most of them have not run before, each is tried on the run's own shapes."""
     if kernels.ops.use(cfg.kernels, ranks.device) and ranks.device.startswith("cuda"):
-        shape = (model.config, masks and masks.target, cfg.micro_batch_size, cfg.seq_len)
-        for line in kernels.ops.self_check(*shape, getattr(torch, cfg.dtype), ranks.device, teacher and teacher.config):
+        dtype, stored = getattr(torch, cfg.dtype), model.norm.weight.dtype
+        models = dict(source=model.config, target=masks and masks.target, teacher=teacher and teacher.config)
+        dtypes = dict(dtype=dtype, held=dtype if ranks.sharded else stored, stored=stored)
+        tokens = cfg.micro_batch_size, cfg.seq_len
+        for line in kernels.ops.self_check(ranks.device, parallel.of_main, tokens=tokens, **models, **dtypes):
             out.log.say(line)
 
 

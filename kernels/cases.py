@@ -1,13 +1,15 @@
-"""Every op at the shapes of a run, for the trial before it, the table of `make kernels` and the times of `make bench`.
+"""Every op as a run calls it, for the trial before it, the table of `make kernels` and the times of `make bench`.
 
-Shapes: d, h, g, I of the target, padded as the subnetwork is; D, V of the source model.
+What is kept, and in which rows, columns and scales, is what `prune.subnetwork` says of random masks of the target.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
+from triton import next_power_of_2
 
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.masked_linear import masked_linear, packed_linear
@@ -15,6 +17,9 @@ from kernels.masked_swiglu import masked_swiglu
 from kernels.pack import pack
 from kernels.rmsnorm import rms_norm
 from kernels.rope import rope
+from kernels.shared import size
+from model import Block, BlockUnits, Linear, LlamaConfig, Subnetwork, Units
+from prune import CountMasks, subnetwork
 
 DISTILL = 0.9  # share of the objective that is KL; the code and the time do not depend on it
 
@@ -25,7 +30,22 @@ class Case:
     where: str  # the layer
     fused: Callable
     inputs: Callable[[], tuple]  # made when asked for; tensors that require a gradient get one
+    dtype: torch.dtype  # of autocast; float32: there is none
     shape: tuple[int, int] | None = None  # of the full weight of a linear layer
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Of a run: models, (batch, length) tokens, and dtypes."""
+
+    source: LlamaConfig
+    target: LlamaConfig | None  # None: not pruned
+    teacher: LlamaConfig | None  # None: not distilled
+    tokens: tuple[int, int]
+    dtype: torch.dtype  # of autocast; float32: there is none
+    held: torch.dtype = torch.float32  # of the weights of blocks, embeddings and head as a step computes with them
+    stored: torch.dtype = torch.float32  # of the weights at rest
+    multiple: int = 64  # sets of kept units are padded to it
 
 
 def call(way: Callable, inputs: tuple, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -37,106 +57,122 @@ def call(way: Callable, inputs: tuple, dtype: torch.dtype) -> tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Maker:
-    """Random tensors. filled: with random numbers, not with whatever memory holds."""
+    """Random tensors. filled: with random numbers, not with whatever memory holds. learns: they require gradients."""
 
-    dtype: torch.dtype
     filled: bool
     generator: torch.Generator  # on the device
+    learns: bool = True
 
-    def random(self, *shape: int, dtype: torch.dtype | None = None, std: float = 1.0) -> Tensor:
-        x = torch.empty(shape, dtype=dtype or self.dtype, device=self.generator.device)
-        return (x.normal_(0, std, generator=self.generator) if self.filled else x).requires_grad_()
-
-    def weight(self, *shape: int) -> Tensor:
-        return self.random(*shape, dtype=torch.float32)
-
-    def uniform(self, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=self.generator, device=self.generator.device)
-
-    def scale(self, n: int, there: bool) -> Tensor | None:
-        return self.uniform(n).requires_grad_() if there else None
-
-    def units(self, full: int, kept: int) -> Tensor | None:
-        """Indices of kept units spread evenly over the full ones; None where all are kept."""
-        return None if kept == full else torch.arange(kept, device=self.generator.device) * full // kept
+    def __call__(self, dtype: torch.dtype, *shape: int, std: float = 1.0) -> Tensor:
+        x = torch.empty(shape, dtype=dtype, device=self.generator.device)
+        return (x.normal_(0, std, generator=self.generator) if self.filled else x).requires_grad_(self.learns)
 
 
-def linear(make: Maker, tokens: tuple, where: str, full: tuple, kept: tuple, bias=False, s_out=False, s_in=False):
-    """pack, packed_linear and masked_linear of a weight of full (R, C), of which kept (n, m) are."""
+def subnetworks(s: Shapes, device: str) -> Iterator[Subnetwork]:
+    """That of the target, then wider ones up to the source's width: rms_norm is compiled for every power of two."""
+    if s.target is None:
+        yield Subnetwork([BlockUnits()])
+        return
+    masks, d, D = CountMasks(s.source, s.target), s.target.hidden_size, s.source.hidden_size
+    with torch.no_grad():
+        for a in masks.log_alpha.values():
+            a.copy_(torch.randn(a.shape, generator=torch.Generator().manual_seed(0)))
+    yield subnetwork(s.source, masks.sample(), device, s.multiple)
+    while next_power_of_2(d) < next_power_of_2(D):
+        d = min(2 * next_power_of_2(d), D)
+        ramp = (D - d) / (D - s.target.hidden_size)
+        yield subnetwork(s.source, masks.sample(ramp=ramp), device, s.multiple)
 
-    def packed() -> tuple:
-        scales = zip(kept, (s_out, s_in), strict=True)
-        return make.weight(*full), *map(make.units, full, kept), *(make.scale(*scale) for scale in scales)
 
-    def inputs() -> tuple:
-        weight, *units = packed()
-        return make.random(*tokens, kept[1]), weight, make.random(kept[0]) if bias else None, *units
+def of_model(s: Shapes, c: LlamaConfig, kept: Subnetwork, dtypes: tuple, make: Maker, who: str = "") -> list[Case]:
+    """What a model runs beside linear layers and the loss. dtypes: of the blocks' weights, of the last norm's."""
+    held, stored = dtypes
+    block = whole_block(kept)
+    D, I, K = c.hidden_size, c.intermediate_size, c.head_dim
+    heads = [size(u.rows, n * K) // K for u, n in ((block.q_proj, c.n_heads), (block.k_proj, c.n_kv_heads))]
+    stream = held if kept.embed_tokens.col_scale is None else torch.float32  # an embedding, times its z
 
-    linears = [Case("linear", where, way, inputs, full) for way in (packed_linear, masked_linear)]
-    return [Case("pack", where, pack, packed), *linears]
-
-
-def cases(
-    source,
-    target,
-    batch: int,
-    length: int,
-    dtype: torch.dtype,
-    device: str,
-    multiple: int = 64,
-    filled: bool = True,
-    teacher=None,
-) -> list[Case]:
-    """source, target, teacher: LlamaConfig; target None: a model that is not pruned, teacher None: not distilled.
-
-    batch sequences of length tokens.
-    """
-    c, kept, tokens, pruned = source, target or source, (batch, length), target is not None
-    make = Maker(dtype, filled, torch.Generator(device).manual_seed(0))
-    d, I = (-(-n // multiple) * multiple for n in (kept.hidden_size, kept.intermediate_size))
-    d, I, K, D, V = min(d, c.hidden_size), min(I, c.intermediate_size), c.head_dim, c.hidden_size, c.vocab_size
-
-    def norm(first: bool) -> tuple:
-        x, delta = make.weight(*tokens, d), None if first else make.random(*tokens, d)
-        return x, delta, make.weight(D), make.units(D, d), make.scale(d, pruned), kept.hidden_size / d, c.norm_eps
+    def norm(u: Units, gain: torch.dtype, first: bool = False) -> tuple:
+        x, delta = (make(dtype, *s.tokens, size(u.rows, D)) for dtype in (stream, s.dtype))
+        return x, None if first else delta, make(gain, D), u.rows, u.row_scale, u.fill, c.norm_eps
 
     def head_norm() -> tuple:
-        return make.random(*tokens, kept.n_heads, K), None, make.weight(K), None, None, 1.0, c.norm_eps
-
-    def swiglu() -> tuple:
-        return make.random(*tokens, I), make.random(*tokens, I), make.scale(I, pruned)
+        return make(s.dtype, *s.tokens, heads[0], K), None, make(held, K), None, None, 1.0, c.norm_eps
 
     def rotary() -> tuple:
-        q, k = (make.random(*tokens, heads, K) for heads in (kept.n_heads, kept.n_kv_heads))
-        return q, k, make.uniform(length, K // 2), make.uniform(length, K // 2)
+        tables = (make(torch.float32, s.tokens[1], K // 2).detach() for _ in range(2))
+        return *(make(s.dtype, *s.tokens, n, K) for n in heads), *tables
 
-    def loss() -> tuple:
-        targets = torch.arange(batch * length, device=device).view(tokens) % V
-        return make.random(*tokens, d), make.random(V, d, std=d**-0.5), targets
-
-    def distilled() -> tuple:
-        D = teacher.hidden_size
-        taught = make.random(*tokens, D).detach(), make.random(V, D, std=D**-0.5).detach()
-        return *loss(), *taught, DISTILL
+    def swiglu() -> tuple:
+        gate, up = (make(s.dtype, *s.tokens, size(block.gate_proj.rows, I)) for _ in range(2))
+        return gate, up, block.up_proj.row_scale
 
     found = [
-        Case("rms_norm", "norm", rms_norm, lambda: norm(False)),
-        Case("rms_norm", "first norm", rms_norm, lambda: norm(True)),
-        *([Case("rms_norm", "q_norm", rms_norm, head_norm)] if c.qk_norm else []),
-        Case("rope", "attention", rope, rotary),
-        Case("swiglu", "mlp", masked_swiglu, swiglu),
-        Case("linear_cross_entropy", "lm_head", linear_cross_entropy, loss),
-        *([Case("linear_cross_entropy", "both heads", linear_cross_entropy, distilled)] if teacher else []),
+        ("rms_norm", "norm", rms_norm, lambda: norm(block.input_layernorm, held)),
+        ("rms_norm", "first norm", rms_norm, lambda: norm(block.input_layernorm, held, first=True)),
+        ("rms_norm", "last norm", rms_norm, lambda: norm(kept.norm, stored)),
+        *([("rms_norm", "q_norm", rms_norm, head_norm)] if c.qk_norm else []),
+        ("rope", "attention", rope, rotary),
+        ("swiglu", "mlp", masked_swiglu, swiglu),
     ]
-    hidden, channels = (D, d), (c.intermediate_size, I)  # full, kept
-    q, kv = ((heads * K, n * K) for heads, n in ((c.n_heads, kept.n_heads), (c.n_kv_heads, kept.n_kv_heads)))
-    layers = {  # rows, columns and what there is beside the weight
-        "q_proj": (q, hidden, {"bias": c.qkv_bias}),
-        "v_proj": (kv, hidden, {"bias": c.qkv_bias, "s_out": True}),
-        "o_proj": (hidden, q, {"s_out": True}),
-        "gate_proj": (channels, hidden, {}),
-        "down_proj": (hidden, channels, {"s_out": True}),
-    }
-    for where, (rows, cols, options) in layers.items() if target else ():
-        found += linear(make, tokens, where, *zip(rows, cols, strict=True), **options)
-    return found + linear(make, tokens, "lm_head", (V, D), (V, d), s_in=pruned and c.tied_embeddings)[:1]
+    return [Case(op, who + where, way, inputs, s.dtype) for op, where, way, inputs in found]
+
+
+def whole_block(kept: Subnetwork) -> BlockUnits:
+    return next(block for block in kept.blocks if block.attention and block.mlp)
+
+
+def cases(s: Shapes, device: str, filled: bool = True) -> list[Case]:
+    c, make = s.source, Maker(filled, torch.Generator(device).manual_seed(0))
+    kept, *wider = subnetworks(s, device)
+    V, D, dtypes = c.vocab_size, size(kept.norm.rows, c.hidden_size), (s.held, s.stored)
+    found = of_model(s, c, kept, dtypes, make)
+    for wide in wider:
+        found += [case for case in of_model(s, c, wide, dtypes, make, "wide ") if case.op == "rms_norm"]
+    if s.teacher:
+        everything, frozen = Subnetwork([BlockUnits()]), replace(make, learns=False)
+        found += of_model(s, s.teacher, everything, (s.dtype, s.dtype), frozen, "teacher's ")
+
+    def loss() -> tuple:
+        targets = torch.arange(s.tokens[0] * s.tokens[1], device=device).view(s.tokens) % V
+        return make(s.dtype, *s.tokens, D), make(s.dtype, V, D, std=D**-0.5), targets
+
+    def evaluated() -> tuple:
+        return tuple(t.detach() for t in loss())
+
+    def distilled() -> tuple:
+        D = s.teacher.hidden_size
+        return *loss(), make(s.dtype, *s.tokens, D).detach(), make(s.dtype, V, D, std=D**-0.5).detach(), DISTILL
+
+    losses = {"lm_head": loss, "evaluation": evaluated} | ({"both heads": distilled} if s.teacher else {})
+    for where, inputs in losses.items():
+        found.append(Case("linear_cross_entropy", where, linear_cross_entropy, inputs, s.dtype))
+
+    def packed(shape: tuple, u: Units, held: torch.dtype) -> tuple:
+        return make(held, *shape), u.rows, u.cols, u.row_scale, u.col_scale
+
+    def linear(layer: Linear, u: Units) -> tuple:
+        n, m = size(u.rows, layer.out_features), size(u.cols, layer.in_features)
+        weight, *units = packed(layer.weight.shape, u, s.held)
+        return make(s.dtype, *s.tokens, m), weight, None if layer.bias is None else make(s.dtype, n), *units
+
+    def extracted(shape: tuple, u: Units) -> tuple:
+        return tuple(t if t is None else t.detach() for t in packed(shape, u, s.stored))
+
+    head = V, c.hidden_size
+    found.append(Case("pack", "lm_head", pack, partial(packed, head, kept.lm_head, s.held), s.dtype))
+    if s.target is None:
+        return found
+    with torch.device("meta"):
+        layers = {name.split(".")[-1]: layer for name, layer in Block(c).named_modules() if isinstance(layer, Linear)}
+    exact = next(subnetworks(replace(s, multiple=1), device))
+    for name in ("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"):  # k_proj is like q_proj, up_proj like gate
+        layer, shape = layers[name], tuple(layers[name].weight.shape)
+        inputs = partial(linear, layer, getattr(whole_block(kept), name))
+        found += [Case("linear", name, way, inputs, s.dtype, shape) for way in (packed_linear, masked_linear)]
+        inputs = partial(extracted, shape, getattr(whole_block(exact), name))
+        found.append(Case("pack", f"{name}, extracted", pack, inputs, s.stored))
+    for name in ("embed_tokens", "lm_head"):
+        inputs = partial(extracted, head, getattr(exact, name))
+        found.append(Case("pack", f"{name}, extracted", pack, inputs, s.stored))
+    return found

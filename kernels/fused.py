@@ -1,21 +1,22 @@
 """The ops by their kernels, and the trial before a run.
 
-Most kernels meet a GPU for the first time at a user's: `self_check` tries each on the run's own shapes, forward and
-backward, and puts PyTorch in the place of one that does not compile or differs. Of the two ways to a linear layer it
-takes the faster.
+Most kernels meet a GPU for the first time at a user's: `trial` tries each as the run will call it, forward and
+backward, and finds those that do not compile or differ, for which PyTorch is to take over. Of the two ways to a linear
+layer it finds the faster. One rank tries, in a child process that a fault on the device may end; all adopt the outcome.
 """
 
 import time
 from collections.abc import Callable
+from multiprocessing import get_context
 from statistics import median
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cases import Case, call, cases
+from kernels.cases import Case, Shapes, call, cases
 from kernels.linear_cross_entropy import linear_cross_entropy
-from kernels.masked_linear import packed_linear
+from kernels.masked_linear import masked_linear, packed_linear
 from kernels.masked_swiglu import masked_swiglu
 from kernels.ops import NAMES, TORCH, ops
 from kernels.pack import pack
@@ -36,6 +37,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *units: Tensor | None
     return fastest.get(tuple(weight.shape), fastest[ELSE])(x, weight, bias, *units)
 
 
+LINEARS = {way.__name__: way for way in (packed_linear, masked_linear)}
 TRITON = dict(zip(NAMES, (pack, linear, masked_swiglu, rms_norm, rope, linear_cross_entropy), strict=True))
 
 
@@ -61,63 +63,99 @@ def outcome(way: Callable, inputs: tuple, dtype: torch.dtype) -> dict[str, Tenso
     outputs, device = [y for y in outputs if y.requires_grad], inputs[0].device
     generator = torch.Generator(device).manual_seed(0)
     upstream = [torch.randn(y.shape, generator=generator, device=device).to(y.dtype) for y in outputs]
-    gradients = torch.autograd.grad(outputs, list(leaves.values()), upstream)
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), upstream) if leaves else ()
     found |= {f"gradient of argument {i}": g for i, g in zip(leaves, gradients, strict=True)}
-    return {name: t.detach().float() for name, t in found.items()}
+    found = {name: t.detach().float() for name, t in found.items()}
+    wait(device)
+    return found
 
 
-def fault(case: Case, dtype: torch.dtype) -> str | None:
+def wait(device: torch.device) -> None:
+    """Until the device is done. Raises what has gone wrong there."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def fault(case: Case) -> str | None:
     """What is wrong with a kernel: it does not run, or where it differs from PyTorch and by how much."""
-    inputs = case.inputs()
+    inputs, allowed = case.inputs(), TOLERANCE[case.dtype]
     try:
-        ours = outcome(case.fused, inputs, dtype)
+        ours = outcome(case.fused, inputs, case.dtype)
     except Exception as error:  # whatever a compiler or driver raises: the run goes on without this kernel
+        wait(inputs[0].device)  # a fault on the device is for ever: it raises here too, and ends this process
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     for name, expected in outcome(TORCH[case.op], inputs, torch.float32).items():
         error, norm = (ours[name] - expected).norm().item(), expected.norm().item()
-        if not error <= TOLERANCE[dtype] * norm:  # a NaN is a difference too
-            return f"{name}: relative error {error / norm if norm else error:.2g}, allowed {TOLERANCE[dtype]:.2g}"
+        if not error <= allowed * norm:  # a NaN is a difference too
+            return f"{name}: relative error {error / norm if norm else error:.2g}, allowed {allowed:.2g}"
     return None
 
 
-def milliseconds(case: Case, dtype: torch.dtype) -> float:
+def milliseconds(case: Case) -> float:
     """Median time of forward and backward."""
     times, inputs = [], case.inputs()
     for _ in range(REPEATS):
         start = time.perf_counter()
-        outcome(case.fused, inputs, dtype)
-        if inputs[0].is_cuda:
-            torch.cuda.synchronize()
+        outcome(case.fused, inputs, case.dtype)
         times.append(1e3 * (time.perf_counter() - start))
     return median(times)
 
 
-def self_check(source, target, batch: int, length: int, dtype: torch.dtype, device: str, teacher=None) -> list[str]:
-    """See ops.self_check. Each linear layer also gets the faster of its two kernels."""
-    start, lines, broken = time.perf_counter(), [], set()
-    tried = cases(source, target, batch, length, dtype, device, teacher=teacher)
+def trial(shapes: Shapes, device: str, say: Callable[[str], None] = lambda about: None) -> dict:
+    """What the ranks are to run, as `adopt` takes it. say: called with the name of what is tried next."""
+    start, lines, broken = time.perf_counter(), [], {}
+    tried = cases(shapes, device)
     for case in tried:
-        if case.fused not in broken and (problem := fault(case, dtype)):
-            broken.add(case.fused)
+        say(f"{case.fused.__name__} ({case.where})")
+        if case.fused not in broken and (problem := fault(case)):
+            broken[case.fused] = case.op
             lines.append(f"warning: kernel {case.fused.__name__} ({case.where}): {problem}: PyTorch takes its place")
-            if case.op != "linear":
-                vars(ops)[case.op] = TORCH[case.op]
     lines.append(f"kernels checked in {time.perf_counter() - start:.1f} s")
     linears = [case for case in tried if case.op == "linear" and case.fused not in broken]
-    if not linears and target:
-        ops.linear = TORCH["linear"]
-    return lines + choose(linears, dtype)
+    replaced = set(broken.values()) - ({"linear"} if linears else set())
+    chosen, more = choose(linears)
+    return {"replaced": sorted(replaced), "linears": chosen, "lines": lines + more}
 
 
-def choose(linears: list[Case], dtype: torch.dtype) -> list[str]:
-    """Measure the linear layers' kernels, and fill `fastest`. -> lines for the log."""
-    lines, ways = [], list(dict.fromkeys(case.fused for case in linears))
-    fastest.update(zip([ELSE], ways, strict=False))
+def choose(linears: list[Case]) -> tuple[list, list[str]]:
+    """(shape of the weight, name of the faster kernel) of the linear layers, measured, and lines for the log."""
+    chosen, lines, ways = [], [], list(dict.fromkeys(case.fused for case in linears))
+    if len(ways) == 1:
+        chosen.append((ELSE, ways[0].__name__))
     for shape in dict.fromkeys(case.shape for case in linears):
         here = [case for case in linears if case.shape == shape]
-        ms = {way: sum(milliseconds(case, dtype) for case in here if case.fused is way) for way in ways}
-        fastest[shape] = min(ms, key=ms.get)
-        each = ", ".join(f"{way.__name__} {t:.2f} ms" for way, t in ms.items())
-        layers = ", ".join(dict.fromkeys(case.where for case in here))
-        lines.append(f"{layers} {shape}: {each}: {fastest[shape].__name__}")
-    return lines
+        ms = {way.__name__: sum(milliseconds(case) for case in here if case.fused is way) for way in ways}
+        chosen.append((shape, min(ms, key=ms.get)))
+        each = ", ".join(f"{way} {t:.2f} ms" for way, t in ms.items())
+        lines.append(f"{', '.join(dict.fromkeys(case.where for case in here))} {shape}: {each}: {chosen[-1][1]}")
+    return chosen, lines
+
+
+def in_child(task: Callable, *arguments) -> dict:
+    """task(*arguments, say) in a process of its own: a fault on the device ends that one, and PyTorch takes over."""
+    context, precision, about = get_context("spawn"), torch.get_float32_matmul_precision(), "the first kernel"
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(theirs, precision, task, arguments), daemon=True)
+    process.start()
+    theirs.close()  # the child has the only one: when it ends, so does what can be received
+    try:
+        while isinstance(said := ours.recv(), str):
+            about = said
+    except EOFError:
+        process.join()
+        line = f"warning: the trial ended at {about}, exit code {process.exitcode}: PyTorch takes every kernel's place"
+        return {"replaced": NAMES, "linears": [], "lines": [line]}
+    process.join()
+    return said
+
+
+def _answer(pipe, precision: str, task: Callable, arguments: tuple) -> None:
+    torch.set_float32_matmul_precision(precision)
+    pipe.send(task(*arguments, pipe.send))
+
+
+def adopt(decision: dict) -> list[str]:
+    """Let this process run what a trial has decided, here or on another rank. -> lines for the log."""
+    vars(ops).update({op: TORCH[op] for op in decision["replaced"]})
+    fastest.update({tuple(shape): LINEARS[name] for shape, name in decision["linears"]})
+    return decision["lines"]

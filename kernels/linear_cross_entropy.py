@@ -46,7 +46,7 @@ def _normaliser(logits, V, BLOCK: tl.constexpr):
     return highest, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["targets"])  # a chunk may begin at any token
 def _token_kernel(logits, targets, taught, ce, kl, dlogits, distill, V, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     logits += token * V

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from kernels.cases import call, cases
+from kernels.cases import Shapes, call, cases
 from model import LlamaConfig
 from prune import target_config
 
@@ -53,6 +53,7 @@ RUNS = {  # name: source, target
     "1.3B": (LLAMA_1B, None),
     "Qwen2-7B to 1.8B": (QWEN_7B, QWEN_1B),
 }
+HELD = torch.float32, torch.bfloat16  # dtypes of the weights
 TRACED_TOKENS = 16  # the machine code does not depend on them; few, since PyTorch's part of the run computes
 
 
@@ -128,13 +129,16 @@ def compiled(arch: int, runs: dict = RUNS) -> list[tuple[str, str, str, Code]]:
     driver.set_active(DryDriver(arch))
     codes = {}
     for run, (source, target) in runs.items():
-        for case in cases(source, target, 1, TRACED_TOKENS, torch.bfloat16, "cpu", filled=False, teacher=source):
-            driver.active.launched.clear()
-            outputs = [y for y in call(case.fused, case.inputs(), torch.bfloat16) if y.requires_grad]
-            torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
-            for kernel, *code in driver.active.launched:
-                codes[(kernel, run, case.where, *code)] = Code.of(*code)
-    return [(*key[:3], code) for key, code in codes.items()]
+        shapes = Shapes(source, target, source, (1, TRACED_TOKENS), torch.bfloat16)
+        for held in HELD:
+            for case in cases(replace(shapes, held=held), "cpu", filled=False):
+                driver.active.launched.clear()
+                outputs = [y for y in call(case.fused, case.inputs(), case.dtype) if y.requires_grad]
+                torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
+                where = f"{case.where}, bf16" if held == torch.bfloat16 else case.where
+                for kernel, *code in driver.active.launched:
+                    codes.setdefault((kernel, run, *code), (where, Code.of(*code)))
+    return [(kernel, run, where, code) for (kernel, run, *_), (where, code) in codes.items()]
 
 
 def faults(kernel: str, code: Code, chip: Chip) -> list[str]:

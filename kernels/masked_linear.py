@@ -4,7 +4,7 @@ Two ways to one result. `masked_linear` gathers, scales and casts W in the tile 
 weight is never in memory, and backward keeps nothing but x. `packed_linear` writes it down once (pack.py) and leaves
 the product to cuBLAS. Packing moves 6 n m bytes, the product takes 2 N n m operations: from a few hundred tokens N on
 the pass is small change, and cuBLAS is the faster product. The fused kernel is for where memory is short: it saves
-2 n m bytes a layer between forward and backward. fused.self_check measures both on the run's own shapes.
+2 n m bytes a layer between forward and backward. fused.trial measures both on the run's own shapes.
 
 Rows are whole lines of memory: gathering them keeps 16-byte asynchronous copies. Gathered columns are read one element
 at a time, once for each tile of tokens, where pack reads them once.
@@ -26,9 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.pack import gathered, kept_sizes, pack, scale_of, unpack
+from kernels.pack import _pack, gathered, kept_sizes, scale_of, unpack
 from kernels.reference import compute_dtype
-from kernels.shared import INTERPRETED, Maybe, check, kernel_op, launch, save_inputs
+from kernels.shared import INTERPRETED, Maybe, check, kernel_op, launch, tiles
 
 # Not tuned on a GPU; from the table of `make kernels`.
 TOKENS, UNITS, STEP = 256, 64, 32  # of a tile: tokens, units of the output, units summed over at a time
@@ -55,7 +55,7 @@ def _tile(n_first, n_second, BAND: tl.constexpr):
     return band * BAND + within % height, within // height
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _product_kernel(x, weight, bias, units, y, N, sizes, strides, TILE: tl.constexpr, PRECISION: tl.constexpr):
     outs, ins, out_scale, in_scale = units
     n, m = sizes
@@ -89,7 +89,7 @@ def _product(op: str, x: Tensor, weight: Tensor, bias: Maybe, *units: Maybe, tra
         sizes, strides, units = sizes[::-1], strides[::-1], (cols, rows, col_scale, row_scale)
     check(op, x.shape[1] == sizes[1] and (bias is None or bias.shape == sizes[:1]), x, bias)
     y = x.new_empty(len(x), sizes[0])
-    grid = (triton.cdiv(len(x), TOKENS) * triton.cdiv(sizes[0], UNITS),)
+    grid = (tiles(len(x), TOKENS) * tiles(sizes[0], UNITS),)
     precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     tile = TOKENS, UNITS, STEP
     launch(_product_kernel, grid, x, weight, bias, units, y, len(x), sizes, strides, tile, precision, **OPTIONS)
@@ -108,22 +108,34 @@ def _masked_linear_dx(dy: Tensor, weight: Tensor, units: list[Maybe]) -> Tensor:
     return _product("masked_linear_dx", dy, weight, None, *units, transposed=True)
 
 
-def _backward(ctx, dy):
-    x, weight, bias, *units = ctx.saved_tensors
-    dy = dy.contiguous()
-    dx = _masked_linear_dx(dy, weight, units)
-    dweight, drow, dcol = unpack(dy.t() @ x, weight, units)
-    dbias = None if bias is None else dy.sum(0, dtype=torch.float32).to(bias.dtype)
-    return dx, dweight, dbias, None, None, None if units[2] is None else drow, None if units[3] is None else dcol
+class _Linear(torch.autograd.Function):
+    """One node of the graph for all of a layer: the host needs less time than for a node each."""
+
+    @staticmethod
+    def forward(ctx, packed, x, weight, bias, *units):
+        small = _pack(weight, *units, x.dtype) if packed else None
+        ctx.save_for_backward(x, small, weight, bias, *units)
+        return F.linear(x, small, bias) if packed else _masked_linear(x, weight, bias, *units)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, small, weight, bias, *units = ctx.saved_tensors
+        dy = dy.contiguous()
+        dx = _masked_linear_dx(dy, weight, units) if small is None else dy @ small
+        dweight, drow, dcol = unpack(dy.t() @ x, weight, units)
+        dbias = None if bias is None else dy.sum(0, dtype=torch.float32).to(bias.dtype)
+        scales = None if units[2] is None else drow, None if units[3] is None else dcol
+        return None, dx, dweight, dbias, None, None, *scales
 
 
-_masked_linear.register_autograd(_backward, setup_context=save_inputs)
+def _linear(packed: bool, x: Tensor, weight: Tensor, bias: Maybe, *units: Maybe) -> Tensor:
+    flat, bias = x.flatten(0, -2).to(compute_dtype(x)), None if bias is None else bias.to(compute_dtype(x))
+    return _Linear.apply(packed, flat, weight, bias, *units).unflatten(0, x.shape[:-1])
 
 
 def masked_linear(x: Tensor, weight: Tensor, bias: Maybe = None, *units: Maybe) -> Tensor:
     """x (..., m), weight (R, C), bias (n,) -> (..., n), in the compute dtype. units: see packed_linear."""
-    flat = x.flatten(0, -2).to(compute_dtype(x))
-    return _masked_linear(flat, weight, bias, *units).unflatten(0, x.shape[:-1])
+    return _linear(False, x, weight, bias, *units)
 
 
 def packed_linear(x: Tensor, weight: Tensor, bias: Maybe = None, *units: Maybe) -> Tensor:
@@ -131,6 +143,4 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Maybe = None, *units: Maybe) 
 
     None: no bias, all rows, all columns, scale 1. Indices are int64 and ascend, within the weight.
     """
-    dtype = compute_dtype(x)
-    small = pack(weight, *units, dtype=dtype)
-    return F.linear(x.to(dtype), small, None if bias is None else bias.to(dtype))
+    return _linear(True, x, weight, bias, *units)

@@ -18,14 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.shared import Maybe, check, kernel_op, launch, save_inputs
+from kernels.shared import Maybe, check, differentiable, kernel_op, launch, save_inputs, tiles
 
 # Not tuned on a GPU; from the table of `make kernels`.
 TOKENS, CHANNELS, WARPS = 4, 256, 4  # of a tile
 A_PROGRAM = 64  # backward: tokens that are summed into one line of dz
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _forward_kernel(gate, up, z, h, N, I, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
     t = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
@@ -37,7 +37,7 @@ def _forward_kernel(gate, up, z, h, N, I, TOKENS: tl.constexpr, CHANNELS: tl.con
     tl.store(h + at, y.to(h.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _backward_kernel(
     dh, gate, up, z, dgate, dup, dz_sums, N, I, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, A_PROGRAM: tl.constexpr
 ):
@@ -65,7 +65,7 @@ def _backward_kernel(
 def _masked_swiglu(gate: Tensor, up: Tensor, z: Maybe) -> Tensor:
     (N, I), h = gate.shape, torch.empty_like(gate)
     check("masked_swiglu", gate.shape == up.shape and (z is None or z.shape == (I,)), gate, up, z)
-    grid = triton.cdiv(N, TOKENS), triton.cdiv(I, CHANNELS)
+    grid = tiles(N, TOKENS), tiles(I, CHANNELS)
     launch(_forward_kernel, grid, gate, up, z, h, N, I, TOKENS, CHANNELS, num_warps=WARPS)
     return h
 
@@ -74,7 +74,7 @@ def _masked_swiglu(gate: Tensor, up: Tensor, z: Maybe) -> Tensor:
 def _masked_swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor, z: Maybe) -> tuple[Tensor, Tensor, Tensor]:
     """dgate, dup and dz (empty without z)."""
     (N, I), dgate, dup = gate.shape, torch.empty_like(gate), torch.empty_like(up)
-    grid = triton.cdiv(N, A_PROGRAM), triton.cdiv(I, CHANNELS)
+    grid = tiles(N, A_PROGRAM), tiles(I, CHANNELS)
     sums, tile = None if z is None else gate.new_empty((grid[0], I), dtype=torch.float32), (TOKENS, CHANNELS, A_PROGRAM)
     launch(_backward_kernel, grid, dh, gate, up, z, dgate, dup, sums, N, I, *tile, num_warps=WARPS)
     return dgate, dup, gate.new_empty(0) if z is None else sums.sum(0).to(z.dtype)
@@ -86,9 +86,9 @@ def _backward(ctx, dh):
     return dgate, dup, None if z is None else dz
 
 
-_masked_swiglu.register_autograd(_backward, setup_context=save_inputs)
+_differentiable = differentiable(_masked_swiglu, _backward, save_inputs)
 
 
 def masked_swiglu(gate: Tensor, up: Tensor, z: Maybe = None) -> Tensor:
     """gate, up (..., I) of one dtype, z (I,) or None for all 1 -> (..., I)."""
-    return _masked_swiglu(gate.flatten(0, -2), up.flatten(0, -2), z).view(gate.shape)
+    return _differentiable(gate.flatten(0, -2), up.flatten(0, -2), z).view(gate.shape)

@@ -3,6 +3,7 @@
 model.py calls ops.linear, ops.rms_norm and so on; `use` sets them for the process.
 """
 
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -34,9 +35,11 @@ def plan(kernels: str) -> None:
     use("torch" if kernels == "torch" else "auto", "cuda")
 
 
-def self_check(source, target, batch: int, length: int, dtype, device: str, teacher=None) -> list[str]:
-    """Try every kernel on the run's shapes; PyTorch takes the place of one that fails. -> lines for the log.
+def self_check(device: str, ranks_agree: Callable[[Callable], dict], **shapes) -> list[str]:
+    """Try every kernel as the run will call it; PyTorch takes the place of one that fails. -> lines for the log.
 
-    source, target (None: not pruned), teacher (None: not distilled): LlamaConfig. batch sequences of length tokens.
+    shapes: fields of cases.Shapes. ranks_agree: calls on one rank, and returns what came of it on all.
     """
-    return import_module("kernels.fused").self_check(source, target, batch, length, dtype, device, teacher)
+    fused, cases = import_module("kernels.fused"), import_module("kernels.cases")
+    tried = cases.Shapes(**shapes), device
+    return fused.adopt(ranks_agree(lambda: fused.in_child(fused.trial, *tried)))

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.reference import compute_dtype
-from kernels.shared import Maybe, check, kernel_op, launch, save_inputs, size
+from kernels.shared import Maybe, check, differentiable, kernel_op, launch, save_inputs, size, tiles
 
 # Not tuned on a GPU; from the table of `make kernels`: larger tiles spill where columns are gathered.
 BLOCK_R, BLOCK_C, WARPS = 8, 256, 8
@@ -45,7 +45,7 @@ def scale_of(scale, i, inside):
         return tl.load(scale + i, mask=inside, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _pack_kernel(weight, units, small, n, m, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     rows, cols, row_scale, col_scale = units
     i = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -70,7 +70,7 @@ def _place(index, i, n, steps):
         return tl.where(tl.load(index + low, mask=low < n, other=-1) == i, low, -1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "R", "row_steps", "col_steps"])
 def _unpack_kernel(
     grad, weight, units, dweight, sums, n, m, R, C, row_steps, col_steps, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):
@@ -106,7 +106,7 @@ def kept_sizes(op: str, weight: Tensor, rows: Maybe, cols: Maybe, row_scale: May
 def _pack(weight: Tensor, rows: Maybe, cols: Maybe, row_scale: Maybe, col_scale: Maybe, dtype: torch.dtype) -> Tensor:
     units = rows, cols, row_scale, col_scale
     n, m = kept_sizes("pack", weight, *units)
-    small, grid = weight.new_empty((n, m), dtype=dtype), (triton.cdiv(n, BLOCK_R), triton.cdiv(m, BLOCK_C))
+    small, grid = weight.new_empty((n, m), dtype=dtype), (tiles(n, BLOCK_R), tiles(m, BLOCK_C))
     launch(_pack_kernel, grid, weight, units, small, n, m, weight.shape[1], BLOCK_R, BLOCK_C, num_warps=WARPS)
     return small
 
@@ -115,7 +115,7 @@ def _pack(weight: Tensor, rows: Maybe, cols: Maybe, row_scale: Maybe, col_scale:
 def unpack(grad: Tensor, weight: Tensor, units: list[Maybe]) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of weight (R, C), row_scale and col_scale (empty where there is none) from that of small (n, m)."""
     (n, m), (R, C), (rows, cols, row_scale, col_scale) = grad.shape, weight.shape, units
-    grid = triton.cdiv(R, BLOCK_R), triton.cdiv(C, BLOCK_C)
+    grid = tiles(R, BLOCK_R), tiles(C, BLOCK_C)
     row_sums = None if row_scale is None else weight.new_empty((grid[1], R), dtype=torch.float32)
     col_sums = None if col_scale is None else weight.new_empty((grid[0], C), dtype=torch.float32)
     dweight, sums, sizes = torch.empty_like(weight), (row_sums, col_sums), (n, m, R, C, n.bit_length(), m.bit_length())
@@ -138,7 +138,7 @@ def _backward(ctx, grad):
     return dweight, None, None, None if units[2] is None else drow, None if units[3] is None else dcol, None
 
 
-_pack.register_autograd(_backward, setup_context=save_inputs)
+_differentiable = differentiable(_pack, _backward, save_inputs)
 
 
 def pack(weight: Tensor, *units: Maybe, dtype: torch.dtype | None = None) -> Tensor:
@@ -146,4 +146,4 @@ def pack(weight: Tensor, *units: Maybe, dtype: torch.dtype | None = None) -> Ten
 
     None: all rows, all columns, scale 1, the compute dtype. Indices are int64 and ascend, within the weight.
     """
-    return _pack(weight, *units, dtype or compute_dtype(weight))
+    return _differentiable(weight, *units, dtype or compute_dtype(weight))

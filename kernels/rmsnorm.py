@@ -23,15 +23,15 @@ from torch import Tensor
 
 from kernels.pack import gathered, scale_of
 from kernels.reference import compute_dtype
-from kernels.shared import Maybe, check, kernel_op, launch, size
+from kernels.shared import Maybe, check, differentiable, kernel_op, launch, size, tiles
 
 A_PROGRAM = 16  # tokens of a program in backward; not tuned on a GPU
 
 
 def _options(d: int) -> dict:
-    """A program holds whole tokens. Warps from the table of `make kernels`: 8 channels a thread, no spills."""
+    """A program holds whole tokens. Warps from the table of `make kernels`: 8 channels a thread, 4 above 2048."""
     block = triton.next_power_of_2(max(d, 1))
-    return {"CHANNELS": block, "num_warps": min(16, max(1, block // 256))}
+    return {"CHANNELS": block, "num_warps": min(32, max(1, block // (128 if block > 2048 else 256)))}
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def _forward_kernel(x, delta, weight, rows, scale, y, h, rstd, d, count, eps, CH
     tl.store(rstd + token, r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _backward_kernel(
     dy, dh, h, rstd, weight, rows, scale, dx, ddelta, sums, N, d, count, A_PROGRAM: tl.constexpr, CHANNELS: tl.constexpr
 ):
@@ -91,7 +91,7 @@ def _rms_norm_backward(
     dy: Tensor, dh: Tensor, h: Tensor, rstd: Tensor, gain: list[Maybe], count: float, x: torch.dtype, delta: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """gain: weight, rows and scale; x, delta: their dtypes. -> dx, ddelta (empty where it is dx), dweight, dscale."""
-    (N, d), (weight, rows, scale), programs = h.shape, gain, triton.cdiv(len(h), A_PROGRAM)
+    (N, d), (weight, rows, scale), programs = h.shape, gain, tiles(len(h), A_PROGRAM)
     dx, ddelta = torch.empty_like(h, dtype=x), None if delta == x else torch.empty_like(h, dtype=delta)
     sums = h.new_empty((programs, d), dtype=torch.float32)
     tensors = dy, dh, h, rstd, weight, rows, scale, dx, ddelta, sums
@@ -104,7 +104,7 @@ def _rms_norm_backward(
     return dx, h.new_empty(0) if ddelta is None else ddelta, dweight, dscale
 
 
-def _setup(ctx, inputs, output):
+def _save(ctx, inputs, output):
     x, delta, weight, rows, scale, ctx.count, _, _ = inputs
     ctx.save_for_backward(x if delta is None else output[1], output[2], weight, rows, scale)
     ctx.dtypes = x.dtype, (x if delta is None else delta).dtype
@@ -119,7 +119,7 @@ def _backward(ctx, dy, dh, _):
     return dx, ddelta, dweight, None, None if gain[2] is None else dscale, None, None, None
 
 
-_rms_norm.register_autograd(_backward, setup_context=_setup)
+_differentiable = differentiable(_rms_norm, _backward, _save)
 
 
 def rms_norm(
@@ -130,5 +130,5 @@ def rms_norm(
     None: nothing to add, all channels, scale 1. fill: kept channels / d. rows lie within the weight.
     """
     flat, added = x.flatten(0, -2), None if delta is None else delta.flatten(0, -2)
-    y, h, _ = _rms_norm(flat, added, weight, rows, scale, fill * x.shape[-1], eps, compute_dtype(x))
+    y, h, _ = _differentiable(flat, added, weight, rows, scale, fill * x.shape[-1], eps, compute_dtype(x))
     return y.view(x.shape), x if delta is None else h.view(x.shape)

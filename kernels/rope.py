@@ -15,33 +15,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.shared import check, kernel_op, launch
+from kernels.shared import check, differentiable, kernel_op, launch
 
-WARPS = 4  # one program a token, all heads; not tuned on a GPU, from the table of `make kernels`
+HEADS, WARPS = 16, 4  # heads a step of a program, which turns one token; not tuned on a GPU, from `make kernels`
 
 
 @triton.jit
 def _rotate_heads(x, y, cos, sin, first, heads, c, HALF, HEADS: tl.constexpr):
-    head = tl.arange(0, HEADS)
-    inside = (head < heads)[:, None] & (c < HALF)[None, :]
-    at = first * heads * 2 * HALF + head[:, None] * 2 * HALF + c[None, :]
-    a = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(x + at + HALF, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + at, (a * cos - b * sin).to(y.dtype.element_ty), mask=inside)
-    tl.store(y + at + HALF, (b * cos + a * sin).to(y.dtype.element_ty), mask=inside)
+    for start in range(0, heads, HEADS):
+        head = start + tl.arange(0, HEADS)
+        inside = (head < heads)[:, None] & (c < HALF)[None, :]
+        at = first * heads * 2 * HALF + head[:, None] * 2 * HALF + c[None, :]
+        a = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(x + at + HALF, mask=inside, other=0.0).to(tl.float32)
+        tl.store(y + at, (a * cos - b * sin).to(y.dtype.element_ty), mask=inside)
+        tl.store(y + at + HALF, (b * cos + a * sin).to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _rotate_kernel(
-    q, k, cos, sin, q_out, k_out, T, h, g, HALF, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, PAIRS: tl.constexpr
-):
+@triton.jit(do_not_specialize=["T", "h", "g"])
+def _rotate_kernel(q, k, cos, sin, q_out, k_out, T, h, g, HALF, HEADS: tl.constexpr, PAIRS: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, PAIRS)
     at = (token % T) * HALF + c
     cos_c = tl.load(cos + at, mask=c < HALF, other=0.0)[None, :]
     sin_c = tl.load(sin + at, mask=c < HALF, other=0.0)[None, :]
-    _rotate_heads(q, q_out, cos_c, sin_c, token, h, c, HALF, Q_HEADS)
-    _rotate_heads(k, k_out, cos_c, sin_c, token, g, c, HALF, K_HEADS)
+    _rotate_heads(q, q_out, cos_c, sin_c, token, h, c, HALF, HEADS)
+    _rotate_heads(k, k_out, cos_c, sin_c, token, g, c, HALF, HEADS)
 
 
 @kernel_op
@@ -49,7 +48,7 @@ def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tenso
     (B, T, h, K), g = q.shape, k.shape[2]
     check("rope", k.shape == (B, T, g, K) and cos.shape == sin.shape == (T, K // 2) and K % 2 == 0, q, k, cos, sin)
     q_out, k_out = torch.empty_like(q), torch.empty_like(k)
-    tile = [triton.next_power_of_2(n) for n in (h, g, K // 2)]
+    tile = HEADS, triton.next_power_of_2(K // 2)
     launch(_rotate_kernel, (B * T,), q, k, cos, sin, q_out, k_out, T, h, g, K // 2, *tile, num_warps=WARPS)
     return q_out, k_out
 
@@ -59,9 +58,9 @@ def _backward(ctx, dq, dk):
     return *_rope(dq.contiguous(), dk.contiguous(), cos, -sin), None, None
 
 
-_rope.register_autograd(_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[2:]))
+_differentiable = differentiable(_rope, _backward, lambda ctx, inputs, output: ctx.save_for_backward(*inputs[2:]))
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """q (B, T, h, K), k (B, T, g, K), cos and sin (T, K/2) float32 -> both, rotated."""
-    return _rope(q, k, cos, sin)
+    return _differentiable(q, k, cos, sin)

@@ -1,6 +1,7 @@
 """What every kernel file needs around its launch."""
 
 from collections.abc import Callable
+from functools import wraps
 
 import torch
 import triton
@@ -13,10 +14,30 @@ INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run 
 
 
 def kernel_op(body: Callable) -> Callable:
-    """The body of a kernel's launch as a custom op of its name. On fake tensors it runs too, without the launch."""
+    """The body of a kernel's launch; where torch.compile traces it, a custom op of its name, which takes more time."""
     op = torch.library.custom_op(f"drpruning::{body.__name__.strip('_')}", body, mutates_args=())
     op.register_fake(body)
-    return op
+
+    @wraps(body)
+    def call(*args):
+        return op(*args) if torch.compiler.is_compiling() else body(*args)
+
+    call.op = op
+    return call
+
+
+def differentiable(forward: Callable, backward: Callable, save: Callable) -> Callable:
+    """forward with a gradient: save(ctx, inputs, output) keeps what backward(ctx, *gradients) reads."""
+
+    class Op(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            output = forward(*inputs)
+            save(ctx, inputs, output)
+            return output
+
+    Op.backward = staticmethod(backward)
+    return Op.apply
 
 
 def check(op: str, fits: bool, *tensors: Maybe) -> None:
@@ -38,3 +59,8 @@ def size(t: Maybe, default: int) -> int:
 
 def save_inputs(ctx, inputs: tuple, output) -> None:
     ctx.save_for_backward(*(t for t in inputs if t is None or isinstance(t, Tensor)))
+
+
+def tiles(n: int, size: int) -> int:
+    """How many of this size cover n. (triton.cdiv is for kernels: it takes 7 us on the host.)"""
+    return -(-n // size)

@@ -82,7 +82,7 @@ from kernels import machine_code as m
 from prune import target_config
 source = m.LlamaConfig(512, 512, 1024, 1, n_heads=4, n_kv_heads=4, head_dim=128)
 target = target_config(source, hidden_size=256, intermediate_size=512, n_layers=1, n_heads=2)
-every, LAYERS = m.cases, ("norm", "attention", "mlp", "lm_head", "both heads", "v_proj")
+m.HELD, every, LAYERS = m.HELD[1:], m.cases, ("norm", "attention", "mlp", "lm_head", "both heads", "v_proj")
 m.cases = lambda *a, **k: [c for c in every(*a, **k) if c.where in LAYERS]
 for kernel, _, layer, code in m.compiled(90, {"small": (source, target)}):
     print(kernel, *m.faults(kernel, code, m.CHIPS[90]), sep="; ")
@@ -97,3 +97,64 @@ def test_every_kernel_of_a_pruning_run_is_sound_on_one_chip():
     found = result.stdout.splitlines()
     assert set(found) == KERNELS | {"masked_linear.product"}
     assert found.count("linear_cross_entropy.token") == 2  # one head, both heads
+
+
+VARIANTS = """
+import torch
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from kernels import machine_code as m, ops
+from kernels.cases import Shapes, call, cases
+from model import Llama
+from prune import CountMasks, SampledMasks, extract, subnetwork, target_config
+
+variants = set()
+
+def specialised(kernel, key, *_):
+    variants.add((kernel.fn.__module__, kernel.fn.__name__, key))  # and nothing is compiled or launched
+
+JITFunction._do_compile = specialised
+driver.set_active(m.DryDriver(90))
+ops.plan("auto")
+source = m.LlamaConfig(128, 320, 192, 3, n_heads=8, n_kv_heads=8, head_dim=32)
+target = target_config(source, hidden_size=128, intermediate_size=128, n_layers=2, n_heads=3)
+
+def run_of(held, stored):
+    model, teacher = Llama(source), Llama(source).bfloat16().requires_grad_(False)
+    for masks in (CountMasks(source, target), SampledMasks(source, target, seed=0)):
+        for part in (model.to(stored).layers, model.embed_tokens, model.lm_head):
+            part.to(held)
+        for ramp, T in ((0.0, 32), (0.5, 17), (1.0, 5)):
+            for a in masks.log_alpha.values():
+                a.data = torch.randn(a.shape) + 1.4 - 2.5 * ramp
+            text, kept = torch.arange(2 * T).view(2, T), subnetwork(source, masks.sample(0, 0, 0, ramp), "cpu", 64)
+            with torch.autocast("cpu", torch.bfloat16):
+                for lesson in (teacher.teach(text, 0.9), None):
+                    model(text, text, kept, teacher=lesson).objective.backward()
+                with torch.no_grad():
+                    model(text, text, kept)
+        extract(model.to(stored), masks)
+
+def trial_of(held, stored):
+    for case in cases(Shapes(source, target, source, (1, 16), torch.bfloat16, held, stored), "cpu"):
+        outputs = [y for y in call(case.fused, case.inputs(), case.dtype) if y.requires_grad]
+        torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
+
+for dtypes in ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)):
+    counts = []
+    for part in (run_of, trial_of):
+        variants.clear()
+        part(*dtypes)
+        counts.append(set(variants))
+    ran, tried = counts
+    print(len(ran), sorted(ran - tried))
+"""
+
+
+def test_a_pruning_run_compiles_few_variants_of_the_kernels_and_the_trial_has_tried_each():
+    """Masks by count and sampled, over a ramp, any number of tokens; training, evaluation and extraction."""
+    result = run("-c", VARIANTS)
+    assert result.returncode == 0, result.stderr
+    found = [line.split(maxsplit=1) for line in result.stdout.splitlines()]
+    assert [missing for _, missing in found] == ["[]"] * 3
+    assert max(int(n) for n, _ in found) <= 40
