@@ -171,7 +171,7 @@ class _TakePart(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, *parameters):
         ctx.save_for_backward(*parameters)
-        return x.view_as(x)
+        return x.clone()  # FSDP warns about views
 
     @staticmethod
     def backward(ctx, grad):

@@ -84,17 +84,15 @@ def subnetworks(s: Shapes, device: str) -> Iterator[Subnetwork]:
         yield subnetwork(s.source, masks.sample(ramp=ramp), device, s.multiple)
 
 
-def of_model(s: Shapes, c: LlamaConfig, kept: Subnetwork, dtypes: tuple, make: Maker, who: str = "") -> list[Case]:
-    """What a model runs beside linear layers and the loss. dtypes: of the blocks' weights, of the last norm's."""
-    held, stored = dtypes
+def of_model(s: Shapes, c: LlamaConfig, kept: Subnetwork, held: torch.dtype, make: Maker, who: str = "") -> list[Case]:
+    """What a model runs beside linear layers and the loss. held: the dtype of its weights."""
     block = whole_block(kept)
     D, I, K = c.hidden_size, c.intermediate_size, c.head_dim
     heads = [size(u.rows, n * K) // K for u, n in ((block.q_proj, c.n_heads), (block.k_proj, c.n_kv_heads))]
-    stream = held if kept.embed_tokens.col_scale is None else torch.float32  # an embedding, times its z
 
-    def norm(u: Units, gain: torch.dtype, first: bool = False) -> tuple:
-        x, delta = (make(dtype, *s.tokens, size(u.rows, D)) for dtype in (stream, s.dtype))
-        return x, None if first else delta, make(gain, D), u.rows, u.row_scale, u.fill, c.norm_eps
+    def norm(u: Units, first: bool = False) -> tuple:
+        x, delta = (make(dtype, *s.tokens, size(u.rows, D)) for dtype in (torch.float32, s.dtype))
+        return x, None if first else delta, make(held, D), u.rows, u.row_scale, u.fill, c.norm_eps
 
     def head_norm() -> tuple:
         return make(s.dtype, *s.tokens, heads[0], K), None, make(held, K), None, None, 1.0, c.norm_eps
@@ -108,9 +106,9 @@ def of_model(s: Shapes, c: LlamaConfig, kept: Subnetwork, dtypes: tuple, make: M
         return gate, up, block.up_proj.row_scale
 
     found = [
-        ("rms_norm", "norm", rms_norm, lambda: norm(block.input_layernorm, held)),
-        ("rms_norm", "first norm", rms_norm, lambda: norm(block.input_layernorm, held, first=True)),
-        ("rms_norm", "last norm", rms_norm, lambda: norm(kept.norm, stored)),
+        ("rms_norm", "norm", rms_norm, lambda: norm(block.input_layernorm)),
+        ("rms_norm", "first norm", rms_norm, lambda: norm(block.input_layernorm, first=True)),
+        ("rms_norm", "last norm", rms_norm, lambda: norm(kept.norm)),
         *([("rms_norm", "q_norm", rms_norm, head_norm)] if c.qk_norm else []),
         ("rope", "attention", rope, rotary),
         ("swiglu", "mlp", masked_swiglu, swiglu),
@@ -125,13 +123,13 @@ def whole_block(kept: Subnetwork) -> BlockUnits:
 def cases(s: Shapes, device: str, filled: bool = True) -> list[Case]:
     c, make = s.source, Maker(filled, torch.Generator(device).manual_seed(0))
     kept, *wider = subnetworks(s, device)
-    V, D, dtypes = c.vocab_size, size(kept.norm.rows, c.hidden_size), (s.held, s.stored)
-    found = of_model(s, c, kept, dtypes, make)
+    V, D = c.vocab_size, size(kept.norm.rows, c.hidden_size)
+    found = of_model(s, c, kept, s.held, make)
     for wide in wider:
-        found += [case for case in of_model(s, c, wide, dtypes, make, "wide ") if case.op == "rms_norm"]
+        found += [case for case in of_model(s, c, wide, s.held, make, "wide ") if case.op == "rms_norm"]
     if s.teacher:
         everything, frozen = Subnetwork([BlockUnits()]), replace(make, learns=False)
-        found += of_model(s, s.teacher, everything, (s.dtype, s.dtype), frozen, "teacher's ")
+        found += of_model(s, s.teacher, everything, s.dtype, frozen, "teacher's ")
 
     def loss() -> tuple:
         targets = torch.arange(s.tokens[0] * s.tokens[1], device=device).view(s.tokens) % V

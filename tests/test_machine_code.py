@@ -122,8 +122,7 @@ target = target_config(source, hidden_size=128, intermediate_size=128, n_layers=
 def run_of(held, stored):
     model, teacher = Llama(source), Llama(source).bfloat16().requires_grad_(False)
     for masks in (CountMasks(source, target), SampledMasks(source, target, seed=0)):
-        for part in (model.to(stored).layers, model.embed_tokens, model.lm_head):
-            part.to(held)
+        model.to(held)
         for ramp, T in ((0.0, 32), (0.5, 17), (1.0, 5)):
             for a in masks.log_alpha.values():
                 a.data = torch.randn(a.shape) + 1.4 - 2.5 * ramp
