@@ -67,34 +67,26 @@ PRESUMED = {  # what transformers takes where a family's config.json is silent; 
 PRESUMED["qwen3"] = PRESUMED["qwen2"] | {"head_dim": 128}
 
 
-def whole_heads(c: LlamaConfig) -> bool:
-    return c.hidden_size == c.n_heads * c.head_dim
-
-
-# What tools ask of a shape beyond what model.py does. The first two and llama.cpp (its converter and load) were tried;
-# vLLM's Qwen2Attention was read. Nothing else is asked of the families here, once written as below.
-LOADERS = {  # tool: family: whether it loads the shape
-    "transformers 4.46": {"qwen2": whole_heads, "qwen3": lambda _: False},  # knows no Qwen3 of any shape
-    "transformers 4.57": {},
-    "transformers 5": {},
-    "vLLM": {"qwen2": whole_heads},
-    "llama.cpp": {"qwen2": whole_heads},
-}
+# What tools ask of a shape beyond what model.py does. Those of transformers and llama.cpp (its converter and load) were
+# tried; vLLM's Qwen2Attention was read. Nothing else is asked of the families here, once written as below.
+LOADERS = ("transformers 4.46", "transformers 4.57", "transformers 5", "vLLM", "llama.cpp")
+DERIVE_HEAD_DIM = {"transformers 4.46", "vLLM", "llama.cpp"}  # of a Qwen2: hidden_size / n_heads
 
 
 def loaders(config: LlamaConfig) -> tuple[str, str]:
     """The tools that load a model of this shape, and a warning where another size would be loaded by more."""
-    loads = {tool: families.get(config.family, lambda _: True)(config) for tool, families in LOADERS.items()}
-    names = ", ".join(tool for tool, does in loads.items() if does)
-    refusing = ", ".join(tool for tool, does in loads.items() if not does)
-    if not refusing or config.family == "qwen3":
+    refusing = {"transformers 4.46"} if config.family == "qwen3" else set()  # it knows no Qwen3 of any shape
+    if config.family == "qwen2" and config.hidden_size != config.n_heads * config.head_dim:
+        refusing = DERIVE_HEAD_DIM
+    names = ", ".join(tool for tool in LOADERS if tool not in refusing)
+    if refusing != DERIVE_HEAD_DIM:
         return names, ""
     step = config.n_heads // config.n_kv_heads
     sizes = [(n, n * config.head_dim) for n in range(step, 2 * config.n_heads + step, step)]
     sizes.sort(key=lambda size: (abs(size[1] - config.hidden_size), abs(size[0] - config.n_heads)))
     nearest = " or ".join(f"hidden_size = {hidden} with n_heads = {n}" for n, hidden in sizes[:2])
     shape = f"hidden_size = {config.hidden_size} with n_heads = {config.n_heads} of {config.head_dim}"
-    return names, f"{shape}: {refusing} cannot load it; all load {nearest}"
+    return names, f"{shape}: {', '.join(t for t in LOADERS if t in refusing)} cannot load it; all load {nearest}"
 
 
 def to_hugging_face(config: LlamaConfig, dtype: torch.dtype = torch.float32) -> dict:
@@ -149,10 +141,10 @@ def read_config(folder: str | Path) -> LlamaConfig:
         config = LlamaConfig(**values, family=family, rope_scaling=scaling)
         if config.pad_token_id is not None and not 0 <= config.pad_token_id < config.vocab_size:
             config = replace(config, pad_token_id=None)  # transformers does not load one beyond the embedding
-        return replace(config, tied_embeddings=config.tied_embeddings and not _has_head_of_its_own(Path(folder)))
     except (KeyError, TypeError, AttributeError, ZeroDivisionError, UserError) as error:
         said = f"config.json does not say {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{path}: {said}") from None
+    return replace(config, tied_embeddings=config.tied_embeddings and not _has_head_of_its_own(Path(folder)))
 
 
 def _rope(theirs: dict) -> dict:
@@ -238,21 +230,16 @@ def tensors_of(folder: str | Path, config: LlamaConfig) -> Iterator[tuple[str, T
     """
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in Llama(config).named_parameters()}
-    places: dict[str, tuple[Path, str]] = {}  # file and key
-    for path in weight_files(Path(folder)):
-        for key, (shape, dtype) in _header(path).items():
-            name = key.removeprefix("model.")
-            if name in places:
-                raise UserError(f"{path}: {key} is in {places[name][0]} too: remove the file of another model")
-            places[name] = path, key
-            if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tied_embeddings):
-                continue  # follow from the rest
-            if name not in shapes:
-                raise UserError(f"{path}: unexpected tensor {key}: the model that config.json describes has none")
-            if shape != shapes[name]:
-                raise UserError(f"{path}: {key} has shape {shape}, config.json makes it {shapes[name]}")
-            if dtype not in DTYPES:
-                raise UserError(f"{path}: {key} is {dtype}: expected one of {', '.join(DTYPES)}")
+    places = _places(Path(folder))
+    for name, (path, key, shape, dtype) in places.items():
+        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tied_embeddings):
+            continue  # follow from the rest
+        if name not in shapes:
+            raise UserError(f"{path}: unexpected tensor {key}: the model that config.json describes has none")
+        if shape != shapes[name]:
+            raise UserError(f"{path}: {key} has shape {shape}, config.json makes it {shapes[name]}")
+        if dtype not in DTYPES:
+            raise UserError(f"{path}: {key} is {dtype}: expected one of {', '.join(DTYPES)}")
     if config.tied_embeddings and "lm_head.weight" in places:
         places.setdefault("embed_tokens.weight", places["lm_head.weight"])
     if missing := [name for name in shapes if name not in places]:
@@ -260,15 +247,26 @@ def tensors_of(folder: str | Path, config: LlamaConfig) -> Iterator[tuple[str, T
         if missing == ["lm_head.weight"]:
             advice = f"{advice}, or say tie_word_embeddings in config.json where the embedding is the head"
         raise UserError(f"{folder}: {len(missing)} tensors are missing, {missing[0]} among them: {advice}")
-    return ((name, _read(*places[name])) for name in shapes)
+    return ((name, _read(*places[name][:2])) for name in shapes)
+
+
+def _places(folder: Path) -> dict[str, tuple[Path, str, tuple[int, ...], str]]:
+    """File, key, shape and type of every tensor in a folder, by its name here. Raises UserError."""
+    places = {}
+    for path in weight_files(folder):
+        for key, kind in _header(path).items():
+            if (name := key.removeprefix("model.")) in places:
+                raise UserError(f"{path}: {key} is in {places[name][0]} too: remove the file of another model")
+            places[name] = path, key, *kind
+    return places
 
 
 def _has_head_of_its_own(folder: Path) -> bool:
     """Whether the files hold an lm_head other than the embedding (a merged fine-tune, say): then nothing is tied."""
     if not any((folder / name).is_file() for name in WEIGHTS):
         return False
-    places = {key.removeprefix("model."): (path, key) for path in weight_files(folder) for key in _header(path)}
-    pair = [places[name] for name in ("embed_tokens.weight", "lm_head.weight") if name in places]
+    places = _places(folder)
+    pair = [places[name][:2] for name in ("embed_tokens.weight", "lm_head.weight") if name in places]
     return len(pair) == 2 and not torch.equal(_read(*pair[0]), _read(*pair[1]))
 
 
@@ -320,9 +318,8 @@ def weight_files(folder: Path) -> list[Path]:
     weight_map = read_json(found, "copy it again from the model").get("weight_map")
     names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
     if absent := sorted(name for name in names if not (folder / name).is_file()) or (not names and ["any file"]):
-        raise UserError(
-            f"{found}: names {absent[0]}, which is not there ({len(absent)} missing): copy it from the model"
-        )
+        missing = f"names {absent[0]}, which is not there ({len(absent)} missing)"
+        raise UserError(f"{found}: {missing}: copy it from the model")
     return [folder / name for name in sorted(names)]
 
 

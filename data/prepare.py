@@ -257,9 +257,9 @@ def streamed(cfg: Config, part: str | None) -> list[Source]:
 # ---- records to tokens, in several processes
 
 
-def text_in(record: object, field: str) -> object:
+def text_in(record: dict, field: str) -> object:
     """What is in the field of that name or, for "a.b", in field b of the object in field a; None where nothing is."""
-    for name in [field] if isinstance(record, dict) and field in record else field.split("."):
+    for name in [field] if field in record else field.split("."):
         record = record.get(name) if isinstance(record, dict) else None
     return record
 
@@ -333,19 +333,18 @@ tokenizer_of = cache(lambda folder, spec: load_tokenizer(json.loads(spec), folde
 def encode(chunk: Chunk, folder: str, spec: str, cfg: Config) -> list[tuple]:
     """(number, domain, problem, split, digest, bytes, tokens) of the records in a chunk; where problem, no more."""
     tokenizer, found = tokenizer_of(folder, spec), []
+    dtype = data_set.token_dtype(tokenizer.vocab_size)
     for number, record in enumerate(chunk.records, chunk.first + 1):
-        domain, problem, split, short, n_bytes, tokens_N = chunk.domain, "", "", 0, 0, None
+        domain = chunk.domain
         try:
             domain, text = domain_and_text(record, domain, cfg)
-            if domain not in chunk.wanted:
-                continue
-            tokens = [*tokenizer.before, *tokenizer.encode(text), *tokenizer.after]
-            tokens_N, digest = np.array(tokens, data_set.token_dtype(tokenizer.vocab_size)), digest_of(text)
-            split, short = split_of(digest, cfg.val_fraction), int.from_bytes(digest[8:16], "big")
-            n_bytes = len(text.encode())
+            if domain in chunk.wanted:
+                tokens_N = np.array([*tokenizer.before, *tokenizer.encode(text), *tokenizer.after], dtype)
+                digest, n_bytes = digest_of(text), len(text.encode())
+                split, short = split_of(digest, cfg.val_fraction), int.from_bytes(digest[8:16], "big")
+                found.append((number, domain, "", split, short, n_bytes, tokens_N))
         except (ValueError, RecursionError) as error:
-            problem = str(error)
-        found.append((number, domain, problem, split, short, n_bytes, tokens_N))
+            found.append((number, domain, str(error), "", 0, 0, None))
     return found
 
 
@@ -453,9 +452,9 @@ def build(cfg: Config, meta: dict, sources: list[Source], domains: dict[str, dic
     write(cfg, meta, sources, progress)
     made = {d: sum(e[split]["documents"] for split in SPLITS) for d, e in progress["domains"].items()}
     if empty := [domain for domain, n in made.items() if not n]:
-        n_repeats, n_bad = progress["domains"][empty[0]]["duplicates"], len(progress["bad_records"])
-        why = "see the bad records above" if n_bad else "no record is of it"
-        why = f"{n_repeats:,} repeats of others; --dedup=false keeps them" if n_repeats else why
+        why = "see the bad records above" if progress["bad_records"] else "no record is of it"
+        if n_repeats := progress["domains"][empty[0]]["duplicates"]:
+            why = f"{n_repeats:,} repeats of others; --dedup=false keeps them"
         rest = f"--domains={','.join(d for d in made if d not in empty)} " if cfg.preset else ""
         raise UserError(f"domain {' and '.join(empty)}: not one usable document: {why}, or leave it out: {rest}--force")
     tokenizer = load_tokenizer(progress["tokenizer"], folder)
@@ -482,12 +481,11 @@ def is_complete(folder: str | Path, settings: dict, force: bool = False) -> bool
     if force:
         return False
     meta, unfinished = json_in(folder / "meta.json"), json_in(folder / UNFINISHED)
-    if settings in (meta.get("settings"), unfinished.get("settings")):
-        return meta.get("settings") == settings and meta.get("version") == data_set.VERSION
-    if meta or unfinished or any(folder.glob("*.bin")):
+    is_ours = settings in (meta.get("settings"), unfinished.get("settings"))
+    if not is_ours and (meta or unfinished or any(folder.glob("*.bin"))):
         what = f"{folder}: holds another data set (other files, settings or version)"
         raise UserError(f"{what}: choose another folder or --force")
-    return False
+    return meta.get("settings") == settings and meta.get("version") == data_set.VERSION
 
 
 def write_dataset(folder: str | Path, spec: dict, texts: dict, *, settings: dict, about=None, **config) -> dict:

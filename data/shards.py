@@ -39,7 +39,7 @@ import configurator
 from configurator import UserError
 
 HEADER_BYTES = 1024
-FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # magic: version, token type
+FORMATS = {np.dtype("<u2"): (20240520, 1), np.dtype("<u4"): (20240801, 7)}  # token type: magic, version
 SPLITS = ("train", "val")
 DOMAIN = re.compile(r"\w[\w.-]*", re.ASCII)  # names of domains are parts of file names
 AGAIN = "prepare the data set again"
@@ -52,8 +52,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def header(n_tokens: int, vocab_size: int) -> bytes:
-    magic, version = next((m, v) for m, (v, dtype) in FORMATS.items() if dtype == token_dtype(vocab_size))
-    return struct.pack("<3i", magic, version, n_tokens).ljust(HEADER_BYTES, b"\0")
+    return struct.pack("<3i", *FORMATS[token_dtype(vocab_size)], n_tokens).ljust(HEADER_BYTES, b"\0")
 
 
 def write_shard(path: str | Path, tokens_N: np.ndarray, vocab_size: int) -> None:
@@ -89,8 +88,8 @@ def check_shard(path: str | Path) -> tuple[int, np.dtype]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): {AGAIN}") from None
     magic, version, n_tokens = struct.unpack("<3i", first.ljust(12, b"\0"))
-    expected_version, dtype = FORMATS.get(magic, (None, np.dtype("u1")))
-    if version != expected_version or n_tokens < 0 or size != HEADER_BYTES + n_tokens * dtype.itemsize:
+    dtype = next((dtype for dtype, known in FORMATS.items() if known == (magic, version)), None)
+    if dtype is None or n_tokens < 0 or size != HEADER_BYTES + n_tokens * dtype.itemsize:
         said = f"magic {magic}, version {version}, {n_tokens} tokens in {size} bytes"
         raise UserError(f"{path}: no token shard, or cut short: {said}: {AGAIN}")
     return n_tokens, dtype
@@ -150,28 +149,23 @@ def write_meta(folder: str | Path, meta: dict) -> None:
 def read_meta(folder: str | Path) -> dict:
     """meta.json of a data set. Raises UserError when it is not there, too old or lacks what training reads."""
     path = Path(folder, "meta.json")
-    if not path.is_file() and Path(folder, "config.json").is_file():
-        raise UserError(f"{folder}: a model's folder: data is a folder that data/prepare.py has written")
     if not path.is_file():
+        if Path(folder, "config.json").is_file():
+            raise UserError(f"{folder}: a model's folder: data is a folder that data/prepare.py has written")
         raise UserError(f"{path}: not found: prepare the data set first (the demo's: python data/embedded/prepare.py)")
     meta = read_json(path, AGAIN)
     if missing := {"tokenizer", "vocab_size", "bos", "eos", "domains"} - set(meta):
         raise UserError(f"{path}: has no {', '.join(sorted(missing))}: {AGAIN}")
     if (version := meta.get("version", 1)) != VERSION:
         why = "its documents do not end with EOS: " if version == 1 else ""
-        raise UserError(f"{path}: version {version}, expected {VERSION}: {why}make it anew: {command_of(meta, folder)}")
+        command = f"python {meta.get('settings', {}).get('made_by', 'data/prepare.py')}"
+        if command == "python data/prepare.py":
+            command = f"{meta.get('command', f'{command} ...')} --out={folder} --force"
+        raise UserError(f"{path}: version {version}, expected {VERSION}: {why}make it anew: {command}")
     meta = {"used_vocab_size": meta["vocab_size"]} | meta
     if wrong := [name for name in ("vocab_size", "used_vocab_size") if type(meta[name]) is not int or meta[name] < 1]:
         raise UserError(f"{path}: {wrong[0]} is {meta[wrong[0]]!r}: {AGAIN}")
     return meta
-
-
-def command_of(meta: dict, folder: str | Path) -> str:
-    """The command that makes the data set anew in its folder."""
-    made_by = meta.get("settings", {}).get("made_by", "data/prepare.py")
-    if made_by != "data/prepare.py":
-        return f"python {made_by}"
-    return f"{meta.get('command', 'python data/prepare.py ...')} --out={folder} --force"
 
 
 def shard_files(meta: dict) -> list[dict]:

@@ -74,6 +74,7 @@ class SentencePiece(Tokenizer):
         except (OSError, RuntimeError, ValueError):
             raise unreadable(path, "not a sentencepiece model: give the .model file (not .vocab or .json)") from None
         self.encode, self.n_text, (self.config, model) = self.model.encode, len(self.model), settings_beside(path)
+        self.prefix = self.model.encode("a", out_type=str)[0].startswith(SPACE)  # Llama 2: a space before every text
         self.family, listed = model.get("model_type"), self.config.get("added_tokens_decoder") or {}
         self.added = {by_name(token): int(i) for i, token in listed.items() if int(i) >= self.n_text}
         self.vocab_size = 1 + max(self.n_text - 1, *self.added.values(), -1)
@@ -97,11 +98,10 @@ class SentencePiece(Tokenizer):
         order = {p: -model.get_score(i) for i, p in enumerate(pieces) if p not in special and not model.is_byte(i)}
         ids, unknown = {p: i for i, p in enumerate(pieces)} | self.added, pieces[model.unk_id()]
         out = tokenizers.Tokenizer(models.BPE(ids, joins(order), unk_token=unknown, fuse_unk=True, byte_fallback=True))
-        prefix = model.encode("a", out_type=str)[0].startswith(SPACE)  # Llama 2 puts a space before every text
         steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-        out.decoder = decoders.Sequence(steps if prefix else steps[:3])
+        out.decoder = decoders.Sequence(steps if self.prefix else steps[:3])
         steps = [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
-        out.normalizer = normalizers.Sequence(steps if prefix else steps[1:])
+        out.normalizer = normalizers.Sequence(steps if self.prefix else steps[1:])
         return out, [*special, *self.added]
 
 
@@ -238,13 +238,14 @@ def settings_beside(path: str | Path) -> tuple[dict, dict]:
     As in transformers 5.20.2 the map goes first, and these two count for nothing where the first lists added tokens.
     Raises UserError for a file that is broken.
     """
-    names, found = (CONFIG_FILE, "added_tokens.json", "special_tokens_map.json", "config.json"), []
-    for file in (Path(path).with_name(name) for name in names):
+    found = []
+    for name in (CONFIG_FILE, "added_tokens.json", "special_tokens_map.json", "config.json"):
+        file = Path(path).with_name(name)
         content = read_json(file, AGAIN) if file.is_file() else {}
-        if file.name == "added_tokens.json":
-            content = {"added_tokens_decoder": {str(number): name for name, number in content.items()}}
-        found.append({name: by_name(value) for name, value in content.items()})
-        wrong = [name for name, kind in TYPES.items() if not isinstance(found[-1].get(name), kind)]
+        if name == "added_tokens.json":
+            content = {"added_tokens_decoder": {str(number): token for token, number in content.items()}}
+        found.append({key: by_name(value) for key, value in content.items()})
+        wrong = [key for key, kind in TYPES.items() if not isinstance(found[-1].get(key), kind)]
         added = (found[-1].get("added_tokens_decoder") or {}).items() if not wrong else ()
         if wrong := wrong or [i for i, token in added if not (i.isdigit() and isinstance(by_name(token), str))]:
             raise UserError(f"{file}: {wrong[0]} is not what it should be: {AGAIN}")
@@ -316,16 +317,16 @@ def write_json(tokenizer: Tokenizer, folder: str | Path) -> None:
             what = "beside a qwen2 model AutoTokenizer of transformers 5 cuts text in Qwen's way and gives other ids"
             print(f"warning: {folder}: {what}: load this tokenizer by PreTrainedTokenizerFast.from_pretrained")
     out.save(str(Path(folder, JSON_FILE)))
+    if tokenizer.config.get("pad_token") not in out.get_vocab():
+        carried = carried - {"pad_token"}
     config = {"clean_up_tokenization_spaces": False}
     config |= {name: value for name, value in tokenizer.config.items() if name in carried}
     if tokenizer.added:  # load_tokenizer needs it, too
         listed = {number: {"content": name, "special": True} for name, number in tokenizer.added.items()}
         config["added_tokens_decoder"] = listed
-    if config.get("pad_token") not in out.get_vocab():
-        config.pop("pad_token", None)
     config |= {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": out.id_to_token(tokenizer.eos)}
     config |= {"bos_token": out.id_to_token(tokenizer.bos)} if tokenizer.before else {}
-    if isinstance(tokenizer, SentencePiece) and not tokenizer.model.encode("a", out_type=str)[0].startswith(SPACE):
+    if isinstance(tokenizer, SentencePiece) and not tokenizer.prefix:
         config["add_prefix_space"] = False  # llama.cpp's converter asks here, not the model, and presumes a space
     Path(folder, CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
@@ -364,9 +365,10 @@ def load_tokenizer(spec: dict, folder: str | Path) -> Tokenizer:
 
 def open_tokenizer(path: str | Path, eos: str = "") -> Tokenizer:
     """A file of any kind, or tiktoken:NAME. eos: the token that ends a text, by name, where the files name none."""
-    if eos and issubclass(kind := kind_of(path), Tiktoken):
+    kind = kind_of(path)
+    if eos and issubclass(kind, Tiktoken):
         raise UserError(f"{path}: --eos is for a tokenizer.json or a sentencepiece model: this one has its own")
-    return kind(path, eos) if eos else kind_of(path)(path)
+    return kind(path, eos) if eos else kind(path)
 
 
 def install_tokenizer(path: str | Path, folder: str | Path, eos: str = "") -> dict:
@@ -376,14 +378,13 @@ def install_tokenizer(path: str | Path, folder: str | Path, eos: str = "") -> di
     for name in (JSON_FILE, CONFIG_FILE):  # may be another tokenizer's
         Path(folder, name).unlink(missing_ok=True)
     write_json(tokenizer, folder)
+    around = {name: getattr(tokenizer, name) for name in ("before", "after", "eos")}
     if not tokenizer.file:
-        spec = {"kind": tokenizer.kind, "name": tokenizer.model.name}
-    else:
-        target = Path(folder, tokenizer.file)
-        if not isinstance(tokenizer, HuggingFace):  # which write_json has written
-            target.write_bytes(content)
-        spec = {"kind": tokenizer.kind, "file": target.name, "sha256": sha256(target)}
-    return spec | {name: getattr(tokenizer, name) for name in ("before", "after", "eos")}
+        return {"kind": tokenizer.kind, "name": tokenizer.model.name} | around
+    target = Path(folder, tokenizer.file)
+    if not isinstance(tokenizer, HuggingFace):  # which write_json has written
+        target.write_bytes(content)
+    return {"kind": tokenizer.kind, "file": target.name, "sha256": sha256(target)} | around
 
 
 # Line ends stay inside a text: pieces such as ";\n" and "\n\n" save 7 % of the tokens.

