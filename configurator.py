@@ -2,25 +2,31 @@
 
     python train.py config/prune.py --max_steps=100 --domains=python,wiki --resume
 
-A config file is Python assignments of numbers, texts, lists and arithmetic on numbers. One with anything else in it is
-refused before any of it is run. Names that start with an underscore are its own business. Every other name and every
-type is checked against the dataclass. Later settings win.
+A config file is Python assignments of numbers, texts, lists and arithmetic on numbers. It is read and never run. Names
+that start with an underscore are its own business. Every other name and every type is checked against the dataclass.
+Later settings win.
 """
 
 import ast
 import difflib
 import inspect
 import math
+import operator
 import re
 import sys
 import typing
 from collections.abc import Callable
 from dataclasses import fields
-from itertools import groupby
 from pathlib import Path
 
-VALUES = {ast.Constant, ast.Name, ast.Load, ast.Store, ast.Tuple, ast.List}
-ARITHMETIC = {ast.BinOp, ast.UnaryOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.USub}
+OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.USub: operator.neg,
+}
 
 
 class UserError(Exception):
@@ -47,20 +53,46 @@ def load(config_class: type, arguments: list[str]):
 
 
 def _from_file(path: str, hints: dict) -> dict:
-    names: dict = {"__builtins__": {}}
+    names: dict = {}
     try:
-        tree = ast.parse(Path(path).read_text())
-        for statement in tree.body:
-            found = {type(node) for node in ast.walk(statement)}
-            is_text = found == {ast.Expr, ast.Constant}  # a docstring
-            if not is_text and not {ast.Assign} <= found <= {ast.Assign} | VALUES | ARITHMETIC:
-                what = "assignments only: name = a number, a text, True, False, a list, a name from further up, or "
-                raise SyntaxError(f"line {statement.lineno}: a config file has {what}+ - * / // of numbers")
-        exec(compile(tree, path, "exec"), names)
-    except (SyntaxError, ValueError, TypeError, ArithmeticError, NameError, OSError) as error:
+        for statement in ast.parse(Path(path).read_text()).body:
+            if isinstance(statement, ast.Assign):
+                value = _value(statement.value, names)
+                for target in statement.targets:
+                    names |= _assigned(target, value)
+            elif not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)):  # a docstring
+                raise SyntaxError(f"line {statement.lineno}: a config file has assignments only: name = value")
+    except (SyntaxError, ValueError, TypeError, ArithmeticError, OSError) as error:
         raise UserError(f"{path}: not a config file: {error}") from None
     settings = {name: value for name, value in names.items() if not name.startswith("_")}
     return {name: _typed(name, value, _kind(name, hints, path), path) for name, value in settings.items()}
+
+
+def _assigned(target: ast.expr, value: object) -> dict:
+    """a = 1 or a, b = 1, 2"""
+    pairs = [*zip(target.elts, value, strict=True)] if isinstance(target, ast.Tuple) else [(target, value)]
+    if not all(isinstance(t, ast.Name) for t, _ in pairs):
+        raise SyntaxError(f"line {target.lineno}: only names are assigned to: name = value")
+    return {t.id: v for t, v in pairs}
+
+
+def _value(node: ast.expr, names: dict):
+    """A constant, a name from further up, a tuple, a list (as a tuple), or + - * / // of numbers."""
+    match node:
+        case ast.Constant(value):
+            return value
+        case ast.Name(name) if name in names:
+            return names[name]
+        case ast.Tuple(items) | ast.List(items):
+            return tuple(_value(item, names) for item in items)
+        case ast.UnaryOp(op, operand) if type(op) in OPERATORS:
+            return OPERATORS[type(op)](_value(operand, names))
+        case ast.BinOp(left, op, right) if type(op) in OPERATORS:
+            return OPERATORS[type(op)](_value(left, names), _value(right, names))
+    raise SyntaxError(
+        f"line {node.lineno}: {ast.unparse(node)!r}: expected a number, a text, True, False, a list, a name from "
+        "further up, or + - * / // of numbers"
+    )
 
 
 def _kind(name: str, hints: dict, where: str) -> type:
@@ -87,20 +119,20 @@ def _parsed(text: str, kind: type):
 
 
 def _typed(name: str, value, kind: type, where: str):
-    """value as `kind`: an int serves as a float, a list as a tuple, and nothing else as anything else; ~ begins a path
-    at home."""
-    if is_tuple := typing.get_origin(kind) is tuple:
-        item = typing.get_args(kind)[0]
-        if isinstance(value, tuple | list):
-            return tuple(_typed(name, v, item, where) for v in value)
+    """value as `kind`: an int serves as a float, and nothing else as anything else; ~ begins a path at home."""
+    if typing.get_origin(kind) is tuple and isinstance(value, tuple):
+        return tuple(_typed(name, v, typing.get_args(kind)[0], where) for v in value)
     if kind is float and type(value) is int:
         return float(value)
     if kind is str and isinstance(value, str) and value.startswith("~/"):
         return str(Path(value).expanduser())
     if type(value) is not kind or (kind is float and math.isnan(value)):
-        expected = f"a list of {item.__name__}" if is_tuple else kind.__name__
-        raise UserError(f"{where}: setting {name} must be {expected}, is {value!r}")
+        raise UserError(f"{where}: setting {name} must be {_name_of(kind)}, is {value!r}")
     return value
+
+
+def _name_of(kind: type) -> str:
+    return f"a list of {typing.get_args(kind)[0].__name__}" if typing.get_origin(kind) is tuple else kind.__name__
 
 
 # ---- what the settings mean: --help, docs/configuration.md, the start of a run
@@ -130,13 +162,19 @@ def differing(config) -> str:
 
 def markdown(config_class: type) -> str:
     """The table of docs/configuration.md."""
-    text = ""
-    for section, settings in groupby(explained(config_class), lambda setting: setting[0]):
-        text += f"\n**{section[0].upper()}{section[1:]}**\n\n| setting | default | meaning |\n|---|---|---|\n"
-        for _, name, default, comment in settings:
-            meaning = comment.replace("|", "\\|")
-            text += f"| `{name}` | {default and f'`{default}`'} | {meaning} |\n"
-    return text.lstrip()
+    lines, last = [], ""
+    for section, name, default, comment in explained(config_class):
+        if section != last:
+            lines += [
+                "",
+                f"**{section[0].upper()}{section[1:]}**",
+                "",
+                "| setting | default | meaning |",
+                "|---|---|---|",
+            ]
+        last, meaning = section, comment.replace("|", "\\|")
+        lines.append(f"| `{name}` | {default and f'`{default}`'} | {meaning} |")
+    return "\n".join(lines).strip() + "\n"
 
 
 # ---- the frame of every command
