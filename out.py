@@ -96,7 +96,6 @@ class Out:
         self.log = Log(self.folder / "metrics.jsonl", ranks.is_main)
         self.lock, self.signals, self.bar = Lock(self.folder), StopSignals(), None
         self.progress, self.over = Progress(np.zeros(0)), threading.Event()
-        self.watch = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> "Out":
         """Raises UserError where the folder holds another run, or another process has it."""
@@ -106,6 +105,7 @@ class Out:
         if self.found:
             self._same_run(self.found[1], self.found[0])
         self.signals.__enter__()
+        self.watch = threading.Thread(target=self._watch, daemon=True)  # not sooner: it keeps the lock of a refused run
         if self.ranks.world_size > 1:
             self.watch.start()
         return self
