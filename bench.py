@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import LlamaConfig as HFLlamaConfig
 from transformers import LlamaForCausalLM
 
+import prune
 from configurator import UserError, command
 from data.loader import DomainLoader
 from data.shards import write_meta, write_shard
@@ -33,21 +34,10 @@ from hf import to_hugging_face
 from kernels import ops as kernel_ops
 from kernels.cases import DISTILL, Case, Shapes, call, cases
 from kernels.machine_code import LLAMA_1B, LLAMA_7B
-from kernels.ops import ops
 from kernels.pack import _pack_kernel
 from model import BlockUnits, Llama, LlamaConfig, Subnetwork, Units
 from plan import LiveBytes
-from prune import (
-    LOG_ALPHA_RANGE,
-    PAD,
-    Masks,
-    SampledMasks,
-    backward_to_masks,
-    extract,
-    probability_pruned,
-    subnetwork,
-    target_config,
-)
+from prune import LOG_ALPHA_RANGE, PAD, SampledMasks, backward_to_masks, extract, subnetwork, target_config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DEMO = LlamaConfig(4096, 192, 512, 6, n_heads=6, n_kv_heads=3, head_dim=32)  # small enough for two CPU cores
@@ -64,9 +54,7 @@ FLUSH = 2**30  # bytes written before a measurement on a GPU: more than any L2 c
 
 @dataclass(frozen=True)
 class Config:
-    only: tuple[
-        str, ...
-    ] = ()  # of pruning,distilling,transformers,host,loader,mix,kernels; empty: all, kernels on a GPU
+    only: tuple[str, ...] = ()  # pruning,distilling,transformers,host,loader,mix,kernels (on a GPU); empty: all
     rounds: int = 15  # measurements of everything
 
 
@@ -133,15 +121,14 @@ def masked_dense(z: dict[str, Tensor], c: LlamaConfig) -> Subnetwork:
         return replace(units, rows=None, cols=None, fill=fill) if isinstance(units, Units) else units
 
     blocks = [BlockUnits(**{name: all_of(units) for name, units in vars(block).items()}) for block in s.blocks]
-    outside = {name: all_of(getattr(s, name)) for name in ("embed_tokens", "norm", "lm_head")}
-    return replace(s, blocks=blocks, **outside)
+    return replace(s, blocks=blocks, **{name: all_of(getattr(s, name)) for name in ("embed_tokens", "norm", "lm_head")})
 
 
-def settled_masks(source: LlamaConfig, target: LlamaConfig) -> Masks:
+def settled_masks(source: LlamaConfig, target: LlamaConfig) -> SampledMasks:
     """Sampled masks as they are once the sparsity is at its target: logits at both ends, the expected one right."""
     masks = SampledMasks(source, target, seed=0)
     generator = torch.Generator().manual_seed(0)
-    p_low, p_high = probability_pruned(torch.tensor(LOG_ALPHA_RANGE)).tolist()
+    p_low, p_high = prune.probability_pruned(torch.tensor(LOG_ALPHA_RANGE)).tolist()
     with torch.no_grad():
         for mask, a in masks.log_alpha.items():
             share = (masks.target_sparsity()[mask] - p_high) / (p_low - p_high)
@@ -150,7 +137,7 @@ def settled_masks(source: LlamaConfig, target: LlamaConfig) -> Masks:
     return masks
 
 
-def training_step(model, tokens: Tensor, forward: Callable, masks: Masks | None = None) -> Callable[[], None]:
+def training_step(model, tokens: Tensor, forward: Callable, masks: SampledMasks | None = None) -> Callable[[], None]:
     """One optimizer step; forward(tokens, targets) returns the objective and the Subnetwork, if any."""
     parameters = list(model.parameters())
     optimizers = [torch.optim.AdamW(parameters, 1e-4, weight_decay=0.0, fused=True)]
@@ -253,7 +240,7 @@ def host(rounds: int, blocks: int = 32) -> Iterator[tuple]:
     """
     source = LlamaConfig(512, 64, 192, blocks, n_heads=8, n_kv_heads=8, head_dim=8)
     target = target_config(source, hidden_size=32, intermediate_size=96, n_heads=4, n_layers=3 * blocks // 4)
-    masks, model, tokens, before = settled_masks(source, target), Llama(source), torch.arange(17)[None], dict(vars(ops))
+    masks, model, tokens = settled_masks(source, target), Llama(source), torch.arange(17)[None]
     model.init_weights(0)
     model.checkpoint_activations = True
     for p in model.parameters():
@@ -268,10 +255,11 @@ def host(rounds: int, blocks: int = 32) -> Iterator[tuple]:
         "forward": lambda: now.update(loss=model(tokens[:, :-1], tokens[:, 1:], now["s"])),
         "backward": backward,
     }
+    before = dict(vars(kernel_ops.ops))
     kernel_ops.plan("auto")
     with patch.object(type(_pack_kernel), "__getitem__", lambda kernel, grid: lambda *args, **options: None):
         found = in_turns(ways, rounds, cpu_s)
-    vars(ops).update(before)
+    vars(kernel_ops.ops).update(before)
     for name, s in found.items():
         yield f"host time of a micro-step, launches stubbed, {name}, ms", [1e3 * t for t in s]
 
@@ -384,7 +372,7 @@ def kernels(rounds: int, *shape, compiler: str = "inductor", n: int = 8192, size
 
 
 BENCHES = {"pruning": pruning, "distilling": distilling, "transformers": transformers, "host": host}
-BENCHES |= {"loader": loader, "mix": mix} | {"kernels": kernels} if DEVICE == "cuda" else {}
+BENCHES |= {"loader": loader, "mix": mix} | ({"kernels": kernels} if DEVICE == "cuda" else {})
 
 
 def main(cfg: Config) -> None:
