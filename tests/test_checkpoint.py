@@ -37,7 +37,7 @@ def saved(out_dir, *steps, keep=9):
     checkpoints = Checkpoints(out_dir, keep)
     for step in steps:
         checkpoints.save(step, {"step": step}, TENSORS)
-    return checkpoints.finished()[0]
+    return checkpoints.finished()
 
 
 def steps_in(out_dir):
@@ -89,7 +89,7 @@ def test_a_weight_that_changes_right_after_a_save_does_not_reach_the_checkpoint(
         checkpoints.save(step, {"step": step}, {"w": weight})
         weight += 1
         changed.set()
-        assert checkpoints.finished(wait=True)[0].error == ""
+        assert checkpoints.finished().error == ""
     loaded = [torch.zeros(2, 3), torch.zeros(2, 3)]
     for tensor, folder in zip(loaded, checkpoint.checkpoints(tmp_path), strict=True):
         checkpoint.load(folder, {"w": tensor})
