@@ -160,6 +160,13 @@ def average_over_ranks(grads: list[Tensor]) -> None:
         g.copy_(part.view_as(g))
 
 
+def sum_over_ranks(total: Tensor) -> None:
+    """In place, and to the last bit the same on every rank: the mix and shapes hang on it."""
+    if position()[1] > 1:
+        dist.all_reduce(total)
+        dist.broadcast(total, src=0)
+
+
 # ---- what the ranks say to each other, and to the user
 
 

@@ -23,13 +23,12 @@ from functools import cache
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from configurator import UserError
 from model import BlockUnits, Llama, LlamaConfig, Subnetwork, Units
-from parallel import let_go, position, whole
+from parallel import let_go, position, sum_over_ranks, whole
 
 GAMMA, ZETA, BETA = -0.1, 1.1, 2 / 3  # the stretch and the temperature of the hard concrete
 EDGE = BETA * math.log(-GAMMA / ZETA)  # the logit at which z, without noise, begins to be above 0
@@ -472,9 +471,7 @@ def scores(model: Llama, target: LlamaConfig, windows: np.ndarray, device: str) 
         model(tokens[:, :-1], tokens[:, 1:], everything).objective.backward()
         total += everything.z_gradient().double() ** 2 * (i < len(windows))
     model.requires_grad_(learns).checkpoint_activations = recompute
-    if n_ranks > 1:
-        dist.all_reduce(total)
-        dist.broadcast(total, src=0)  # to the last bit the same everywhere: shapes hang on it
+    sum_over_ranks(total)
     mean = total.cpu() / len(windows)
     if not mean.isfinite().all():
         raise UserError("scores: the loss of the calibration windows is not finite: look at the model and the data")

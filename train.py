@@ -33,7 +33,7 @@ from configurator import UserError
 from data.loader import DomainLoader
 from data.shards import read_json, read_meta, sha256
 from evaluate import check_device, evaluate
-from model import Llama, LlamaConfig
+from model import Llama, LlamaConfig, Subnetwork
 from out import ADAMW, Out, Progress
 from prune import MASKS, PAD, CountMasks, Masks, backward_to_masks, extract, scores, subnetwork
 
@@ -367,9 +367,8 @@ def eager(cfg: Config, ramp: float = 0.0) -> AbstractContextManager:
     return torch.compiler.set_stance("force_eager") if cfg.compile and ramp < 1.0 else nullcontext()
 
 
-def kept_by(masks: Masks | None, z: dict | None, device: str):
-    """The subnetwork of mask values z; None, the whole model, where nothing is pruned."""
-    return subnetwork(masks.source, z, device, PAD[device.partition(":")[0]]) if masks else None
+def kept_by(masks: Masks, z: dict[str, torch.Tensor], device: str) -> Subnetwork:
+    return subnetwork(masks.source, z, device, PAD[device.partition(":")[0]])
 
 
 def validation_loss(cfg: Config, model: Llama, val: DomainLoader, device: str, kept=None) -> np.ndarray:
@@ -386,13 +385,13 @@ def forward_backward(network, teacher, masks, train, batch, step: int, stop: boo
     """
     n_micro_batches, ramp = cfg.batch_size // cfg.micro_batch_size, sparsity_ramp(step, cfg)
     loss_N = torch.zeros(cfg.batch_size + 2, dtype=torch.float64, device=ranks.device)
-    loss_N[-1] = bool(stop)
+    loss_N[-1] = stop
     samples = []
     for i in range(ranks.rank, n_micro_batches, ranks.world_size):
         rows = slice(i * cfg.micro_batch_size, (i + 1) * cfg.micro_batch_size)
         tokens = prune.to_device(torch.from_numpy(train.read(batch[rows])), ranks.device).long()  # (B, T + 1)
         if not samples or (masks and masks.sampled):
-            samples.append(kept_by(masks, masks and masks.sample(cfg.seed, step, i, ramp), ranks.device))
+            samples.append(masks and kept_by(masks, masks.sample(cfg.seed, step, i, ramp), ranks.device))
         is_last = i + ranks.world_size >= n_micro_batches
         with parallel.accumulating(network, ranks, is_last), eager(cfg, ramp):
             with autocast(cfg, ranks.device):
@@ -449,7 +448,7 @@ def run(cfg: Config) -> dict:  # noqa: PLR0912, PLR0915 (the loop is read from t
             ramp = sparsity_ramp(s.step, cfg)
             if due(s.step, cfg.eval_interval, cfg):
                 start = time.perf_counter()
-                kept = kept_by(masks, masks and masks.deterministic(ramp), ranks.device)
+                kept = masks and kept_by(masks, masks.deterministic(ramp), ranks.device)
                 loss_M = validation_loss(cfg, model, val, ranks.device, kept)
                 evaluated, warnings = time.perf_counter(), []
                 if s.step:  # the mix of the next steps, for which the law may have to wait until the ramp is over
@@ -470,7 +469,7 @@ def run(cfg: Config) -> dict:  # noqa: PLR0912, PLR0915 (the loop is read from t
             start = time.perf_counter()
             batch = train.next_batch(s.step, mix.ratio_M, cfg.batch_size)
             loss_N, samples = forward_backward(
-                network, teacher, masks, train, batch, s.step, out.signals.asked, cfg, ranks
+                network, teacher, masks, train, batch, s.step, bool(out.signals.asked), cfg, ranks
             )
             grad_norm = optimizers.clip(samples, ramp)
             *loss_N, kl, stop = loss_N.tolist()
