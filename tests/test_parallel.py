@@ -24,9 +24,7 @@ from configurator import UserError
 from model import Llama, LlamaConfig
 
 ROOT = Path(__file__).parents[1]
-SHAPE = LlamaConfig(
-    vocab_size=64, hidden_size=16, intermediate_size=32, n_layers=2, n_heads=2, n_kv_heads=2, head_dim=8
-)
+SHAPE = LlamaConfig(64, 16, 32, n_layers=2, n_heads=2, n_kv_heads=2, head_dim=8)
 N_MICRO_BATCHES, ROUNDS = 4, 50
 torch.set_num_threads(1)
 
