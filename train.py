@@ -534,7 +534,7 @@ def prepare_kernels(cfg, ranks: parallel.Ranks, model: Llama, teacher: Llama | N
         models = dict(source=model.config, target=masks and masks.target, teacher=teacher and teacher.config)
         dtypes = dict(dtype=dtype, held=dtype if ranks.sharded else stored, stored=stored)
         tokens = cfg.micro_batch_size, cfg.seq_len
-        for line in kernels.ops.self_check(ranks.device, parallel.of_main, tokens=tokens, **models, **dtypes):
+        for line in kernels.ops.self_check(ranks.device, parallel.on_main, tokens=tokens, **models, **dtypes):
             out.log.say(line)
 
 

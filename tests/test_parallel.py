@@ -111,6 +111,7 @@ def said(ranks):
     parallel.average_over_ranks(mean)
     return {
         "exchange": parallel.exchange({"rank": ranks.rank, "text": "\u00e4" * 100 * ranks.rank}),
+        "of_main": parallel.on_main(lambda: [ranks.rank]),
         "on_main": problem_of(parallel.on_main, lambda: fail("the dog ate it")),
         "equal": problem_of(parallel.refuse_unequal, {"seed": 17}),
         "unequal": problem_of(parallel.refuse_unequal, {"seed": 17 + ranks.rank}),
@@ -219,7 +220,7 @@ def two(request, tmp_path_factory):
 def test_every_rank_hears_what_each_one_said(two):
     for rank in two[2]:
         assert rank["exchange"] == [{"rank": 0, "text": ""}, {"rank": 1, "text": "\u00e4" * 100}]
-        assert rank["mean"] == [[0.5, 0.5], [2.0]]
+        assert (rank["mean"], rank["of_main"]) == ([[0.5, 0.5], [2.0]], [0])
 
 
 def test_an_error_of_rank_0_and_a_difference_between_ranks_are_raised_on_all_of_them(two):
