@@ -11,7 +11,6 @@ beside what the device reached in a large matrix product and a large copy just b
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -40,6 +39,7 @@ from plan import LiveBytes
 from prune import LOG_ALPHA_RANGE, PAD, SampledMasks, backward_to_masks, extract, subnetwork, target_config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # of autocast, and of a teacher's weights
 DEMO = LlamaConfig(4096, 192, 512, 6, n_heads=6, n_kv_heads=3, head_dim=32)  # small enough for two CPU cores
 if DEVICE == "cuda":  # 2/32 of the vocabulary too: the LM head keeps the share of the time it has in the whole model
     PRUNING = replace(LLAMA_7B, vocab_size=2000, n_layers=2), replace(LLAMA_1B, vocab_size=2000, n_layers=2), 4, 4096
@@ -137,6 +137,10 @@ def settled_masks(source: LlamaConfig, target: LlamaConfig) -> SampledMasks:
     return masks
 
 
+def autocast() -> torch.autocast:
+    return torch.autocast(DEVICE, torch.bfloat16, enabled=DTYPE is torch.bfloat16)
+
+
 def training_step(model, tokens: Tensor, forward: Callable, masks: SampledMasks | None = None) -> Callable[[], None]:
     """One optimizer step; forward(tokens, targets) returns the objective and the Subnetwork, if any."""
     parameters = list(model.parameters())
@@ -147,7 +151,7 @@ def training_step(model, tokens: Tensor, forward: Callable, masks: SampledMasks 
         p.grad = torch.zeros_like(p)
 
     def step() -> None:
-        with torch.autocast(DEVICE, torch.bfloat16) if DEVICE == "cuda" else nullcontext():
+        with autocast():
             loss, sample = forward(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
         if masks:
@@ -195,7 +199,7 @@ def pruning(rounds: int, shape: tuple = PRUNING) -> Iterator[tuple]:
 def distilling(rounds: int, shape: tuple = DISTILLING) -> Iterator[tuple]:
     """A step of the small model, alone and under the source as its teacher, and the teacher's forward pass alone."""
     source, target, batch, length = shape
-    teacher = fresh(source).requires_grad_(False).to(torch.bfloat16 if DEVICE == "cuda" else torch.float32)
+    teacher = fresh(source).requires_grad_(False).to(DTYPE)
     tokens = torch.randint(0, source.vocab_size, (batch, length + 1), device=DEVICE)
 
     def step(taught: bool) -> Callable:
@@ -206,7 +210,11 @@ def distilling(rounds: int, shape: tuple = DISTILLING) -> Iterator[tuple]:
 
         return training_step(student, tokens, forward)
 
-    ways = {"plain": step(False), "teacher": lambda: teacher(tokens[:, :-1]), "distilled": step(True)}
+    def forward_pass() -> None:
+        with autocast():
+            teacher(tokens[:, :-1])
+
+    ways = {"plain": step(False), "teacher": forward_pass, "distilled": step(True)}
     s = in_turns(ways, 2 * rounds)
     both = [a + b for a, b in zip(s["plain"], s["teacher"], strict=True)]
     yield "distilled step / plain step and the teacher's forward (at most 1.1)", s["distilled"], both
