@@ -464,13 +464,15 @@ def scores(model: Llama, target: LlamaConfig, windows: np.ndarray, device: str) 
     z = {m: torch.ones(a.shape, requires_grad=True) for m, a in CountMasks(model.config, target).log_alpha.items()}
     everything, total = subnetwork(model.config, z, device), 0.0
     learns, recompute = model.norm.weight.requires_grad, model.checkpoint_activations
-    model.requires_grad_(False).checkpoint_activations = True
+    model.requires_grad_(False)
+    model.checkpoint_activations = True
     n_each = -(-len(windows) // n_ranks)  # as many on every rank: they gather a sharded model together
     for i in tqdm(range(rank, n_each * n_ranks, n_ranks), "scores", unit="window", disable=None if rank == 0 else True):
         tokens = torch.from_numpy(windows[i % len(windows)]).to(device).long()[None]
         model(tokens[:, :-1], tokens[:, 1:], everything).objective.backward()
         total += everything.z_gradient().double() ** 2 * (i < len(windows))
-    model.requires_grad_(learns).checkpoint_activations = recompute
+    model.requires_grad_(learns)
+    model.checkpoint_activations = recompute
     sum_over_ranks(total)
     mean = total.cpu() / len(windows)
     if not mean.isfinite().all():
