@@ -19,7 +19,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, reduce
 
 import numpy as np
 import torch
@@ -387,26 +387,21 @@ def subnetwork(config: LlamaConfig, z: dict[str, Tensor], device: str = "cpu", m
 
     leaves: list[tuple[Tensor, Tensor]] = []  # what follows from z, and the leaf that stands for it in the model
 
+    @cache
+    def factor(mask: str, row: int, n: int) -> Tensor:
+        if (mask, row, 1) not in index:  # a mask of whole blocks: one number for all channels
+            return z_rows[mask][0][row]
+        z_U = z_rows[mask][row][index[mask, row, 1]]
+        return z_U.repeat_interleave(n) if n > 1 else z_U
+
     @cache  # every weight that is scaled alike shares one tensor
-    def scale(*factors: tuple[str, int, int]) -> Tensor | None:
-        if not factors:
+    def scale(*masks: tuple[str, int, int]) -> Tensor | None:
+        if not masks:
             return None
-        computed = product(*factors)
+        computed = reduce(torch.mul, [factor(*m) for m in masks])
+        computed = computed if computed.dim() else computed.repeat(config.hidden_size)
         leaves.append((computed, computed.detach().requires_grad_(computed.requires_grad)))
         return leaves[-1][1]
-
-    @cache
-    def product(*factors: tuple[str, int, int]) -> Tensor | None:
-        if not factors:
-            return None
-        (mask, row, n), others = factors[-1], product(*factors[:-1])
-        if (mask, row, 1) in index:
-            factor = z_rows[mask][row][index[mask, row, 1]]
-            factor = factor.repeat_interleave(n) if n > 1 else factor
-        else:  # a mask of whole blocks: one number for all channels
-            factor = z_rows[mask][0][row]
-            factor = factor.repeat(config.hidden_size) if others is None else factor
-        return factor if others is None else factor * others
 
     def units(weight: str, layer: int = 0) -> Units:
         here = {mask: MASK_TYPES[mask] for mask in z}
