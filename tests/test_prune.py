@@ -109,7 +109,7 @@ CORNERS = {
 }
 
 
-@pytest.mark.parametrize(("seed", "multiple"), [(5, 1), (6, 8), (7, 1)])
+@pytest.mark.parametrize(("seed", "multiple"), [(5, 1), (6, 8)])
 @pytest.mark.parametrize("corner", CORNERS)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_the_subnetwork_is_the_masked_model_loss_and_every_gradient(config, corner, seed, multiple):
