@@ -54,7 +54,7 @@ FLUSH = 2**30  # bytes written before a measurement on a GPU: more than any L2 c
 
 @dataclass(frozen=True)
 class Config:
-    only: tuple[str, ...] = ()  # pruning,distilling,transformers,host,loader,mix,kernels (on a GPU); empty: all
+    only: tuple[str, ...] = ()  # pruning,distilling,transformers,host,loader,mix,kernels; empty: all, kernels on a GPU
     rounds: int = 15  # measurements of everything
 
 
