@@ -20,23 +20,24 @@ SHAPES = {
 }
 LLAMA_3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA_3 |= {"original_max_position_embeddings": 64}  # all three ranges of frequency are there at head_dim 12
+LINEAR = {"rope_type": "linear", "factor": 4.0}
 FAMILIES = {  # transformers' name of the family, and settings of its own
     "llama": ("Llama", {}),
     "llama3 scaling": ("Llama", {"rope_scaling": LLAMA_3}),
-    "linear scaling": ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    "linear scaling": ("Llama", {"rope_scaling": LINEAR}),
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {}),
     "mistral": ("Mistral", {"sliding_window": 64}),
     "mistral without a window": ("Mistral", {"sliding_window": None}),
     "seed_oss": ("SeedOss", {}),
 }
+ADDED = "seed_oss", m.Family("SeedOssForCausalLM", qkv_bias=True)  # one row is all that a family needs
 V, D, L = 98, 48, 3
 
 
 @pytest.fixture(autouse=True)
 def a_family_added_from_outside(monkeypatch):
-    """One row is all that a family needs."""
-    monkeypatch.setitem(m.FAMILIES, "seed_oss", m.Family("SeedOssForCausalLM", qkv_bias=True))
+    monkeypatch.setitem(m.FAMILIES, *ADDED)
 
 
 def reference_model(family, shape="grouped", seed=0):
@@ -92,6 +93,10 @@ def greedy(ours, prompt, n):
     return found
 
 
+def greedy_in_transformers(theirs, prompt, n):
+    return theirs.generate(prompt, max_new_tokens=n, min_new_tokens=n, do_sample=False)[0, prompt.shape[1] :].tolist()
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_loss_gradients_and_greedy_text_are_those_of_transformers(family, shape, tmp_path):
@@ -111,8 +116,7 @@ def test_logits_loss_gradients_and_greedy_text_are_those_of_transformers(family,
     for name, p in ours.named_parameters():
         assert close(p.grad, theirs[name if name.startswith("lm_head") else f"model.{name}"].grad), name
 
-    text = reference.generate(x[:1, :9], max_new_tokens=24, min_new_tokens=24, do_sample=False)[0, 9:]
-    assert greedy(ours, x[:1, :9], 24) == text.tolist()
+    assert greedy(ours, x[:1, :9], 24) == greedy_in_transformers(reference, x[:1, :9], 24)
 
 
 def test_a_context_beyond_the_original_agrees_with_transformers(tmp_path):
