@@ -11,7 +11,6 @@ beside what the device reached in a large matrix product and a large copy just b
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor
 from transformers import LlamaConfig as HFLlamaConfig
 from transformers import LlamaForCausalLM
 
+import prune
 from configurator import UserError, command
 from data.loader import DomainLoader
 from data.shards import write_meta, write_shard
@@ -33,23 +33,13 @@ from hf import to_hugging_face
 from kernels import ops as kernel_ops
 from kernels.cases import DISTILL, Case, Shapes, call, cases
 from kernels.machine_code import LLAMA_1B, LLAMA_7B
-from kernels.ops import ops
 from kernels.pack import _pack_kernel
 from model import BlockUnits, Llama, LlamaConfig, Subnetwork, Units
 from plan import LiveBytes
-from prune import (
-    LOG_ALPHA_RANGE,
-    PAD,
-    Masks,
-    SampledMasks,
-    backward_to_masks,
-    extract,
-    probability_pruned,
-    subnetwork,
-    target_config,
-)
+from prune import LOG_ALPHA_RANGE, PAD, SampledMasks, backward_to_masks, extract, subnetwork, target_config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # of autocast, and of a teacher's weights
 DEMO = LlamaConfig(4096, 192, 512, 6, n_heads=6, n_kv_heads=3, head_dim=32)  # small enough for two CPU cores
 if DEVICE == "cuda":  # 2/32 of the vocabulary too: the LM head keeps the share of the time it has in the whole model
     PRUNING = replace(LLAMA_7B, vocab_size=2000, n_layers=2), replace(LLAMA_1B, vocab_size=2000, n_layers=2), 4, 4096
@@ -131,15 +121,14 @@ def masked_dense(z: dict[str, Tensor], c: LlamaConfig) -> Subnetwork:
         return replace(units, rows=None, cols=None, fill=fill) if isinstance(units, Units) else units
 
     blocks = [BlockUnits(**{name: all_of(units) for name, units in vars(block).items()}) for block in s.blocks]
-    outside = {name: all_of(getattr(s, name)) for name in ("embed_tokens", "norm", "lm_head")}
-    return replace(s, blocks=blocks, **outside)
+    return replace(s, blocks=blocks, **{name: all_of(getattr(s, name)) for name in ("embed_tokens", "norm", "lm_head")})
 
 
-def settled_masks(source: LlamaConfig, target: LlamaConfig) -> Masks:
+def settled_masks(source: LlamaConfig, target: LlamaConfig) -> SampledMasks:
     """Sampled masks as they are once the sparsity is at its target: logits at both ends, the expected one right."""
     masks = SampledMasks(source, target, seed=0)
     generator = torch.Generator().manual_seed(0)
-    p_low, p_high = probability_pruned(torch.tensor(LOG_ALPHA_RANGE)).tolist()
+    p_low, p_high = prune.probability_pruned(torch.tensor(LOG_ALPHA_RANGE)).tolist()
     with torch.no_grad():
         for mask, a in masks.log_alpha.items():
             share = (masks.target_sparsity()[mask] - p_high) / (p_low - p_high)
@@ -148,7 +137,11 @@ def settled_masks(source: LlamaConfig, target: LlamaConfig) -> Masks:
     return masks
 
 
-def training_step(model, tokens: Tensor, forward: Callable, masks: Masks | None = None) -> Callable[[], None]:
+def autocast() -> torch.autocast:
+    return torch.autocast(DEVICE, torch.bfloat16, enabled=DTYPE is torch.bfloat16)
+
+
+def training_step(model, tokens: Tensor, forward: Callable, masks: SampledMasks | None = None) -> Callable[[], None]:
     """One optimizer step; forward(tokens, targets) returns the objective and the Subnetwork, if any."""
     parameters = list(model.parameters())
     optimizers = [torch.optim.AdamW(parameters, 1e-4, weight_decay=0.0, fused=True)]
@@ -158,7 +151,7 @@ def training_step(model, tokens: Tensor, forward: Callable, masks: Masks | None 
         p.grad = torch.zeros_like(p)
 
     def step() -> None:
-        with torch.autocast(DEVICE, torch.bfloat16) if DEVICE == "cuda" else nullcontext():
+        with autocast():
             loss, sample = forward(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
         if masks:
@@ -206,7 +199,7 @@ def pruning(rounds: int, shape: tuple = PRUNING) -> Iterator[tuple]:
 def distilling(rounds: int, shape: tuple = DISTILLING) -> Iterator[tuple]:
     """A step of the small model, alone and under the source as its teacher, and the teacher's forward pass alone."""
     source, target, batch, length = shape
-    teacher = fresh(source).requires_grad_(False).to(torch.bfloat16 if DEVICE == "cuda" else torch.float32)
+    teacher = fresh(source).requires_grad_(False).to(DTYPE)
     tokens = torch.randint(0, source.vocab_size, (batch, length + 1), device=DEVICE)
 
     def step(taught: bool) -> Callable:
@@ -217,7 +210,11 @@ def distilling(rounds: int, shape: tuple = DISTILLING) -> Iterator[tuple]:
 
         return training_step(student, tokens, forward)
 
-    ways = {"plain": step(False), "teacher": lambda: teacher(tokens[:, :-1]), "distilled": step(True)}
+    def forward_pass() -> None:
+        with autocast():
+            teacher(tokens[:, :-1])
+
+    ways = {"plain": step(False), "teacher": forward_pass, "distilled": step(True)}
     s = in_turns(ways, 2 * rounds)
     both = [a + b for a, b in zip(s["plain"], s["teacher"], strict=True)]
     yield "distilled step / plain step and the teacher's forward (at most 1.1)", s["distilled"], both
@@ -251,7 +248,7 @@ def host(rounds: int, blocks: int = 32) -> Iterator[tuple]:
     """
     source = LlamaConfig(512, 64, 192, blocks, n_heads=8, n_kv_heads=8, head_dim=8)
     target = target_config(source, hidden_size=32, intermediate_size=96, n_heads=4, n_layers=3 * blocks // 4)
-    masks, model, tokens, before = settled_masks(source, target), Llama(source), torch.arange(17)[None], dict(vars(ops))
+    masks, model, tokens = settled_masks(source, target), Llama(source), torch.arange(17)[None]
     model.init_weights(0)
     model.checkpoint_activations = True
     for p in model.parameters():
@@ -266,10 +263,11 @@ def host(rounds: int, blocks: int = 32) -> Iterator[tuple]:
         "forward": lambda: now.update(loss=model(tokens[:, :-1], tokens[:, 1:], now["s"])),
         "backward": backward,
     }
+    before = dict(vars(kernel_ops.ops))
     kernel_ops.plan("auto")
     with patch.object(type(_pack_kernel), "__getitem__", lambda kernel, grid: lambda *args, **options: None):
         found = in_turns(ways, rounds, cpu_s)
-    vars(ops).update(before)
+    vars(kernel_ops.ops).update(before)
     for name, s in found.items():
         yield f"host time of a micro-step, launches stubbed, {name}, ms", [1e3 * t for t in s]
 
@@ -375,14 +373,14 @@ def kernels(rounds: int, *shape, compiler: str = "inductor", n: int = 8192, size
         for direction, upstream in [("forward", []), *([("both", gradients)] if gradients else [])]:
             name = f"{case.fused.__name__}, {case.where}, {direction}"
             s = in_turns({way: partial(run, *w, case.dtype, upstream) for way, w in ways.items()}, rounds, device_s)
-            for way in ways.keys() - {"ours"}:
+            for way in list(ways)[1:]:
                 yield f"{name}, {way} / ours", s[way], s["ours"]
             if direction == "forward" and case.op in ("rms_norm", "rope", "swiglu"):  # their bytes are all they cost
                 yield f"{name}, GB/s", [1e-9 * nbytes / t for t in s["ours"]]
 
 
 BENCHES = {"pruning": pruning, "distilling": distilling, "transformers": transformers, "host": host}
-BENCHES |= {"loader": loader, "mix": mix} | {"kernels": kernels} if DEVICE == "cuda" else {}
+BENCHES |= {"loader": loader, "mix": mix} | ({"kernels": kernels} if DEVICE == "cuda" else {})
 
 
 def main(cfg: Config) -> None:

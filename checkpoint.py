@@ -139,12 +139,10 @@ class Checkpoints:
         if not self.group:
             self.writing.result()
 
-    def finished(self, wait: bool = False) -> list[Saved]:
-        """The checkpoint whose writing has ended since the last call, if one has."""
-        if self.writing is None or not (wait or self.writing.done()):
-            return []
-        saved, self.writing = self.writing.result(), None
-        return [saved]
+    def finished(self) -> Saved | None:
+        """Waits until the last checkpoint is written. None where there was none since the last call."""
+        saved, self.writing = self.writing and self.writing.result(), None
+        return saved
 
     def _finish(self, step: int, start: float, tmp: Path, state: dict, write: Callable[[], object]) -> Saved:
         n_bytes, problem = 0, ""

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 import checkpoint
 import configurator
@@ -24,6 +23,7 @@ from configurator import UserError
 from data.loader import DomainLoader
 from data.shards import read_meta
 from model import Llama, LlamaConfig
+from parallel import position, sum_over_ranks
 from prune import MASKS, extract
 
 
@@ -34,7 +34,7 @@ def evaluate(model, val: DomainLoader, n_sequences: int, batch_size: int, device
     The windows are the same on every call. With torch.distributed running, ranks share the work and all of them
     return the numbers of rank 0.
     """
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world_size = position()
     loss_sum_M = torch.zeros(len(val.domains), dtype=torch.float64, device=device)
     batches = [val.fixed_batch(m, n_sequences) for m in range(len(val.domains))]
     for m, rows in enumerate(batches):
@@ -44,9 +44,7 @@ def evaluate(model, val: DomainLoader, n_sequences: int, batch_size: int, device
             tokens = torch.from_numpy(val.read(rows[part % len(rows)])).to(device).long()
             loss_B = model(tokens[:, :-1], tokens[:, 1:], subnetwork).cross_entropy.double().sum(dim=1)
             loss_sum_M[m] += (loss_B * torch.from_numpy(part < len(rows)).to(device)).sum()
-    if world_size > 1:
-        dist.all_reduce(loss_sum_M)
-        dist.broadcast(loss_sum_M, src=0)  # to the last bit the same everywhere: the mix hangs on it
+    sum_over_ranks(loss_sum_M)
     return loss_sum_M.cpu().numpy() / np.array([len(rows) * val.seq_len for rows in batches])
 
 

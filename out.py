@@ -96,7 +96,6 @@ class Out:
         self.log = Log(self.folder / "metrics.jsonl", ranks.is_main)
         self.lock, self.signals, self.bar = Lock(self.folder), StopSignals(), None
         self.progress, self.over = Progress(np.zeros(0)), threading.Event()
-        self.watch = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> "Out":
         """Raises UserError where the folder holds another run, or another process has it."""
@@ -106,6 +105,7 @@ class Out:
         if self.found:
             self._same_run(self.found[1], self.found[0])
         self.signals.__enter__()
+        self.watch = threading.Thread(target=self._watch, daemon=True)  # not sooner: it keeps the lock of a refused run
         if self.ranks.world_size > 1:
             self.watch.start()
         return self
@@ -121,10 +121,6 @@ class Out:
             self.bar.close()
         self.log.close()
         self.lock.close()
-
-    @property
-    def stop_asked(self) -> bool:
-        return bool(self.signals.asked)
 
     def _place(self, stack: traceback.StackSummary) -> str:
         at = [frame for frame in stack if frame.filename.endswith("train.py")][-1]
@@ -169,10 +165,8 @@ class Out:
             if name in MAY_CHANGE_ON_RESUME or settings[name] == value:
                 continue
             if os.path.realpath(str(settings[name])) != os.path.realpath(str(value)):  # a folder in other words
-                raise UserError(
-                    f"{where}: was written with {name} = {settings[name]!r}, this run has {value!r}: "
-                    "give the same, or choose another out_dir"
-                )
+                differs = f"was written with {name} = {settings[name]!r}, this run has {value!r}"
+                raise UserError(f"{where}: {differs}: give the same, or choose another out_dir")
         if saved["data"] != self.identity["data"]:
             raise UserError(f"{where}: {self.cfg.data} was prepared anew since: put it back or choose another out_dir")
 
@@ -199,28 +193,26 @@ class Out:
         for folder, problem in self.broken.items():
             self.log.warn(progress.step, f"the checkpoint {folder} is skipped: {problem}")
         hidden = None if self.ranks.is_main else True  # None: where the output is no terminal
-        stage, n, step = self.cfg.stage, self.cfg.max_steps, progress.step
-        self.bar = tqdm(total=n, initial=step, disable=hidden, desc=stage, unit="step")
+        total, initial = self.cfg.max_steps, progress.step
+        self.bar = tqdm(total=total, initial=initial, disable=hidden, desc=self.cfg.stage, unit="step")
         self.found = None
 
     # ---- the log
 
-    def log_eval(self, progress: Progress, loss_M: np.ndarray, warnings: list[str], seconds: dict, more: dict) -> dict:
+    def log_eval(self, loss_M: np.ndarray, warnings: list[str], seconds: dict, more: dict) -> dict:
         """The record of an evaluation, and one line of it. seconds: eval_s, mix_s. more: what the stage adds."""
-        mix, step = self.mix, progress.step
+        mix, step, tokens_M = self.mix, self.progress.step, self.progress.tokens_M
         for text in warnings:
             self.log.warn(step, text, now=False)
         worst = int(np.nanargmax(loss_M)) if np.isfinite(loss_M).any() else 0
         self.log.say(f"step {step}: mean {loss_M.mean():.4f}, worst {mix.domains[worst]} {loss_M[worst]:.4f}")
-        record = {"kind": "eval", "step": step, "val_loss": loss_M, "tokens": progress.tokens_M, "ratio": mix.ratio_M}
+        record = {"kind": "eval", "step": step, "val_loss": loss_M, "tokens": tokens_M, "ratio": mix.ratio_M}
         record |= {"reference_ratio": mix.reference_ratio_M, "reference_loss": mix.reference_loss_M}
         return self.log.record({**record, **more, **seconds, "memory_bytes": memory_bytes(self.ranks.device)})
 
-    def log_train(
-        self, progress: Progress, loss_sum_M: np.ndarray, count_M: np.ndarray, step_s: float, more: dict
-    ) -> None:
+    def log_train(self, loss_sum_M: np.ndarray, count_M: np.ndarray, step_s: float, more: dict) -> None:
         """loss_sum_M: summed over the tokens of each domain; count_M: those tokens, none where the step was skipped."""
-        begun_M, self.begun_M = self.begun_M, self.loader.begun_M
+        progress, begun_M, self.begun_M = self.progress, self.begun_M, self.loader.begun_M
         for m in np.flatnonzero(np.frexp(np.maximum(begun_M, 1))[1] < np.frexp(self.begun_M)[1]):  # the 2nd, 4th, ...
             again = f"the same {self.loader.size_M[m]} sequences in a new order"
             self.log.warn(progress.step, f"domain {self.mix.domains[m]} begins its epoch {self.begun_M[m]}, {again}")
@@ -235,7 +227,7 @@ class Out:
 
     def log_extracted(self, last: dict, loss_M: np.ndarray, masks) -> dict:
         """last: the record of the last evaluation, which was masked. loss_M: that of the extracted model."""
-        for mask, sparsity in masks.expected_sparsity().items():  # by count, it is exact
+        for mask, sparsity in masks.expected_sparsity().items() if masks.sampled else ():  # by count, it is exact
             gap = (sparsity - masks.target_sparsity()[mask]).abs().max().item()
             if gap > SPARSITY_GAP:
                 advice = "more max_steps, a shorter sparsity_warmup or a higher mask_lr bring it there"
@@ -247,8 +239,9 @@ class Out:
         extracted = {"kind": "extracted", "val_loss": loss_M, "masked_val_loss": last["val_loss"]}
         return self.log.record({**last, **extracted})
 
-    def skip(self, progress: Progress, loss_N: np.ndarray, batch) -> None:
+    def skip(self, loss_N: np.ndarray, batch) -> None:
         """Count a step without a finite loss and gradient. Raises UserError after SKIPPED_AT_MOST of them in a row."""
+        progress = self.progress
         progress.skipped, progress.skipped_in_a_row = progress.skipped + 1, progress.skipped_in_a_row + 1
         bad_N = np.flatnonzero(~np.isfinite(loss_N))
         n = bad_N[0] if len(bad_N) else np.argmax(loss_N)
@@ -256,39 +249,36 @@ class Out:
         why += f" on domain {self.mix.domains[batch.domain_N[n]]}, {self.loader.file_of(batch, n)}"
         self.log.warn(progress.step, f"the step was skipped, {why}")
         if progress.skipped_in_a_row == SKIPPED_AT_MOST:
-            raise UserError(
-                f"step {progress.step}: {SKIPPED_AT_MOST} steps in a row were skipped, at last since {why}: "
-                "look at the data, or start with a lower lr in another out_dir"
-            )
+            said = f"step {progress.step}: {SKIPPED_AT_MOST} steps in a row were skipped, at last since {why}"
+            raise UserError(f"{said}: look at the data, or start with a lower lr in another out_dir")
 
     # ---- checkpoints and the model
 
-    def save(self, progress: Progress) -> None:
-        self.wait_for_save(progress.step)
-        if not (self.ranks.is_main or self.ranks.sharded):
-            return
-        state = {**self.identity, **self.shapes, "step": progress.step, "mix": self.mix.state_dict()}
-        state |= {"progress": {**vars(progress), "tokens_M": progress.tokens_M.tolist()}}
-        state |= {"loader": self.loader.state_dict()}
-        self.checkpoints.save(progress.step, state, checkpoint.tensors(self.learned, self.optimizers))
+    def save(self) -> None:
+        self.wait_for_save()
+        if self.ranks.is_main or self.ranks.sharded:
+            step, progress = self.progress.step, {**vars(self.progress), "tokens_M": self.progress.tokens_M.tolist()}
+            state = {**self.identity, **self.shapes, "step": step, "progress": progress}
+            state |= {"mix": self.mix.state_dict(), "loader": self.loader.state_dict()}
+            self.checkpoints.save(step, state, checkpoint.tensors(self.learned, self.optimizers))
 
-    def stop(self, progress: Progress) -> None:
+    def stop(self) -> None:
         """Raises Stopped when the checkpoint of this step is whole, else UserError."""
-        step, last = progress.step, self.cfg.max_steps
-        if problem := self.wait_for_save(step):
+        step, last = self.progress.step, self.cfg.max_steps
+        if problem := self.wait_for_save():
             raise UserError(f"asked to stop at step {step}, and could not save it: {problem}")
         raise Stopped(f"stopped at step {step} of {last}, which is saved: the same command with --resume goes on")
 
-    def wait_for_save(self, step: int) -> str:
+    def wait_for_save(self) -> str:
         """What went wrong with the last checkpoint; empty where nothing did."""
-        problem = ""
-        for saved in self.checkpoints.finished(wait=True):
-            if problem := saved.error:
-                self.log.warn(step, f"the checkpoint of step {saved.step} was not written: {problem}")
-            else:
-                record = {"kind": "save", "step": saved.step, "save_s": saved.seconds, "bytes": saved.n_bytes}
-                self.log.record(record)
-        return problem
+        saved = self.checkpoints.finished()
+        if not saved:
+            return ""
+        if saved.error:
+            self.log.warn(self.progress.step, f"the checkpoint of step {saved.step} was not written: {saved.error}")
+        else:
+            self.log.record({"kind": "save", "step": saved.step, "save_s": saved.seconds, "bytes": saved.n_bytes})
+        return saved.error
 
     def write_model(self, model, moments: dict, steps: int) -> None:
         """The main rank writes out_dir/model, with the tokenizer of init_from or of the data set.

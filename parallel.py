@@ -160,6 +160,13 @@ def average_over_ranks(grads: list[Tensor]) -> None:
         g.copy_(part.view_as(g))
 
 
+def sum_over_ranks(total: Tensor) -> None:
+    """In place, and to the last bit the same on every rank: the mix and shapes hang on it."""
+    if position()[1] > 1:
+        dist.all_reduce(total)
+        dist.broadcast(total, src=0)
+
+
 # ---- what the ranks say to each other, and to the user
 
 
@@ -176,21 +183,18 @@ def exchange(value: object) -> list:
     return [json.loads(t.numpy().tobytes()) for t in texts]
 
 
-def of_main(action: Callable[[], object]) -> object:
-    """What it returns on rank 0, on every rank."""
-    return exchange(action() if position()[0] == 0 else None)[0]
-
-
-def on_main(action: Callable[[], object]) -> None:
-    """Call it on rank 0; a UserError there is raised on every rank."""
-    problem = ""
+def on_main(action: Callable[[], object]) -> object:
+    """Call it on rank 0; what it returns (JSON takes it) or the UserError that it raises is every rank's."""
+    value, problem = None, ""
     if position()[0] == 0:
         try:
-            action()
+            value = action()
         except UserError as error:
             problem = str(error)
-    if problem := exchange(problem)[0]:
+    value, problem = exchange([value, problem])[0]
+    if problem:
         raise UserError(problem)
+    return value
 
 
 def versions() -> dict[str, str]:

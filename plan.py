@@ -8,7 +8,6 @@ a GPU does them, and all else that takes time, is assumed and not measured.
 
 import weakref
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -91,15 +90,12 @@ def pass_bytes(
         model.checkpoint_activations = recompute
         for p in model.parameters() if learns else ():
             p.grad = torch.empty_like(p)
-        there = [*model.parameters()]
-        if teacher:
-            taught_by = held_in(dtype, teacher)
-            there += taught_by.parameters()
-        there += [p.grad for p in there if p.grad is not None]
-        with LiveBytes(there) as live:
+        taught_by = held_in(dtype, teacher) if teacher else None
+        there = [*model.parameters(), *(taught_by.parameters() if teacher else ())]
+        with LiveBytes(there + [p.grad for p in there if p.grad is not None]) as live:
             tokens = torch.empty((batch, cfg.seq_len + 1), dtype=torch.int64)
-            with torch.autocast("cpu", dtype) if dtype != torch.float32 else nullcontext():
-                lesson = taught_by.teach(tokens[:, :-1], cfg.distill) if teacher else None
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                lesson = taught_by and taught_by.teach(tokens[:, :-1], cfg.distill)
                 loss = model(tokens[:, :-1], tokens[:, 1:], kept, teacher=lesson)
             loss.objective.backward()
     vars(ops.ops).update(before)
@@ -179,9 +175,9 @@ def state_of(cfg, source: LlamaConfig) -> dict[str, float]:
 
 def plan(cfg, source: LlamaConfig, target: LlamaConfig | None) -> str:
     """The lines that --plan prints. cfg: train.Config. Raises UserError."""
-    micro_batches, rest = divmod(cfg.batch_size // cfg.micro_batch_size, cfg.gpus)
-    if rest:
-        raise UserError(f"{cfg.gpus} gpus cannot share {micro_batches * cfg.gpus + rest} micro-batches a step evenly")
+    micro_batches = cfg.batch_size // cfg.micro_batch_size
+    if micro_batches % cfg.gpus:
+        raise UserError(f"{cfg.gpus} gpus cannot share {micro_batches} micro-batches a step evenly")
     shapes = {"source": source} | ({"target": target} if target else {})
     with torch.device("meta"):
         lines = [f"{name}: {Llama(shape).n_parameters():,} parameters" for name, shape in shapes.items()]
@@ -195,16 +191,16 @@ def plan(cfg, source: LlamaConfig, target: LlamaConfig | None) -> str:
     memory = state_of(cfg, source) | {"activations": activations[cfg.micro_batch_size]}
     lines += [f"  {kind:30} {n / GIB:8.3f}" for kind, n in memory.items()]
     room = 0.95 * cfg.gpu_memory * GIB
-    verdict = "fits" if sums[cfg.micro_batch_size] < room else "DOES NOT FIT"
-    total = f"  {'sum':30} {sums[cfg.micro_batch_size] / GIB:8.3f}"
-    lines.append(f"{total}   {verdict} into {cfg.gpu_memory:g} GiB (5 % kept for the allocator)")
+    needed = sums[cfg.micro_batch_size]
+    verdict = f"{'fits' if needed < room else 'DOES NOT FIT'} into {cfg.gpu_memory:g} GiB"
+    lines.append(f"  {'sum':30} {needed / GIB:8.3f}   {verdict} (5 % kept for the allocator)")
     if len(sums) > 1:
         what = ", masks a step sees: published, by count" if target else ""
         lines.append(f"micro_batch_size, activations, sum{what}")
         seen = {m: f" {cfg.batch_size // m:8} {1:8}" if target else "" for m in sums}
         lines += [f"  {m:8} {activations[m] / GIB:8.3f} {total / GIB:8.3f}{seen[m]}" for m, total in sums.items()]
-    lines += hours(cfg, source, target, micro_batches)
-    if verdict != "fits":
+    lines += hours(cfg, source, target)
+    if needed >= room:
         lines.append(ways_out(cfg, source, scores, memory["activations"], sums, room))
     return "\n".join(lines)
 
@@ -224,18 +220,17 @@ def ways_out(cfg, source: LlamaConfig, scores: int, activations: int, sums: dict
     return "what fits: " + ("; or ".join(ways) or "nothing was found: try checkpoint_activations or a shorter seq_len")
 
 
-def step_ms(cfg, source: LlamaConfig, flops: float, micro_batches: int) -> dict[str, tuple[float, str]]:
+def step_ms(cfg, source: LlamaConfig, flops: float) -> dict[str, tuple[float, str]]:
     """Milliseconds of a step, and what they are assumed for. flops: of all GPUs together."""
     model, *teacher = models_of(cfg, source).values()
-    P, n, computed_in = model.n_parameters(), sharers(cfg), getattr(torch, cfg.dtype).itemsize
+    P, n, micro_batches = model.n_parameters(), sharers(cfg), micro_batches_of(cfg)
+    itemsize = getattr(torch, cfg.dtype).itemsize
     within, between = (NVLINK if gpus <= NODE else NETWORK for gpus in (n, cfg.gpus))
     copies, s, sent = cfg.gpus // n, 0.0, []
     if n > 1:
         passes = 1 if micro_batches > 1 else 2  # that gather: the first of a step; or forward and backward
-        gathered, lesson = (
-            passes * computed_in * P,
-            sum(computed_in * t.n_parameters() * micro_batches for t in teacher),
-        )
+        gathered = passes * itemsize * P
+        lesson = sum(itemsize * t.n_parameters() * micro_batches for t in teacher)
         s = (gathered + 4 * P + lesson) * (n - 1) / n / within
         sent = [f"gathers {gathered / 1e9:.1f} GB", f"sums up {4 * P / 1e9:.1f} GB"]
         sent += [f"the teacher's {lesson / 1e9:.1f} GB"] if teacher else []
@@ -253,27 +248,27 @@ def step_ms(cfg, source: LlamaConfig, flops: float, micro_batches: int) -> dict[
     }
 
 
-def hours(cfg, source: LlamaConfig, target: LlamaConfig | None, micro_batches: int) -> list[str]:
+def hours(cfg, source: LlamaConfig, target: LlamaConfig | None) -> list[str]:
     tokens, masks = cfg.batch_size * cfg.seq_len, target and MASKS[cfg.masks](source, target, seed=0)
-    recompute, teacher = cfg.checkpoint_activations, teacher_config(cfg, source)
-    lines, seconds = [], 0.0
+    teacher, lines, seconds = teacher_config(cfg, source), [], 0.0
     if target and cfg.masks == "count":
         flops = cfg.calibration * cfg.seq_len * flops_per_token(source, {}, cfg.seq_len, recompute=True)
         seconds = flops / (cfg.gpus * TFLOPS * 1e12 * MFU)
         lines.append(f"scores: {cfg.calibration} windows, {seconds:.0f} s")
-    if cfg.max_steps:
-        dense, mean = flops_per_token(source, {}, cfg.seq_len, recompute), 0.0
-        for step in range(cfg.max_steps):
+    if n := cfg.max_steps:
+        recompute, mean = cfg.checkpoint_activations, 0.0
+        dense = flops_per_token(source, {}, cfg.seq_len, recompute)
+        for step in range(n):
             ramp = min(1.0, step / cfg.sparsity_warmup) if cfg.sparsity_warmup else 1.0
             kept = {mask: 1 - share for mask, share in masks.target_sparsity(ramp).items()} if masks else {}
-            mean += flops_per_token(source, kept, cfg.seq_len, recompute) / cfg.max_steps
+            mean += flops_per_token(source, kept, cfg.seq_len, recompute) / n
         taught = sum(forward_flops(teacher, {}, cfg.seq_len)) if teacher else 0.0
-        terms = step_ms(cfg, source, tokens * (mean + taught), micro_batches)
-        (compute, _), (sent, _), (host, _), (optimizer, _) = terms.values()
-        step = max(compute, sent, host) + optimizer
-        seconds += cfg.max_steps * step / 1e3
+        terms = step_ms(cfg, source, tokens * (mean + taught))
+        *side_by_side, optimizer = (ms for ms, _ in terms.values())
+        step = max(side_by_side) + optimizer
+        seconds += n * step / 1e3
         lines += [
-            f"tokens: {cfg.max_steps * tokens:,} in {cfg.max_steps:,} steps of {micro_batches} micro-batches a GPU",
+            f"tokens: {n * tokens:,} in {n:,} steps of {micro_batches_of(cfg)} micro-batches a GPU",
             f"FLOPs a token, mean of the stage: {mean:.3e}; every unit computed: {dense:.3e} ({mean / dense:.0%})",
             *([f"FLOPs a token of the teacher: {taught:.3e}"] if teacher else []),
             f"a step: {step:.0f} ms, assumed, not measured: the longest of the first three, side by side, and the last",

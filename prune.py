@@ -19,17 +19,16 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, reduce
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from configurator import UserError
 from model import BlockUnits, Llama, LlamaConfig, Subnetwork, Units
-from parallel import let_go, position, whole
+from parallel import let_go, position, sum_over_ranks, whole
 
 GAMMA, ZETA, BETA = -0.1, 1.1, 2 / 3  # the stretch and the temperature of the hard concrete
 EDGE = BETA * math.log(-GAMMA / ZETA)  # the logit at which z, without noise, begins to be above 0
@@ -92,21 +91,18 @@ def deterministic(log_alpha_RU: Tensor, keep_R: list[int]) -> Tensor:
     return z
 
 
-def target_config(
-    source: LlamaConfig, *, hidden_size: int, intermediate_size: int, n_layers: int, n_heads: int
-) -> LlamaConfig:
-    """The source with these sizes. Raises UserError naming both numbers where the source cannot give one."""
-    sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size}
-    sizes |= {"n_layers": n_layers, "n_heads": n_heads}
+def target_config(source: LlamaConfig, **sizes: int) -> LlamaConfig:
+    """The source with these sizes: hidden_size, intermediate_size, n_layers, n_heads.
+
+    Raises UserError naming both numbers where the source cannot give one.
+    """
     for name, size in sizes.items():
         if not 1 <= size <= getattr(source, name):
             raise UserError(f"target {name} = {size}: must be from 1 to the source's {getattr(source, name)}")
-    group = source.n_heads // source.n_kv_heads
+    n_heads, group = sizes["n_heads"], source.n_heads // source.n_kv_heads
     if n_heads % group:
-        raise UserError(
-            f"target n_heads = {n_heads}: the source has {source.n_heads} query heads in groups of {group} that share "
-            f"a key/value head, and only whole groups can be kept: choose a multiple of {group}"
-        )
+        whole_groups = f"{group} query heads of the source share a key/value head, and only whole groups can be kept"
+        raise UserError(f"target n_heads = {n_heads}: {whole_groups}: choose a multiple of {group}")
     return replace(source, **sizes, n_kv_heads=n_heads // group)
 
 
@@ -125,17 +121,11 @@ class Masks(nn.Module):
                 shape = (source.n_layers if t.per_layer else 1, getattr(source, t.size))
                 self.log_alpha[mask] = nn.Parameter(torch.zeros(shape))
         if not self.log_alpha:
-            raise UserError(
-                "the target is as large as the source, there is nothing to prune: make one of its sizes smaller"
-            )
+            raise UserError("the target is as large as the source, nothing to prune: make one of its sizes smaller")
 
     def sizes(self) -> dict[str, int]:
         """How many units of a row the target has."""
         return {mask: getattr(self.target, MASK_TYPES[mask].size) for mask in self.log_alpha}
-
-    def multipliers(self) -> list[nn.Parameter]:
-        """What is learned beside the logits, by ascent."""
-        return []
 
     def after_step(self) -> None:
         """Call after every optimizer step."""
@@ -149,8 +139,8 @@ class Masks(nn.Module):
 
     def overall_target(self) -> float:
         """1 - prunable parameters of the target / prunable parameters."""
-        kept = {m: torch.full_like(a, 1 - self.target_sparsity()[m]) for m, a in self.log_alpha.items()}
-        return self._sparsity(kept)
+        t = self.target_sparsity()
+        return self._sparsity({m: torch.full_like(a, 1 - t[m]) for m, a in self.log_alpha.items()})
 
     def _sparsity(self, kept: Mapping[str, Tensor]) -> float:
         """1 - prunable parameters that are kept / prunable parameters. kept: the share of each unit, by mask type."""
@@ -228,12 +218,12 @@ class CountMasks(Masks):
         floor(x + o) with offsets o spread evenly over the rows: the sum over R rows is R x to the nearest whole number
         (Hermite's identity). Neighbouring layers have offsets far apart (multiples of the golden ratio).
         """
-        found = {}
+        keep = {}
         for mask, size in self.sizes().items():
             R, n = self.log_alpha[mask].shape
             turn_R = np.argsort(np.argsort(np.arange(R) * GOLDEN % 1))
-            found[mask] = np.floor(n - (n - size) * ramp + (turn_R + 0.5) / R).astype(int)
-        return found
+            keep[mask] = np.floor(n - (n - size) * ramp + (turn_R + 0.5) / R).astype(int)
+        return keep
 
     def sample(self, seed: int = 0, step: int = 0, micro_batch: int = 0, ramp: float = 1.0) -> dict[str, Tensor]:
         """z of every mask type: a function of the logits and the ramp, the same for all micro-batches of a step."""
@@ -244,10 +234,6 @@ class CountMasks(Masks):
     def deterministic(self, ramp: float = 1.0) -> dict[str, Tensor]:
         """The same z: what is trained is what is evaluated and extracted."""
         return self.sample(ramp=ramp)
-
-    def expected_sparsity(self, ramp: float = 1.0) -> dict[str, Tensor]:
-        """The share of each row that is pruned, (R,) for each mask type; exact."""
-        return {m: torch.from_numpy(1 - keep_R / self.log_alpha[m].shape[1]) for m, keep_R in self.counts(ramp).items()}
 
     def overall_sparsity(self, ramp: float = 1.0) -> float:
         """1 - prunable parameters that are kept / prunable parameters."""
@@ -282,12 +268,8 @@ class SampledMasks(Masks):
         generator = torch.Generator().manual_seed(seed)
         for a in self.log_alpha.values():
             a.data = 5.0 + 0.01 * torch.randn(a.shape, generator=generator)
-        self.lambda1 = nn.Parameter(torch.zeros(len(self.log_alpha)))
-        self.lambda2 = nn.Parameter(torch.zeros(len(self.log_alpha)))
+        self.lambda1, self.lambda2 = (nn.Parameter(torch.zeros(len(self.log_alpha))) for _ in range(2))
         self.after_step()
-
-    def multipliers(self) -> list[nn.Parameter]:
-        return [self.lambda1, self.lambda2]
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -312,24 +294,23 @@ class SampledMasks(Masks):
             keep = {mask: [round(n) for n in n_R.tolist()] for mask, n_R in expected.items()}
         return {mask: deterministic(a, keep[mask]) for mask, a in self.log_alpha.items()}
 
-    def expected_sparsity(self, ramp: float = 1.0) -> dict[str, Tensor]:
+    def expected_sparsity(self) -> dict[str, Tensor]:
         """s_jr = mean over the row of P(z = 0), (R,) for each mask type."""
         return {mask: probability_pruned(a).mean(dim=1) for mask, a in self.log_alpha.items()}
 
     def lagrangian(self, ramp: float) -> Tensor:
         """sum_j mean_r [lambda1_j (s_jr - t_j) + lambda2_j (s_jr - t_j)^2], ascended in the lambdas."""
         sparsity, target = self.expected_sparsity(), self.target_sparsity(ramp)
-        terms = [
-            (l1 * (sparsity[mask] - target[mask]) + l2 * (sparsity[mask] - target[mask]) ** 2).mean()
-            for mask, l1, l2 in zip(self.log_alpha, self.lambda1, self.lambda2, strict=True)
-        ]
+        terms = []
+        for mask, l1, l2 in zip(self.log_alpha, self.lambda1, self.lambda2, strict=True):
+            gap_R = sparsity[mask] - target[mask]
+            terms.append((l1 * gap_R + l2 * gap_R**2).mean())
         return torch.stack(terms).sum()
 
     @torch.no_grad()
     def overall_sparsity(self, ramp: float = 1.0) -> float:
         """1 - E[prunable parameters] / prunable parameters, the probabilities multiplied as if independent."""
-        kept = {mask: 1 - probability_pruned(a) for mask, a in self.log_alpha.items()}
-        return self._sparsity(kept)
+        return self._sparsity({mask: 1 - probability_pruned(a) for mask, a in self.log_alpha.items()})
 
     def record(self, ramp: float) -> dict:
         """What metrics.jsonl says of the masks."""
@@ -406,26 +387,21 @@ def subnetwork(config: LlamaConfig, z: dict[str, Tensor], device: str = "cpu", m
 
     leaves: list[tuple[Tensor, Tensor]] = []  # what follows from z, and the leaf that stands for it in the model
 
+    @cache
+    def factor(mask: str, row: int, n: int) -> Tensor:
+        if (mask, row, 1) not in index:  # a mask of whole blocks: one number for all channels
+            return z_rows[mask][0][row]
+        z_U = z_rows[mask][row][index[mask, row, 1]]
+        return z_U.repeat_interleave(n) if n > 1 else z_U
+
     @cache  # every weight that is scaled alike shares one tensor
-    def scale(*factors: tuple[str, int, int]) -> Tensor | None:
-        if not factors:
+    def scale(*masks: tuple[str, int, int]) -> Tensor | None:
+        if not masks:
             return None
-        computed = product(*factors)
+        computed = reduce(torch.mul, [factor(*m) for m in masks])
+        computed = computed if computed.dim() else computed.repeat(config.hidden_size)
         leaves.append((computed, computed.detach().requires_grad_(computed.requires_grad)))
         return leaves[-1][1]
-
-    @cache
-    def product(*factors: tuple[str, int, int]) -> Tensor | None:
-        if not factors:
-            return None
-        (mask, row, n), others = factors[-1], product(*factors[:-1])
-        if (mask, row, 1) in index:
-            factor = z_rows[mask][row][index[mask, row, 1]]
-            factor = factor.repeat_interleave(n) if n > 1 else factor
-        else:  # a mask of whole blocks: one number for all channels
-            factor = z_rows[mask][0][row]
-            factor = factor.repeat(config.hidden_size) if others is None else factor
-        return factor if others is None else factor * others
 
     def units(weight: str, layer: int = 0) -> Units:
         here = {mask: MASK_TYPES[mask] for mask in z}
@@ -482,27 +458,22 @@ def scores(model: Llama, target: LlamaConfig, windows: np.ndarray, device: str) 
     rank, n_ranks = position()
     z = {m: torch.ones(a.shape, requires_grad=True) for m, a in CountMasks(model.config, target).log_alpha.items()}
     everything, total = subnetwork(model.config, z, device), 0.0
-    learned, recompute = [p for p in model.parameters() if p.requires_grad], model.checkpoint_activations
+    learns, recompute = model.norm.weight.requires_grad, model.checkpoint_activations
+    model.requires_grad_(False)
     model.checkpoint_activations = True
-    for p in learned:
-        p.requires_grad_(False)
     n_each = -(-len(windows) // n_ranks)  # as many on every rank: they gather a sharded model together
     for i in tqdm(range(rank, n_each * n_ranks, n_ranks), "scores", unit="window", disable=None if rank == 0 else True):
         tokens = torch.from_numpy(windows[i % len(windows)]).to(device).long()[None]
         model(tokens[:, :-1], tokens[:, 1:], everything).objective.backward()
         total += everything.z_gradient().double() ** 2 * (i < len(windows))
-    for p in learned:
-        p.requires_grad_(True)
+    model.requires_grad_(learns)
     model.checkpoint_activations = recompute
-    if n_ranks > 1:
-        dist.all_reduce(total)
-        dist.broadcast(total, src=0)  # to the last bit the same everywhere: shapes hang on it
+    sum_over_ranks(total)
     mean = total.cpu() / len(windows)
     if not mean.isfinite().all():
         raise UserError("scores: the loss of the calibration windows is not finite: look at the model and the data")
-    return {
-        m: part.view_as(v) for (m, v), part in zip(z.items(), mean.split([v.numel() for v in z.values()]), strict=True)
-    }
+    parts = mean.split([v.numel() for v in z.values()])
+    return {mask: part.view_as(v) for (mask, v), part in zip(z.items(), parts, strict=True)}
 
 
 @torch.no_grad()
@@ -522,10 +493,13 @@ def extract(model: Llama, masks: Masks, of: Callable[[Tensor], Tensor] = lambda 
     small.to_empty(device=weight.device.type).tie()
     kept = z["layer"][0].nonzero().flatten().tolist() if "layer" in z else range(model.config.n_layers)
 
-    def write(module: nn.Module, big: nn.Module, units: Units) -> None:
+    def write(small: nn.Module, big: nn.Module, units: Units) -> None:
         scales = {name: getattr(units, name) for name in ("row_scale", "col_scale")}
         units = replace(units, **{name: None if scale is None else scale**power for name, scale in scales.items()})
-        _write(module, taken(big, of), units)
+        weight, bias = taken(big, of).effective(units)
+        small.weight.copy_(weight)
+        if bias is not None:
+            small.bias.copy_(bias)
 
     write(small.embed_tokens, model.embed_tokens, s.embed_tokens)
     write(small.norm, model.norm, s.norm)
@@ -543,12 +517,3 @@ def taken(module: nn.Module, of: Callable[[Tensor], Tensor]) -> nn.Module:
     copied, parts = copy.copy(module), module.named_parameters(recurse=False)
     copied._parameters = module._parameters | {name: nn.Parameter(whole(of(p))) for name, p in parts}
     return copied
-
-
-def _write(small: nn.Module, big: nn.Module, units: Units) -> None:
-    weight, bias = big.effective(units)
-    if weight.shape != small.weight.shape:
-        raise AssertionError(f"extracted {tuple(weight.shape)} where the target has {tuple(small.weight.shape)}")
-    small.weight.copy_(weight)
-    if bias is not None:
-        small.bias.copy_(bias)

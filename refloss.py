@@ -20,7 +20,8 @@ from scipy.optimize import least_squares
 UP = np.geomspace(0.03, 10.0, 20)
 EXPONENTS = np.concatenate((-UP[::-1], [0.0], UP))  # of the grid; alpha takes those from 0 on
 LOWEST = np.array([0.0, -10.0])  # alpha, beta
-WIDTHS = (30, 5, 1)  # times delta: Huber losses of the descent, one after the other
+DELTA = 1e-3  # nats, of the Huber loss
+WIDTHS = (30, 5, 1)  # times DELTA: Huber losses of the descent, one after the other
 TINY, LOG_MAX = 1e-300, 690.0  # "positive, but nothing", and the logarithm of about 1 / TINY
 
 
@@ -44,7 +45,7 @@ class Law:
         return np.exp(np.minimum(np.log(self.A) - self.alpha * log_T - self.beta * log_S, LOG_MAX)) + self.E
 
 
-def fit(tokens, losses, sparsity=None, delta: float = 1e-3) -> Law:
+def fit(tokens, losses, sparsity=None) -> Law:
     """The law of one domain with the smallest mean Huber loss over its history of evaluations.
 
     tokens, losses, sparsity: (n,), in any order; tokens in any unit, losses in nats, sparsity above 0 and up to 1.
@@ -60,16 +61,16 @@ def fit(tokens, losses, sparsity=None, delta: float = 1e-3) -> Law:
     if distinct < 3:
         raise FitError(f"{distinct} distinct token counts: a law needs at least 3")
     level = float(np.median(y))
-    best = Law(TINY, 0.0, 0.0, max(level, TINY), _mean_huber(y - level, delta))
+    best = Law(TINY, 0.0, 0.0, max(level, TINY), _mean_huber(y - level))
     both = np.linalg.matrix_rank(x_Xn - x_Xn.mean(1, keepdims=True), rtol=1e-6) == 2
     for free in ([0, 1],) if both else ([0], [1]):
-        law = _search(x_Xn, free, y, delta)
-        if law.objective * (1 + 1e-6) + 1e-12 * delta**2 < best.objective:  # else the law that claims less stays
+        law = _search(x_Xn, free, y)
+        if law.objective * (1 + 1e-6) + 1e-12 * DELTA**2 < best.objective:  # else the law that claims less stays
             best = law
     return best
 
 
-def _search(x_Xn, free, y, delta) -> Law:
+def _search(x_Xn, free, y) -> Law:
     """The best law whose other exponents than the free ones are 0."""
     exponents, x_Xn = np.zeros(2), x_Xn[free]
 
@@ -87,15 +88,15 @@ def _search(x_Xn, free, y, delta) -> Law:
     grid_KX = np.array(list(itertools.product(*(EXPONENTS[low <= EXPONENTS] for low in LOWEST[free]))))
     f_Kn = powers(grid_KX)
     h_K, E_K = _linear(f_Kn, y)
-    best = _mean_huber(h_K[:, None] * f_Kn + E_K[:, None] - y, WIDTHS[0] * delta).argmin()
+    best = _mean_huber(h_K[:, None] * f_Kn + E_K[:, None] - y, WIDTHS[0] * DELTA).argmin()
     theta = np.r_[h_K[best], E_K[best], grid_KX[best]]
     bounds = np.r_[0.0, 0.0, LOWEST[free]], np.r_[np.inf, np.inf, np.full(len(free), EXPONENTS[-1])]
     for width in WIDTHS:
-        theta = least_squares(residuals, theta, jacobian, bounds, loss="huber", f_scale=width * delta, max_nfev=60).x
+        theta = least_squares(residuals, theta, jacobian, bounds, loss="huber", f_scale=width * DELTA, max_nfev=60).x
     h, E, exponents[free] = theta[0], theta[1], theta[2:]
     top = (-theta[2:] @ x_Xn).max()
     A = max(h * np.exp(np.clip(-top, -LOG_MAX, LOG_MAX)), TINY)
-    return Law(A, *exponents, max(E, TINY), _mean_huber(residuals(theta), delta))
+    return Law(A, *exponents, max(E, TINY), _mean_huber(residuals(theta)))
 
 
 def _linear(f_Kn, y) -> tuple[np.ndarray, np.ndarray]:
@@ -107,7 +108,7 @@ def _linear(f_Kn, y) -> tuple[np.ndarray, np.ndarray]:
     return h_K, np.maximum(E_K, 0.0)
 
 
-def _mean_huber(residual, delta):
+def _mean_huber(residual, delta=DELTA):
     """Mean over the last axis: r^2 / 2 up to delta, delta (|r| - delta / 2) beyond."""
     clipped = np.clip(residual, -delta, delta)
     return (clipped * (residual - clipped / 2)).mean(-1)

@@ -28,24 +28,14 @@ import hf
 import kernels.ops
 import parallel
 import plan
+import prune
 from configurator import UserError
 from data.loader import DomainLoader
 from data.shards import read_json, read_meta, sha256
 from evaluate import check_device, evaluate
-from model import Llama, LlamaConfig
+from model import Llama, LlamaConfig, Subnetwork
 from out import ADAMW, Out, Progress
-from prune import (
-    MASKS,
-    PAD,
-    CountMasks,
-    Masks,
-    backward_to_masks,
-    extract,
-    scores,
-    subnetwork,
-    target_config,
-    to_device,
-)
+from prune import MASKS, PAD, CountMasks, Masks, backward_to_masks, extract, scores, subnetwork
 
 BETAS, EPS, CLIP = (0.9, 0.95), 1e-8, 1.0  # AdamW for weights, masks and lambdas; the gradient norm is the weights'
 FINAL_LR = 0.1  # the cosine ends at this share of lr
@@ -138,11 +128,12 @@ def check(cfg: Config) -> None:
         if not least <= getattr(cfg, name) < math.inf:
             raise UserError(f"{name} = {getattr(cfg, name)}: must be at least {least}")
     check_device(cfg.device)
+    M, by_count = len(cfg.domains), cfg.stage == "prune" and cfg.masks == "count"
     needed = SHAPE[:4] if cfg.stage == "prune" else () if cfg.init_from else SHAPE
     missing = [name for name in needed if not getattr(cfg, name)]
     of_source = [name for name in SHAPE if name not in needed] + ["rope_theta", "tied_embeddings"]
     extra = [name for name in of_source if cfg.init_from and getattr(cfg, name) != getattr(Config, name)]
-    M, by_count = len(cfg.domains), cfg.stage == "prune" and cfg.masks == "count"
+    no_reference = cfg.mix != "constant" and not cfg.reference_losses and not cfg.dynamic_reference
     for wrong, message in (
         (cfg.batch_size % cfg.micro_batch_size, "batch_size must be a multiple of micro_batch_size"),
         (not cfg.max_steps and not by_count, "max_steps = 0: only stage = 'prune' with masks = 'count' takes no step"),
@@ -160,11 +151,10 @@ def check(cfg: Config) -> None:
         (len(cfg.reference_losses) not in (0, M), f"reference_losses: give one for each of the {M} domains named"),
         (not all(0 < x < math.inf for x in cfg.ratios + cfg.reference_losses), "ratios, losses must be positive"),
         (cfg.ratios and abs(sum(cfg.ratios) - 1) > 1e-3, f"ratios sum to {sum(cfg.ratios):.6g}, must sum to 1"),
+        (no_reference, f"mix = {cfg.mix!r} without dynamic_reference needs reference_losses, one a domain"),
     ):
         if wrong:
             raise UserError(message)
-    if cfg.mix != "constant" and not cfg.reference_losses and not cfg.dynamic_reference:
-        raise UserError(f"mix = {cfg.mix!r} without dynamic_reference needs reference_losses, one a domain")
 
 
 def learning_rate(step: int, cfg: Config) -> float:
@@ -189,10 +179,11 @@ def due(step: int, interval: int, cfg: Config) -> bool:
     return step % interval == 0 or step == cfg.max_steps
 
 
-def source_of(cfg: Config, meta: dict) -> LlamaConfig:
+def source_of(cfg: Config) -> LlamaConfig:
     """The shape of the model that the run starts with: that of init_from, or the one given."""
     if cfg.init_from:
         return hf.read_config(cfg.init_from)
+    meta = read_meta(cfg.data)
     shape = {f.name: getattr(cfg, f.name) for f in fields(LlamaConfig) if hasattr(cfg, f.name)}
     ids = {"bos_token_id": meta["bos"], "eos_token_id": meta["eos"]}
     return LlamaConfig(meta["vocab_size"], max_position_embeddings=cfg.seq_len, **shape, **ids)
@@ -200,7 +191,11 @@ def source_of(cfg: Config, meta: dict) -> LlamaConfig:
 
 def target_of(cfg: Config, source: LlamaConfig) -> LlamaConfig | None:
     """The shape to prune to; None in the other stages."""
-    return target_config(source, **{name: getattr(cfg, name) for name in SHAPE[:4]}) if cfg.stage == "prune" else None
+    return (
+        prune.target_config(source, **{name: getattr(cfg, name) for name in SHAPE[:4]})
+        if cfg.stage == "prune"
+        else None
+    )
 
 
 def teacher_of(cfg: Config) -> str:
@@ -236,17 +231,15 @@ def read_data(cfg: Config) -> tuple[DomainLoader, DomainLoader, dro.Mix]:
     return train, val, mix
 
 
-def build(cfg: Config, ranks: parallel.Ranks, source: LlamaConfig, vocab_size: int) -> tuple[Llama, Masks | None]:
+def build(cfg: Config, ranks: parallel.Ranks, source: LlamaConfig) -> tuple[Llama, Masks | None]:
     """The model, and for pruning its masks. It is made without memory, then given this rank's share, then filled."""
     source.check_length(cfg.seq_len)
-    longest, eos = max(cfg.seq_len, source.max_position_embeddings), read_meta(cfg.data)["eos"]
-    ends = hf.merged_ids(source.eos_token_id, eos)  # what the model learns to end with ends a text, too
+    meta, longest = read_meta(cfg.data), max(cfg.seq_len, source.max_position_embeddings)
+    ends = hf.merged_ids(source.eos_token_id, meta["eos"])  # what the model learns to end with ends a text, too
     config = replace(source, max_position_embeddings=longest, eos_token_id=ends)
-    if vocab_size > config.vocab_size:
-        raise UserError(
-            f"{cfg.data}: its vocabulary has {vocab_size} tokens, the model's {config.vocab_size}: "
-            "prepare the data with the model's own tokenizer"
-        )
+    if meta["used_vocab_size"] > config.vocab_size:
+        sizes = f"its vocabulary has {meta['used_vocab_size']} tokens, the model's {config.vocab_size}"
+        raise UserError(f"{cfg.data}: {sizes}: prepare the data with the model's own tokenizer")
     if cfg.init_from:
         hf.check_tokenizer(cfg.init_from, cfg.data)
     target = target_of(cfg, config)
@@ -314,7 +307,8 @@ class Optimizers(list):
         self.append(torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=0.0, **adam))
         if masks:
             self.append(torch.optim.Adam(masks.log_alpha.values(), cfg.mask_lr, **adam))
-            self.extend(torch.optim.Adam([p], maximize=True, **adam) for p in masks.multipliers())
+            multipliers = masks.parameters(recurse=False)  # those of the published masks
+            self.extend(torch.optim.Adam([p], maximize=True, **adam) for p in multipliers)
         for p in model.parameters():  # a block that no sample of a step keeps has zero gradients, not none
             p.grad = torch.zeros_like(p)
         if cfg.stage == "continue" and Path(cfg.init_from, ADAMW).is_dir():
@@ -344,13 +338,13 @@ class Optimizers(list):
         -> the norm of the weights', infinite where one of the masks' is not finite.
         """
         norm = parallel.whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP))
-        logits = list(self.masks.log_alpha.values()) if self.masks else []
-        if self.masks:  # on the CPU: here the host begins to wait for the device
-            backward_to_masks(samples)
-            parallel.average_over_ranks([a.grad for a in logits])
-            if self.masks.sampled:
-                self.masks.lagrangian(ramp).backward()
-        return norm.item() if all(bool(a.grad.isfinite().all()) for a in logits) else math.inf
+        if not self.masks:
+            return norm.item()
+        backward_to_masks(samples)  # on the CPU: here the host begins to wait for the device
+        parallel.average_over_ranks([a.grad for a in self.masks.log_alpha.values()])
+        if self.masks.sampled:
+            self.masks.lagrangian(ramp).backward()
+        return norm.item() if all(a.grad.isfinite().all() for a in self.masks.log_alpha.values()) else math.inf
 
     def step(self, step: int) -> None:
         for optimizer, lr in zip(self, self.base_lr, strict=False):
@@ -373,9 +367,14 @@ def eager(cfg: Config, ramp: float = 0.0) -> AbstractContextManager:
     return torch.compiler.set_stance("force_eager") if cfg.compile and ramp < 1.0 else nullcontext()
 
 
-def kept_by(masks: Masks | None, z: dict | None, device: str):
-    """The subnetwork of mask values z; None, the whole model, where nothing is pruned."""
-    return subnetwork(masks.source, z, device, PAD[device.partition(":")[0]]) if masks else None
+def kept_by(masks: Masks, z: dict[str, torch.Tensor], device: str) -> Subnetwork:
+    return subnetwork(masks.source, z, device, PAD[device.partition(":")[0]])
+
+
+def validation_loss(cfg: Config, model: Llama, val: DomainLoader, device: str, kept=None) -> np.ndarray:
+    """Of each domain, nats, (M,). kept: the subnetwork that counts."""
+    with autocast(cfg, device), eager(cfg):
+        return evaluate(model, val, cfg.eval_sequences, cfg.micro_batch_size, device, kept)
 
 
 def forward_backward(network, teacher, masks, train, batch, step: int, stop: bool, cfg: Config, ranks: parallel.Ranks):
@@ -390,9 +389,9 @@ def forward_backward(network, teacher, masks, train, batch, step: int, stop: boo
     samples = []
     for i in range(ranks.rank, n_micro_batches, ranks.world_size):
         rows = slice(i * cfg.micro_batch_size, (i + 1) * cfg.micro_batch_size)
-        tokens = to_device(torch.from_numpy(train.read(batch[rows])), ranks.device).long()  # (B, T + 1)
+        tokens = prune.to_device(torch.from_numpy(train.read(batch[rows])), ranks.device).long()  # (B, T + 1)
         if not samples or (masks and masks.sampled):
-            samples.append(kept_by(masks, masks and masks.sample(cfg.seed, step, i, ramp), ranks.device))
+            samples.append(masks and kept_by(masks, masks.sample(cfg.seed, step, i, ramp), ranks.device))
         is_last = i + ranks.world_size >= n_micro_batches
         with parallel.accumulating(network, ranks, is_last), eager(cfg, ramp):
             with autocast(cfg, ranks.device):
@@ -410,7 +409,7 @@ def main(cfg: Config) -> dict:
     """Run one stage; returns the last evaluation record. Raises UserError, and Stopped where a signal ended it."""
     check(cfg)
     if cfg.plan:
-        source = source_of(cfg, {} if cfg.init_from else read_meta(cfg.data))
+        source = source_of(cfg)
         target = target_of(cfg, source)
         loads, warnings = foreseen(cfg, source, target)
         print("\n".join([plan.plan(cfg, source, target), loads, *(f"warning: {text}" for text in warnings)]))
@@ -424,8 +423,8 @@ def run(cfg: Config) -> dict:  # noqa: PLR0912, PLR0915 (the loop is read from t
         raise UserError(f"batch_size / micro_batch_size must be a multiple of the {ranks.world_size} ranks")
     train, val, mix = read_data(cfg)
     with Out(cfg, ranks, sha256(f"{cfg.data}/meta.json")) as out:
-        source = source_of(cfg, read_meta(cfg.data))
-        model, masks = build(cfg, ranks, source, train.vocab_size)
+        source = source_of(cfg)
+        model, masks = build(cfg, ranks, source)
         teacher = build_teacher(cfg, ranks, model.config)
         optimizers = Optimizers(cfg, model, masks)
         prepare_kernels(cfg, ranks, model, teacher, masks, out)
@@ -439,18 +438,19 @@ def run(cfg: Config) -> dict:  # noqa: PLR0912, PLR0915 (the loop is read from t
                 out.log.say(f"goes on with AdamW's moments of {s.carried} steps, without a warm-up")
             start_masks(cfg, ranks, model, masks, mix)
         network = prepare_network(cfg, ranks, model)
-        teacher_loss_M, last = examine(cfg, ranks, teacher, val, out), {}
+        if teacher:
+            teacher_loss_M = validation_loss(cfg, teacher, val, ranks.device)
+            out.log.say(f"teacher: mean {teacher_loss_M.mean():.4f}")
+        last = {}  # record of the last evaluation
 
         # tokens -> loader -> model -> loss by domain -> mix -> loader; masks -> subnetwork -> model
         while True:
             ramp = sparsity_ramp(s.step, cfg)
             if due(s.step, cfg.eval_interval, cfg):
                 start = time.perf_counter()
-                kept = kept_by(masks, masks and masks.deterministic(ramp), ranks.device)
-                with autocast(cfg, ranks.device), eager(cfg):
-                    loss_M = evaluate(model, val, cfg.eval_sequences, cfg.micro_batch_size, ranks.device, kept)
-                evaluated = time.perf_counter()
-                warnings = []
+                kept = masks and kept_by(masks, masks.deterministic(ramp), ranks.device)
+                loss_M = validation_loss(cfg, model, val, ranks.device, kept)
+                evaluated, warnings = time.perf_counter(), []
                 if s.step:  # the mix of the next steps, for which the law may have to wait until the ramp is over
                     sparsity = (masks.overall_sparsity(ramp), masks.overall_target()) if masks else ()
                     record = ramp == 1.0 or not cfg.law_after_ramp
@@ -460,7 +460,7 @@ def run(cfg: Config) -> dict:  # noqa: PLR0912, PLR0915 (the loop is read from t
                 if teacher:
                     more |= {"teacher_loss": teacher_loss_M}
                     warnings += passed(teacher_loss_M, loss_M, last)
-                last = out.log_eval(s, loss_M, warnings, seconds, more)
+                last = out.log_eval(loss_M, warnings, seconds, more)
                 if masks:
                     masks.mark(ramp)
             if s.step == cfg.max_steps:
@@ -469,7 +469,7 @@ def run(cfg: Config) -> dict:  # noqa: PLR0912, PLR0915 (the loop is read from t
             start = time.perf_counter()
             batch = train.next_batch(s.step, mix.ratio_M, cfg.batch_size)
             loss_N, samples = forward_backward(
-                network, teacher, masks, train, batch, s.step, out.stop_asked, cfg, ranks
+                network, teacher, masks, train, batch, s.step, bool(out.signals.asked), cfg, ranks
             )
             grad_norm = optimizers.clip(samples, ramp)
             *loss_N, kl, stop = loss_N.tolist()
@@ -482,26 +482,24 @@ def run(cfg: Config) -> dict:  # noqa: PLR0912, PLR0915 (the loop is read from t
                 s.tokens_M += count_M
                 s.skipped_in_a_row = 0
             else:
-                out.skip(s, np.array(loss_N), batch)
+                out.skip(np.array(loss_N), batch)
             optimizers.zero_grad()
             s.step += 1
 
             more = {"lr": cfg.lr * optimizers.rate(s.step - 1), "grad_norm": grad_norm if finite else None}
             more |= {"kl": kl / (cfg.batch_size * cfg.seq_len) if finite else None} if teacher else {}
             more |= masks.record(ramp) if masks else {}
-            out.log_train(s, loss_sum_M, count_M, time.perf_counter() - start, more)
+            out.log_train(loss_sum_M, count_M, time.perf_counter() - start, more)
             if due(s.step, cfg.save_interval, cfg) or stop:
-                out.save(s)
+                out.save()
             if stop and s.step < cfg.max_steps:
-                out.stop(s)
+                out.stop()
 
-        out.wait_for_save(s.step)
+        out.wait_for_save()
         moments = optimizers.extracted()
         if masks:
             model = extract(model, masks)
-            with autocast(cfg, ranks.device):
-                loss_M = evaluate(model, val, cfg.eval_sequences, cfg.micro_batch_size, ranks.device)
-            last = out.log_extracted(last, loss_M, masks)
+            last = out.log_extracted(last, validation_loss(cfg, model, val, ranks.device), masks)
         elif ranks.sharded:
             model = parallel.gather(model)
         out.write_model(model, moments, s.learned)
@@ -517,18 +515,6 @@ def prepare_network(cfg: Config, ranks: parallel.Ranks, model: Llama) -> torch.n
     for block in model.layers if cfg.compile else ():
         block.forward = torch.compile(block.forward, dynamic=False)
     return parallel.wrap(model, ranks, find_unused=cfg.stage == "prune")
-
-
-def examine(
-    cfg: Config, ranks: parallel.Ranks, teacher: Llama | None, val: DomainLoader, out: Out
-) -> np.ndarray | None:
-    """The teacher's loss on each domain, nats, (M,), on the windows that the model is evaluated on."""
-    if not teacher:
-        return None
-    with autocast(cfg, ranks.device):
-        loss_M = evaluate(teacher, val, cfg.eval_sequences, cfg.micro_batch_size, ranks.device)
-    out.log.say(f"teacher: mean {loss_M.mean():.4f}")
-    return loss_M
 
 
 def passed(teacher_loss_M: np.ndarray, loss_M: np.ndarray, last: dict) -> list[str]:
@@ -548,30 +534,24 @@ def prepare_kernels(cfg, ranks: parallel.Ranks, model: Llama, teacher: Llama | N
         models = dict(source=model.config, target=masks and masks.target, teacher=teacher and teacher.config)
         dtypes = dict(dtype=dtype, held=dtype if ranks.sharded else stored, stored=stored)
         tokens = cfg.micro_batch_size, cfg.seq_len
-        for line in kernels.ops.self_check(ranks.device, parallel.of_main, tokens=tokens, **models, **dtypes):
+        for line in kernels.ops.self_check(ranks.device, parallel.on_main, tokens=tokens, **models, **dtypes):
             out.log.say(line)
 
 
 def introduce(cfg: Config, ranks: parallel.Ranks, said: tuple, model: Llama, shapes: dict, val, out: Out) -> None:
     """The first lines of a run on the terminal, and its first record. said: what `foreseen` says."""
     n_parameters = {"all": model.n_parameters(), "non_embedding": model.n_parameters(embeddings=False)}
+    device = torch.cuda.get_device_name() if ranks.device.startswith("cuda") else "cpu"
+    loads, warnings = said
     out.log.say(f"{cfg.stage}: {n_parameters['all']:,} parameters, {n_parameters['non_embedding']:,} not embeddings")
     out.log.say(configurator.differing(cfg))
-    loads, warnings = said
     out.log.say(loads)
-    record = {
-        "kind": "run",
-        "config": asdict(cfg),
-        "domains": list(val.domains),
-        **shapes,
-        "n_parameters": n_parameters,
-    }
-    record |= {"bytes_per_token": [w.bytes_per_token for w in val.windows], "world_size": ranks.world_size}
-    device = torch.cuda.get_device_name() if ranks.device.startswith("cuda") else "cpu"
     if device != "cpu":
         out.log.say(f"{device}: computes in {cfg.dtype}, products of float32 in TF32")
-    record |= {"device": device, "threads": torch.get_num_threads(), "versions": parallel.versions()}
-    out.log.record(record)
+    record = {"kind": "run", "config": asdict(cfg), "domains": list(val.domains), **shapes}
+    record |= {"n_parameters": n_parameters, "bytes_per_token": [w.bytes_per_token for w in val.windows]}
+    record |= {"world_size": ranks.world_size, "device": device, "threads": torch.get_num_threads()}
+    out.log.record(record | {"versions": parallel.versions()})
     n_fits = (cfg.max_steps - cfg.sparsity_warmup * cfg.law_after_ramp) // cfg.eval_interval - dro.FIT_MORE_THAN
     if cfg.max_steps and cfg.mix != "constant" and cfg.dynamic_reference and n_fits < 1:
         warnings.append("no reference loss will be predicted, too few evaluations: choose a smaller eval_interval")

@@ -122,55 +122,51 @@ def whole_block(kept: Subnetwork) -> BlockUnits:
 
 def cases(s: Shapes, device: str, filled: bool = True) -> list[Case]:
     c, make = s.source, Maker(filled, torch.Generator(device).manual_seed(0))
+    frozen = replace(make, learns=False)
     kept, *wider = subnetworks(s, device)
     V, D = c.vocab_size, size(kept.norm.rows, c.hidden_size)
     found = of_model(s, c, kept, s.held, make)
     for wide in wider:
         found += [case for case in of_model(s, c, wide, s.held, make, "wide ") if case.op == "rms_norm"]
     if s.teacher:
-        everything, frozen = Subnetwork([BlockUnits()]), replace(make, learns=False)
-        found += of_model(s, s.teacher, everything, s.dtype, frozen, "teacher's ")
+        found += of_model(s, s.teacher, Subnetwork([BlockUnits()]), s.dtype, frozen, "teacher's ")
 
-    def loss() -> tuple:
-        targets = torch.arange(s.tokens[0] * s.tokens[1], device=device).view(s.tokens) % V
-        return make(s.dtype, *s.tokens, D), make(s.dtype, V, D, std=D**-0.5), targets
+    def head(make: Maker, D: int) -> tuple:
+        return make(s.dtype, *s.tokens, D), make(s.dtype, V, D, std=D**-0.5)
 
-    def evaluated() -> tuple:
-        return tuple(t.detach() for t in loss())
+    def loss(make: Maker) -> tuple:
+        return *head(make, D), torch.arange(s.tokens[0] * s.tokens[1], device=device).view(s.tokens) % V
 
     def distilled() -> tuple:
-        D = s.teacher.hidden_size
-        return *loss(), make(s.dtype, *s.tokens, D).detach(), make(s.dtype, V, D, std=D**-0.5).detach(), DISTILL
+        return *loss(make), *head(frozen, s.teacher.hidden_size), DISTILL
 
-    losses = {"lm_head": loss, "evaluation": evaluated} | ({"both heads": distilled} if s.teacher else {})
+    losses = {"lm_head": partial(loss, make), "evaluation": partial(loss, frozen)}
+    losses |= {"both heads": distilled} if s.teacher else {}
     for where, inputs in losses.items():
         found.append(Case("linear_cross_entropy", where, linear_cross_entropy, inputs, s.dtype))
 
-    def packed(shape: tuple, u: Units, held: torch.dtype) -> tuple:
+    def packed(make: Maker, held: torch.dtype, shape: tuple, u: Units) -> tuple:
         return make(held, *shape), u.rows, u.cols, u.row_scale, u.col_scale
 
     def linear(layer: Linear, u: Units) -> tuple:
         n, m = size(u.rows, layer.out_features), size(u.cols, layer.in_features)
-        weight, *units = packed(layer.weight.shape, u, s.held)
+        weight, *units = packed(make, s.held, layer.weight.shape, u)
         return make(s.dtype, *s.tokens, m), weight, None if layer.bias is None else make(s.dtype, n), *units
 
-    def extracted(shape: tuple, u: Units) -> tuple:
-        return tuple(t if t is None else t.detach() for t in packed(shape, u, s.stored))
-
-    head = V, c.hidden_size
-    found.append(Case("pack", "lm_head", pack, partial(packed, head, kept.lm_head, s.held), s.dtype))
+    shape = V, c.hidden_size
+    found.append(Case("pack", "lm_head", pack, partial(packed, make, s.held, shape, kept.lm_head), s.dtype))
     if s.target is None:
         return found
     with torch.device("meta"):
         layers = {name.split(".")[-1]: layer for name, layer in Block(c).named_modules() if isinstance(layer, Linear)}
-    exact = next(subnetworks(replace(s, multiple=1), device))
+    with torch.no_grad():
+        exact = next(subnetworks(replace(s, multiple=1), device))
+    extracted = {name: (shape, getattr(exact, name)) for name in ("embed_tokens", "lm_head")}
     for name in ("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"):  # k_proj is like q_proj, up_proj like gate
         layer, shape = layers[name], tuple(layers[name].weight.shape)
         inputs = partial(linear, layer, getattr(whole_block(kept), name))
         found += [Case("linear", name, way, inputs, s.dtype, shape) for way in (packed_linear, masked_linear)]
-        inputs = partial(extracted, shape, getattr(whole_block(exact), name))
-        found.append(Case("pack", f"{name}, extracted", pack, inputs, s.stored))
-    for name in ("embed_tokens", "lm_head"):
-        inputs = partial(extracted, head, getattr(exact, name))
-        found.append(Case("pack", f"{name}, extracted", pack, inputs, s.stored))
+        extracted[name] = shape, getattr(whole_block(exact), name)
+    for name, (shape, u) in extracted.items():
+        found.append(Case("pack", f"{name}, extracted", pack, partial(packed, frozen, s.stored, shape, u), s.stored))
     return found

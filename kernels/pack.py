@@ -141,9 +141,9 @@ def _backward(ctx, grad):
 _differentiable = differentiable(_pack, _backward, save_inputs)
 
 
-def pack(weight: Tensor, *units: Maybe, dtype: torch.dtype | None = None) -> Tensor:
-    """weight (R, C); rows (n,), cols (m,), row_scale (n,), col_scale (m,) -> (n, m) in dtype.
+def pack(weight: Tensor, *units: Maybe) -> Tensor:
+    """weight (R, C); rows (n,), cols (m,), row_scale (n,), col_scale (m,) -> (n, m) in the compute dtype.
 
-    None: all rows, all columns, scale 1, the compute dtype. Indices are int64 and ascend, within the weight.
+    None: all rows, all columns, scale 1. Indices are int64 and ascend, within the weight.
     """
-    return _differentiable(weight, *units, dtype or compute_dtype(weight))
+    return _differentiable(weight, *units, compute_dtype(weight))

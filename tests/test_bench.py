@@ -35,6 +35,11 @@ def test_every_part_reports_finite_positive_figures():
     assert bench.line("a", [1.0, 2, 3], [1.0, 1, 2]) == "a: 1.5 (1 to 2; 2000 and 1000 ms)"
 
 
+def test_a_distilled_step_is_timed_in_the_dtypes_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(bench, "DTYPE", torch.bfloat16)
+    assert len(list(bench.distilling(1, (SOURCE, TARGET, 1, 3)))) == 4
+
+
 def test_every_kernel_is_timed_beside_its_other_ways(monkeypatch):
     all_cases = bench.cases
     layers = ("norm", "attention", "mlp", "lm_head", "both heads", "v_proj")
@@ -74,5 +79,7 @@ def test_the_dense_masked_model_computes_what_the_subnetwork_does_without_a_laye
 
 
 def test_a_part_that_is_not_there_is_named():
-    with pytest.raises(UserError, match="only = soak: on cpu there are pruning,distilling,"):
+    with pytest.raises(
+        UserError, match="only = soak: on cpu there are pruning,distilling,transformers,host,loader,mix"
+    ):
         bench.main(bench.Config(only=("soak",)))

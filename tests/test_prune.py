@@ -17,16 +17,7 @@ from model import Llama, LlamaConfig
 from prune import CountMasks, SampledMasks, backward_to_masks, extract, scores, subnetwork, target_config
 
 ORACLE = json.loads((Path(__file__).parent / "oracle/masks.json").read_text())
-BASE = LlamaConfig(
-    vocab_size=50,
-    hidden_size=24,
-    intermediate_size=40,
-    n_layers=5,
-    n_heads=6,
-    n_kv_heads=3,
-    head_dim=4,
-    rope_theta=100.0,
-)
+BASE = LlamaConfig(50, 24, 40, n_layers=5, n_heads=6, n_kv_heads=3, head_dim=4, rope_theta=100.0)
 CONFIGS = {
     "grouped": BASE,
     "equal heads": replace(BASE, n_kv_heads=6),
@@ -69,11 +60,8 @@ def masked_dense(model, tokens, targets, z):
         y = (score.softmax(-1) @ v).transpose(1, 2).reshape(B, T, -1)
         x = x + F.linear(y, w["self_attn.o_proj.weight"]) * zh * zl[layer]
         h = norm(x, w["post_attention_layernorm.weight"])
-        up = F.linear(h, w["mlp.up_proj.weight"]) * zi[layer]
-        x = (
-            x
-            + F.linear(F.silu(F.linear(h, w["mlp.gate_proj.weight"])) * up, w["mlp.down_proj.weight"]) * zh * zl[layer]
-        )
+        a = F.silu(F.linear(h, w["mlp.gate_proj.weight"])) * F.linear(h, w["mlp.up_proj.weight"]) * zi[layer]
+        x = x + F.linear(a, w["mlp.down_proj.weight"]) * zh * zl[layer]
     logits = F.linear(norm(x, p["norm.weight"]), p.get("lm_head.weight", p["embed_tokens.weight"]))
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(B, T)
 
@@ -121,7 +109,7 @@ CORNERS = {
 }
 
 
-@pytest.mark.parametrize(("seed", "multiple"), [(5, 1), (6, 8), (7, 1)])
+@pytest.mark.parametrize(("seed", "multiple"), [(5, 1), (6, 8)])
 @pytest.mark.parametrize("corner", CORNERS)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_the_subnetwork_is_the_masked_model_loss_and_every_gradient(config, corner, seed, multiple):
@@ -152,11 +140,11 @@ def test_the_subnetwork_is_the_masked_model_loss_and_every_gradient(config, corn
         assert (grad - grads_sub[name]).abs().max() <= 1e-5 * max(grad.abs().max(), 1e-2 * largest), name
 
 
-@pytest.mark.parametrize("left_out", ["hidden", "head", "intermediate", "layer"])
-def test_every_mask_type_is_optional(left_out):
-    size = {"hidden": "hidden_size", "head": "n_heads", "intermediate": "intermediate_size", "layer": "n_layers"}[
-        left_out
-    ]
+@pytest.mark.parametrize(
+    ("left_out", "size"),
+    [("hidden", "hidden_size"), ("head", "n_heads"), ("intermediate", "intermediate_size"), ("layer", "n_layers")],
+)
+def test_every_mask_type_is_optional(left_out, size):
     masks = random_masks(BASE, 7, {**TARGET, size: getattr(BASE, size)})
     assert left_out not in masks.log_alpha and len(masks.log_alpha) == 3
     model, (tokens, targets) = random_model(BASE), batch(BASE)
@@ -212,19 +200,12 @@ def test_masks_agree_with_the_published_code(case):
     assert torch.allclose(expected, torch.tensor(case["z_deterministic_expected"]), atol=1e-5)
 
 
-def test_a_sample_depends_on_its_key_alone_and_differs_between_keys():
+def test_a_sample_depends_on_its_key_alone_differs_between_keys_and_is_not_drawn_as_batches_are():
     masks = random_masks(BASE, 4)
-    torch.manual_seed(0)
-    first = masks.sample(17, 3, 1)
-    torch.manual_seed(99)
-    again = masks.sample(17, 3, 1)
+    first, again = masks.sample(17, 3, 1), masks.sample(17, 3, 1)
     assert all(torch.equal(first[k], again[k]) for k in first)
     for key in ((18, 3, 1), (17, 4, 1), (17, 3, 2)):
         assert not torch.equal(first["intermediate"], masks.sample(*key)["intermediate"])
-
-
-def test_masks_and_batches_draw_from_different_streams():
-    masks = random_masks(BASE, 4)
     u = np.random.default_rng((3, 17, 3)).uniform(1e-6, 1 - 1e-6, size=masks.log_alpha["hidden"].shape)  # the loader's
     same = prune.hard_concrete(masks.log_alpha["hidden"], torch.from_numpy(u).float())
     assert not torch.equal(masks.sample(17, 3, 0)["hidden"], same)
