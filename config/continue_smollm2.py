@@ -7,7 +7,7 @@ data = "data/smollm2/data"
 seq_len = 256
 batch_size = micro_batch_size = 2  # 512 tokens a step
 max_steps = 480  # 0.25 M tokens
-lr = 3e-4  # without a warm-up: pruning has left AdamW's moments
+lr = 6e-4  # without a warm-up: pruning has left AdamW's moments
 teacher, distill = "data/smollm2/model", 0.9
 mix = "constant"
 eval_interval = 60

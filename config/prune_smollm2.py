@@ -16,7 +16,7 @@ n_layers, hidden_size, intermediate_size, n_heads = 28, 576, 736, 6
 seq_len = 256
 batch_size = micro_batch_size = 2  # 512 tokens a step
 max_steps = 64  # config/continue_smollm2.py has the rest, and the decay
-lr, lr_warmup = 3e-4, 8
+lr, lr_warmup = 6e-4, 8
 distill = 0.9
 mix = "constant"  # a learned one needs more text in an evaluation than two cores have time for
 eval_interval = 32
