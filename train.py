@@ -513,7 +513,7 @@ def prepare_network(cfg: Config, ranks: parallel.Ranks, model: Llama) -> torch.n
         return model
     torch._dynamo.config.optimize_ddp = False  # it would cut the graphs into DDP's buckets
     for block in model.layers if cfg.compile else ():
-        block.forward = torch.compile(block.forward, dynamic=False)
+        block.forward = torch.compile(block.forward, dynamic=False, fullgraph=True)
     return parallel.wrap(model, ranks, find_unused=cfg.stage == "prune")
 
 

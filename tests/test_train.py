@@ -1,6 +1,7 @@
 """The loop in process, on a tiny data set: the three stages, resume, ranks, and every bad input."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import configurator
 import evaluate
 import hf
 import model as llama
+import parallel
 import prune
 import train
 from configurator import UserError
@@ -443,6 +445,23 @@ def test_after_the_ramp_a_block_has_one_graph_whichever_blocks_and_units_are_kep
     assert len(set(kept)) > 3
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before == 2  # the first block adds nothing up
     torch._dynamo.reset()
+
+
+def test_compiled_blocks_that_are_computed_again_in_backward_have_the_same_gradients(monkeypatch):
+    config = llama.LlamaConfig(VOCAB, 32, 48, 3, 4, 2, 8)
+    target = target_config(config, hidden_size=16, intermediate_size=24, n_layers=2, n_heads=2)
+    tokens, kept = torch.randint(0, VOCAB, (2, T + 1)), prune.CountMasks(config, target).sample()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    found = []
+    for compiled in (False, True):
+        model = llama.Llama(config)
+        model.init_weights(0)
+        model.checkpoint_activations = True
+        cfg = Config(stage="prune", compile=compiled)
+        network = train.prepare_network(cfg, parallel.Ranks(0, 1, "cpu", "ddp"), model)
+        network(tokens[:, :-1], tokens[:, 1:], prune.subnetwork(config, kept)).objective.backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.full
