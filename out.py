@@ -106,7 +106,7 @@ class Out:
             self._same_run(self.found[1], self.found[0])
         self.signals.__enter__()
         self.watch = threading.Thread(target=self._watch, daemon=True)  # not sooner: it keeps the lock of a refused run
-        if self.ranks.world_size > 1:
+        if self.ranks.world_size > 1 and self.signals.before:  # signals are heard in the main thread alone
             self.watch.start()
         return self
 
