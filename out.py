@@ -136,14 +136,18 @@ class Out:
 
     def _watch(self) -> None:
         """Say where this rank hangs. In a thread, as the main one waits in C for a rank that is lost."""
-        seen, since = "", time.monotonic()
+        seen = said = ""
+        since = time.monotonic()
         while not self.over.wait(1):
             place = self._place(traceback.extract_stack(sys._current_frames()[threading.main_thread().ident]))
             if place != seen:
                 seen, since = place, time.monotonic()
-            limit_s = STOPPING_S if select.select([self.signals.heard], [], [], 0)[0] else STILL_S
-            if time.monotonic() - since > limit_s:
-                return self._say(f"stands still for {limit_s:.0f} s, as if another was lost,", place)
+            writes = ": out." in place  # it may take its time
+            stopping = select.select([self.signals.heard], [], [], 0)[0] and not writes
+            limit_s = STOPPING_S if stopping else STILL_S
+            if place != said and time.monotonic() - since > limit_s:
+                said = place
+                self._say(f"stands still for {limit_s:.0f} s, as if another was lost,", place)
 
     def _claim(self) -> None:
         files = [self.folder / "metrics.jsonl", self.folder / "model", *checkpoint.checkpoints(self.folder)[-1:]]

@@ -167,7 +167,7 @@ def state_of(cfg, source: LlamaConfig) -> dict[str, float]:
         # several micro-batches: whole until the last of them; else the block that computes and the next one
         outside, block = P - model.n_parameters(embeddings=False), sum(p.numel() for p in model.layers[0].parameters())
         whole = P if "gradients" in state and micro_batches_of(cfg) > 1 else 2 * block + outside
-        memory[whose + "gathered weights"] = computed_in * whole
+        memory[whose + "gathered weights"] = computed_in * (whole + block)  # and a block in the buffer it arrived in
         if "gradients" in state:
             memory["gradients not yet sharded"] = 4 * whole
     return memory

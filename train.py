@@ -269,7 +269,7 @@ def blank(config: LlamaConfig, cfg: Config, ranks: parallel.Ranks, learns: bool)
 def build_teacher(cfg: Config, ranks: parallel.Ranks, student: LlamaConfig) -> Llama | None:
     """The frozen model that is learned from. Raises UserError where it has other tokens than the student."""
     folder = teacher_of(cfg)
-    if not folder:
+    if not folder or not cfg.max_steps:
         return None
     config = hf.read_config(folder)
     config.check_length(cfg.seq_len)
@@ -323,11 +323,13 @@ class Optimizers(list):
         self.cfg = replace(self.cfg, lr_warmup=0)
 
     def extracted(self) -> dict[str, Llama]:
-        """AdamW's moments of the model that masks by count extract, each as a model; none before the first step."""
-        if not isinstance(self.masks, CountMasks) or not self or not self[0].state:
-            return {}
-        powers, state = zip(checkpoint.MOMENTS, (-1, -2), strict=True), self[0].state
-        return {name: extract(self.model, self.masks, lambda p, name=name: state[p][name], n) for name, n in powers}
+        """AdamW's moments of the model that masks by count extract, each as a model, on the CPU of the main rank."""
+        found = {}
+        if isinstance(self.masks, CountMasks) and self and self[0].state:
+            for name, power in zip(checkpoint.MOMENTS, (-1, -2), strict=True):
+                small = extract(self.model, self.masks, lambda p, name=name: self[0].state[p][name], power)
+                found |= {name: small.cpu()} if parallel.position()[0] == 0 else {}
+        return found
 
     def rate(self, step: int) -> float:
         return learning_rate(step, self.cfg)

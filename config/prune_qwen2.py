@@ -18,7 +18,7 @@ ratios = (0.277042, 0.184717, 0.12974, 0.103777, 0.090896, 0.088853, 0.066743, 0
 n_layers, hidden_size, intermediate_size, n_heads = 28, 1792, 7040, 14
 seq_len = 4096
 batch_size = 32  # 32 * 4096 = 131,072 tokens a step
-micro_batch_size = 1
+micro_batch_size = 4
 max_steps = 3200  # 0.42 B tokens
 lr, mask_lr = 1e-4, 1.0
 distill = 0.9  # the source is the teacher
@@ -30,3 +30,4 @@ save_interval = 200
 dtype = "bfloat16"
 checkpoint_activations = True
 parallel = "fsdp"
+compile = True  # shapes are fixed: masks by count, without a ramp

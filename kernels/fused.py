@@ -26,6 +26,7 @@ from kernels.rope import rope
 # |kernel - PyTorch in float32| / |PyTorch in float32|, Euclidean norms; float32 products may use TF32.
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 REPEATS = 5  # of a measurement
+PATIENCE_S = 200  # with one kernel, before it counts as one that hangs
 
 fastest: dict[tuple[int, ...], Callable] = {}  # shape of the full weight: packed_linear or masked_linear
 ELSE = ()  # in `fastest`: the linear for shapes that were not measured
@@ -133,14 +134,18 @@ def choose(linears: list[Case]) -> tuple[list, list[str]]:
 
 def in_child(task: Callable, *arguments) -> dict:
     """task(*arguments, say) in a process of its own: a fault on the device ends that one, and PyTorch takes over."""
-    context, precision, about = get_context("spawn"), torch.get_float32_matmul_precision(), "the first kernel"
+    context, precision = get_context("spawn"), torch.get_float32_matmul_precision()
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(theirs, precision, task, arguments), daemon=True)
     process.start()
     theirs.close()  # the child has the only one: when it ends, so does what can be received
+    said = about = "the first kernel"
     try:
-        while isinstance(said := ours.recv(), str):
+        while isinstance(said, str):
             about = said
+            if not ours.poll(PATIENCE_S):
+                process.kill()
+            said = ours.recv()
     except EOFError:
         process.join()
         line = f"warning: the trial ended at {about}, exit code {process.exitcode}: PyTorch takes every kernel's place"

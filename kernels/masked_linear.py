@@ -122,7 +122,9 @@ class _Linear(torch.autograd.Function):
         x, small, weight, bias, *units = ctx.saved_tensors
         dy = dy.contiguous()
         dx = _masked_linear_dx(dy, weight, units) if small is None else dy @ small
-        dweight, drow, dcol = unpack(dy.t() @ x, weight, units)
+        dweight = drow = dcol = None
+        if any(ctx.needs_input_grad[i] for i in (2, 6, 7)):  # not where scores are taken of a layer without scales
+            dweight, drow, dcol = unpack(dy.t() @ x, weight, units)
         dbias = None if bias is None else dy.sum(0, dtype=torch.float32).to(bias.dtype)
         scales = None if units[2] is None else drow, None if units[3] is None else dcol
         return None, dx, dweight, dbias, None, None, *scales

@@ -764,15 +764,30 @@ def test_a_kernel_that_fails_is_replaced_and_the_others_stay(case, monkeypatch):
     assert_like_torch()
 
 
+def test_a_frozen_weight_without_scales_gets_no_gradient_computed(monkeypatch):
+    monkeypatch.setattr(
+        import_module("kernels.masked_linear"), "unpack", lambda *_: pytest.fail("a gradient that nobody asked for")
+    )
+    x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(6, 4)
+    rows = torch.tensor([0, 2])
+    packed_linear(x, weight, None, rows, None, None, None).sum().backward()
+    assert torch.allclose(x.grad, weight[rows].sum(0).expand(3, 4))
+
+
 def dies_of_a_fault(say):
     say("rope (attention)")
     os.abort()
 
 
-def test_a_trial_that_dies_is_one_line_and_torch_takes_over():
+@pytest.mark.parametrize(
+    "patience_s, ended", [(200, "rope (attention), exit code -6"), (0.1, "the first kernel, exit")]
+)
+def test_a_trial_that_dies_or_hangs_is_one_line_and_torch_takes_over(patience_s, ended, monkeypatch):
+    monkeypatch.setattr(fused, "PATIENCE_S", patience_s)
     ops.use("triton", "cpu")
-    line = "warning: the trial ended at rope (attention), exit code -6: PyTorch takes every kernel's place"
-    assert fused.adopt(fused.in_child(dies_of_a_fault)) == [line]
+    (line,) = fused.adopt(fused.in_child(dies_of_a_fault))
+    assert line.startswith(f"warning: the trial ended at {ended}")
+    assert line.endswith(": PyTorch takes every kernel's place")
     assert vars(ops.ops) == ops.TORCH
 
 

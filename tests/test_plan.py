@@ -125,8 +125,8 @@ def test_several_micro_batches_keep_weights_gathered_and_one_gathers_two_blocks_
     two_blocks, shared = 2 * block + 2 * 192 * 2048, {"parallel": "fsdp", "dtype": "bfloat16", "distill": 0.9}
     for gpus, whole in ((4, P), (8, two_blocks)):
         state = plan.state_of(config(gpus=gpus, masks="count", **shared), SOURCE)
-        assert (state["gathered weights"], state["gradients not yet sharded"]) == (2 * whole, 4 * whole)
-        assert state["teacher's gathered weights"] == 2 * two_blocks
+        assert (state["gathered weights"], state["gradients not yet sharded"]) == (2 * (whole + block), 4 * whole)
+        assert state["teacher's gathered weights"] == 2 * (two_blocks + block)
 
 
 def sent(**changes):
@@ -160,8 +160,8 @@ def test_the_hours_are_those_of_the_longest_of_compute_communication_and_host_an
 def test_where_a_run_does_not_fit_more_gpus_or_one_shot_masks_may():
     cfg, mib = config(masks="count", gpus=1), 2**20
     sums = {1: 300 * mib, 2: 200 * mib}  # fewer micro-batches than gpus leave no whole gradients
-    P = Llama(SOURCE).n_parameters()
-    each = 16 * P / 4 + 4 * P + 4 * P + 20 * mib  # state, gathered weights, gradients of 2 micro-batches; activations
+    P, block = Llama(SOURCE).n_parameters(), sum(p.numel() for p in Llama(SOURCE).layers[0].parameters())
+    each = 16 * P / 4 + 4 * (P + block) + 4 * P + 20 * mib  # state, gathered weights, gradients; activations
     ways = plan.ways_out(cfg, SOURCE, 10 * mib, 20 * mib, sums, each + 1)
     assert f"what fits: --parallel=fsdp --gpus=4 ({each / 2**30:.1f} GiB each); or one-shot masks from scores" in ways
     assert "--micro_batch_size=2" in plan.ways_out(cfg, SOURCE, 10 * mib, 20 * mib, sums, 200 * mib + 1)

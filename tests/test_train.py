@@ -345,9 +345,10 @@ def source_of(out):
 
 
 def test_no_step_is_one_shot_pruning_by_scores(data, source, tmp_path):
-    cfg = prune_tiny(data, tmp_path / "r", source, max_steps=0, sparsity_warmup=10, lr_warmup=4)
+    cfg = prune_tiny(data, tmp_path / "r", source, max_steps=0, sparsity_warmup=10, lr_warmup=4, distill=0.9)
     record = train.main(cfg)
     assert record["val_loss"] == record["masked_val_loss"]
+    assert "teacher_loss" not in record  # no step learns from it, so it takes no memory
     model, text = hf.load(source), DomainLoader(cfg.data, ("count", "pairs"), T, cfg.seed, "train")
     target = target_config(model.config, hidden_size=16, intermediate_size=24, n_layers=2, n_heads=2)
     windows = text.read(text.next_batch(0, text.size_M / text.size_M.sum(), 64))
