@@ -187,8 +187,8 @@ def plan(cfg, source: LlamaConfig, target: LlamaConfig | None) -> str:
     sizes = {m for m in (1, 2, 4) if cfg.max_steps and cfg.batch_size // cfg.gpus % m == 0} | {cfg.micro_batch_size}
     of_size = {m: replace(cfg, micro_batch_size=m) for m in sorted(sizes)}
     activations = {m: max(scores, step_bytes(c, source, target)) for m, c in of_size.items()}
-    sums = {m: sum(state_of(c, source).values()) + activations[m] for m, c in of_size.items()}
-    memory = state_of(cfg, source) | {"activations": activations[cfg.micro_batch_size]}
+    by_size = {m: state_of(c, source) | {"activations": activations[m]} for m, c in of_size.items()}
+    sums, memory = {m: sum(kinds.values()) for m, kinds in by_size.items()}, by_size[cfg.micro_batch_size]
     lines += [f"  {kind:30} {n / GIB:8.3f}" for kind, n in memory.items()]
     room = 0.95 * cfg.gpu_memory * GIB
     needed = sums[cfg.micro_batch_size]

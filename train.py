@@ -191,11 +191,9 @@ def source_of(cfg: Config) -> LlamaConfig:
 
 def target_of(cfg: Config, source: LlamaConfig) -> LlamaConfig | None:
     """The shape to prune to; None in the other stages."""
-    return (
-        prune.target_config(source, **{name: getattr(cfg, name) for name in SHAPE[:4]})
-        if cfg.stage == "prune"
-        else None
-    )
+    if cfg.stage != "prune":
+        return None
+    return prune.target_config(source, **{name: getattr(cfg, name) for name in SHAPE[:4]})
 
 
 def teacher_of(cfg: Config) -> str:
@@ -513,9 +511,10 @@ def prepare_network(cfg: Config, ranks: parallel.Ranks, model: Llama) -> torch.n
     """What a step runs. Each block is compiled by itself: FSDP's gathers and the choice of blocks stay outside."""
     if not cfg.max_steps:
         return model
-    torch._dynamo.config.optimize_ddp = False  # it would cut the graphs into DDP's buckets
-    for block in model.layers if cfg.compile else ():
-        block.forward = torch.compile(block.forward, dynamic=False, fullgraph=True)
+    if cfg.compile:
+        torch._dynamo.config.optimize_ddp = False  # it would cut the graphs into DDP's buckets
+        for block in model.layers:
+            block.forward = torch.compile(block.forward, dynamic=False, fullgraph=True)
     return parallel.wrap(model, ranks, find_unused=cfg.stage == "prune")
 
 
