@@ -1,15 +1,16 @@
 # make demo: prune a small Llama on real text, from nothing; make test: the tests; make test-full: also the slow ones
 # make kernels: compile the GPU kernels for chips that are not here and check the machine code
-# make evidence: make every run of experiments/PLAN.md anew in out/evidence, hours; it resumes when killed
+# make evidence: make every run of experiments/PLAN.md anew in out/evidence, hours; it resumes when killed; STUDIES=A: one
 # make report: tables and figures of the published runs, or of yours: RESULTS=out/evidence/results.jsonl
 # Each creates .venv and installs what it needs on the first call.
 
 PYTHON ?= python3
 PY := .venv/bin/python
 RESULTS ?= experiments/results.jsonl
+STUDIES ?= A B smollm2
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist=worksteal
 
-.PHONY: demo test test-full kernels bench evidence evidence-smollm2 report docs lint clean
+.PHONY: demo test test-full kernels bench evidence report docs lint clean
 
 demo: .venv/run
 	$(PY) data/embedded/prepare.py
@@ -27,14 +28,10 @@ kernels: .venv/run
 bench: .venv/dev
 	$(PY) bench.py
 
-evidence: .venv/run
+evidence: .venv/dev
 	$(PY) data/embedded/prepare.py
-	$(PY) -m experiments.run
-	$(PY) -m experiments.report --results=out/evidence/results.jsonl
-
-evidence-smollm2: .venv/dev
 	$(PY) data/smollm2/prepare.py
-	$(PY) -m experiments.run --study=smollm2
+	for study in $(STUDIES); do $(PY) -m experiments.run --study=$$study || exit 1; done
 	$(PY) -m experiments.report --results=out/evidence/results.jsonl
 
 report: .venv/run

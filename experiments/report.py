@@ -6,7 +6,7 @@ Differences are paired by seed; intervals and verdicts follow PLAN.md. Runs that
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import matplotlib
@@ -18,32 +18,31 @@ from scipy import stats
 
 import configurator
 from configurator import UserError
-from dro import chi_square_ratio
 from experiments import arms
-from experiments.arms import ARMS, HEADLINE, STUDIES
+from experiments.arms import ARMS, HEADLINE, MIXES, SOURCES, STUDIES
 from experiments.run import read_results
 from experiments.views import CORRUPTIONS
 from export import markdown
 
 RESAMPLES = 10_000
-RHO = 0.1  # radius of the chi-square ball of the worst mix
-OVER = {"mean of domains": np.mean, "worst domain": np.max}
-REFERENCES = {"True": "published clip", "False": "no clip"}  # clip_reference: its name
 TIMES = ("step_s", "eval_s", "mix_s")  # what a stage takes: training, evaluation, mix with fits
-DECIDING = ("paper - sheared", "paper - constant", "sheared - constant", "paper - uniform")  # and two controls
+DECIDING = ("count - oneshot", "count - published")
 EXPLORATORY = (
-    *("dro_dynamic - dro_fixed", "paper - dro_dynamic", "paper_noclip - paper", "paper_train_loss - paper"),
-    *("paper_often - paper", "paper_seldom - paper", "bandit - paper", "sheared_law - sheared"),
-    *("random_paper - random", "constant_damped - oneshot_384", "constant_damped - oneshot"),
+    *(f"{way} - {way}-alone" for way in arms.STARTS),
+    *("oneshot - published", "count-alone - oneshot-alone", "oneshot-alone - published-alone", "oneshot - random"),
+    *(f"count-of{steps} - oneshot" for steps in (64, 256, 512)),
+    *("count-16th - oneshot-16th", "count-16th - published-16th", "oneshot-16th - oneshot-alone-16th"),
+    *("count-half - oneshot-half", "oneshot-half - published-alone-half", "oneshot - published-alone"),
+    *(f"{mix} - oneshot" for mix in MIXES),
+    *(f"{mix} - uniform" for mix in MIXES if mix != "uniform"),
 )
 PAGE = """# Results
 
-`make report` makes this page from results.jsonl. PLAN.md says what was asked and how a verdict is found.
-
-Losses are in nats a token, on held-out text, after continued training. A difference is one arm minus another, paired by
-seed: below zero is better. Brackets hold the plan's 95 % interval, a bootstrap over seeds. It is too narrow where seeds
-are few: of normal values it covers about 80 % with 3 seeds, 88 % with 5 and 90 % with 8. "Not by t" means that the
-interval of Student's t holds zero all the same. Verdicts are those of the loss.
+`make report` makes this page from results.jsonl. [PLAN.md](PLAN.md) says what was asked and how a verdict is found.
+Losses are in nats a token, on held-out text, at the end of a run. A difference is one arm minus another, paired by
+seed: below zero is better. Brackets hold a 95 % bootstrap interval over seeds. It is too narrow where seeds are few:
+of normal values it covers about 80 % with 3 seeds and 88 % with 5. "Not by t" means that Student's interval holds
+zero all the same.
 
 ## Headline
 
@@ -51,50 +50,49 @@ interval of Student's t holds zero all the same. Verdicts are those of the loss.
 
 {deciding}
 
-The first two differences of a source decide. The others are controls; the metric favours uniform shares, because it
-weighs domains equally. The paper reports a perplexity 5.59 % below that of Sheared LLaMA re-run, at its own scale.
+![Mean and worst domain of every way to prune](figures/ways.png)
+![How long the masks learn](figures/lengths.png)
+![Loss over seconds of training](figures/seconds.png)
+![Every mix minus a constant one](figures/mixes.png)
+![The paper's mix, steered by different windows](figures/shares.png)
 
-## All arms
+## Every arm
 
-All differences but the headline's are exploratory. With three seeds an interval is about the range, and of dozens of
-comparisons some are off zero by chance. Compare arms on the same seeds. The figures show source A.
+Means over seeds. "Excess" is the largest loss minus the source's on the same domain. Seconds are those of one thread,
+with another run beside it. The largest share is that of a domain in the training text at any moment.
 
 {arms}
 
-![Loss of every mix minus that of a constant one](figures/arms.png)
-![Shares of the domains over training](figures/mix.png)
+## Differences that decide nothing
 
-## Loss by domain, under other mixes and on corrupted text
+They are exploratory: of dozens some lie off zero by chance.
 
-The second column is the source's loss before it was pruned. The training mix is in proportion to the text; the worst
-mix is within a chi-square divergence of 0.1 from it. Corrupted text has other tokens: compare arms on it, not texts.
+{exploratory}
 
-{texts}
+## How far the mix moves
 
-## Error of the law
+The mean of |share - share| over domains, evaluations and seeds, in points of a percent: {movement}.
 
-The error is the loss that the law predicts for the end of a stage minus the loss reached there. The table has its mean
-size over domains and over the histories of constant and paper, seeds 1 to 3, and its signed mean at the end.
+## Corrupted text
 
-{law}
+Mean of domains. Corrupted text has other tokens: compare arms on it, not texts.
 
-## Costs, and the largest share of a domain
+{corrupted}
 
-Only runs at the commit of the same seed's constant count: the others ran on another day. The ratio to constant is a
-median over pairs. Seconds and memory are those of all stages. Evaluations and the mix with its fits are shares of the
-first stage. The last column is the largest share of the tokens that a domain had, over all stages and seeds.
+## Zero-shot accuracy
 
-{costs}
+In percent, with the standard error: the first seed, 100 documents of each task.
+
+{tasks}
 
 ## Runs
 
 The page counts {n_runs} runs. Of the planned ones these are missing: {missing}. With their sources they took {hours}
-hours of training and evaluation, each on one thread. Their commits are {commits}. They ran with {versions}.
+hours on one thread each. Their commits are {commits}. They ran with {versions}.
 """
 
 Metric = Callable[[dict], float]  # of a run's record
 Runs = dict[int, dict]  # an arm's records by seed
-Pair = tuple[str, Runs, Runs]  # what one arm minus another is called, and their runs
 
 
 def bootstrap(values: list[float]) -> tuple[float, float]:
@@ -121,9 +119,10 @@ class Difference:
             return "one seed" if self.values else "missing"
         return "better" if self.high < 0 else "worse" if self.low > 0 else "no difference seen"
 
-    def text(self, form: Callable = "{:+.4f}".format, unit: str = "") -> str:
-        mean, low, high = map(form, (self.mean, self.low, self.high))
-        return f"{mean}{unit}" + f" [{low}, {high}]" * (len(self.values) > 1) if self.values else "-"
+    @property
+    def text(self) -> str:
+        mean, low, high = map("{:+.4f}".format, (self.mean, self.low, self.high))
+        return f"{mean} [{low}, {high}]" if len(self.values) > 1 else mean if self.values else "-"
 
     @property
     def judged(self) -> list[str]:
@@ -132,179 +131,266 @@ class Difference:
         if verdict in ("better", "worse"):
             half = stats.t.ppf(0.975, len(self.values) - 1) * stats.sem(self.values)
             verdict += " (not by t)" * bool(abs(self.mean) <= half)
-        return [self.text(), verdict]
-
-
-def loss_of(over: Callable = np.mean, scale_M=1.0, text: str = "heldout", when: str = "final") -> Metric:
-    """Loss times scale over the domains."""
-    return lambda r: float(over(np.multiply(r["loss"][when][text], scale_M)))
-
-
-def worst_mix(p0_M: list[float]) -> Callable:
-    """Loss under the worst mix of the ball around p0: max q . loss with chi-square divergence <= RHO."""
-    return lambda loss_M: chi_square_ratio(loss_M, 0 * loss_M, p0_M, RHO, floor=0.0, clamp_to_min=False) @ loss_M
+        return [self.text, verdict]
 
 
 @dataclass(frozen=True)
 class Results:
     """One source's own record, and those of its runs by arm and seed."""
 
+    name: str
     source: dict
     runs: dict[str, Runs]  # of every arm; an empty one where there are none
 
-    def pairs(self, names: Iterable[str]) -> list[Pair]:
-        return [(name, *(self.runs[arm] for arm in name.split(" - "))) for name in names]
+    def losses(self, record: dict, text: str = "heldout", when: str = "final") -> np.ndarray:
+        return np.array(record["loss"][when][text])
 
-    def against_constant(self) -> list[Pair]:
-        """Every other arm: on all its seeds, and again on those that all arms have."""
-        there, pairs = {arm: runs for arm, runs in self.runs.items() if runs}, []
-        common = sorted(set.intersection(*map(set, there.values())))
-        for arm in (arm for arm in there if arm != "constant"):
-            pairs += self.pairs([f"{arm} - constant"])
-            if common and list(there[arm]) != common:
-                some = {seed: there[arm][seed] for seed in common}
-                pairs.append((f"{arm} - constant, seeds {', '.join(map(str, common))}", some, self.runs["constant"]))
-        return pairs
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        nats_per_bit_M = math.log(2) * np.array(self.source["bytes_per_token"])
+        source_M = self.losses(self.source)
+        return {
+            "mean of domains": lambda r: self.losses(r).mean(),
+            "worst domain": lambda r: self.losses(r).max(),
+            "worst excess": lambda r: (self.losses(r) - source_M).max(),
+            "bits per byte, mean": lambda r: (self.losses(r) / nats_per_bit_M).mean(),
+            "bits per byte, worst": lambda r: (self.losses(r) / nats_per_bit_M).max(),
+        }
+
+    def difference(self, label: str, metric: str) -> Difference:
+        ours, theirs = (self.runs[arm] for arm in label.split(" - "))
+        return Difference(ours, theirs, self.metrics[metric])
 
 
-def results_of(records: dict[str, dict]) -> dict[str, Results]:
-    """The results of every source, by its name. A source without runs is left out."""
-    found = {}
-    for name in (name for study in STUDIES.values() for name in study):
+def results_of(records: dict[str, dict]) -> list[Results]:
+    """The results of every source that has any."""
+    found = []
+    for name in SOURCES:
         mine = sorted((r for r in records.values() if r["source"] == name and "arm" in r), key=lambda r: r["seed"])
         if mine and f"{name}/source" in records:
             runs = {arm: {r["seed"]: r for r in mine if r["arm"] == arm} for arm in ARMS}
-            found[name] = Results(records[f"{name}/source"], runs)
+            found.append(Results(name, records[f"{name}/source"], runs))
     return found
 
 
-def claim(results: Results) -> str:
-    """What PLAN.md's rule makes of paper's differences to the other two mixes."""
-    pairs = [pair[1:] for pair in results.pairs(DECIDING[:2])]
-    on_mean, on_worst = ({Difference(*pair, loss_of(over)).verdict for pair in pairs} for over in OVER.values())
-    if {"missing", "one seed"} & on_mean:
-        return "there are too few seeds, and nothing can be concluded"
-    if on_mean == {"better"} and "worse" not in on_worst:
-        return "the paper's claim holds at this scale"
-    if "worse" in on_mean:
-        return "the paper's claim fails at this scale"
-    return "the paper's claim as a whole is neither confirmed nor refuted at this scale"
+def claims(results: Results) -> list[str]:
+    """What PLAN.md's rules make of a source's differences."""
+
+    def verdicts(label: str) -> list[str]:
+        return [results.difference(label, metric).verdict for metric in ("mean of domains", "worst domain")]
+
+    mean, worst = verdicts("count - oneshot")
+    said = []
+    if mean not in ("missing", "one seed"):
+        better = mean == "better" and worst != "worse"
+        worth = "worth their stage" if better else "not worth it" if mean == "worse" else "as good as one-shot pruning"
+        said.append(f"masks that learn are {worth}")
+    helps = []
+    for mix in (m for m in MIXES if m != "uniform"):
+        against = [verdicts(f"{mix} - {other}") for other in ("oneshot", "uniform")]
+        if all(w == "better" and m != "worse" for m, w in against):
+            helps.append(mix)
+    if results.runs["paper"]:
+        said.append(f"mixes that help: {', '.join(helps) or 'none'}")
+    return [f"- **Source {results.name}: {'; '.join(said)}.**"] * bool(said)
 
 
-def differences_table(sources: dict[str, Results], pairs_of: Callable[[Results], list[Pair]]) -> str:
-    rows = []
-    for source, label, ours, theirs in ((source, *pair) for source, r in sources.items() for pair in pairs_of(r)):
-        if seeds := ours.keys() & theirs.keys():
-            two_stages = all(len(r["stages"]) == 2 for r in (*ours.values(), *theirs.values()))
-            pruned = Difference(ours, theirs, loss_of(when="pruned")).text() if two_stages else "-"
-            row = [f"{source}: {label}", len(seeds), pruned]
-            bits_M = 1 / math.log(2) / np.array(sources[source].source["bytes_per_token"])
-            for over in OVER.values():
-                d, bits = (Difference(ours, theirs, loss_of(over, scale_M)) for scale_M in (1.0, bits_M))
-                row += [*d.judged, d.text(lambda nats: f"{100 * math.expm1(nats):+.2f}", " %"), bits.text()]
-            rows.append(row)
-    measures = (name for over in OVER for name in (over, "verdict", "perplexity", "bits per byte"))
-    return markdown(["difference [95 %]", "seeds", "mean after pruning", *measures], rows)
-
-
-def texts_table(sources: dict[str, Results]) -> str:
-    """The loss on every domain, over all of them, under other mixes and on corrupted text."""
-    rows = []
-    for source, results in sources.items():
-        p0_M, names = results.source["p0"], results.source["domains"]
-        over = {domain: lambda loss_M, m=m: loss_M[m] for m, domain in enumerate(names)} | OVER
-        over |= {"training mix": lambda loss_M, p0_M=p0_M: np.dot(p0_M, loss_M), "worst mix": worst_mix(p0_M)}
-        metrics = {name: loss_of(function) for name, function in over.items()}
-        metrics |= {f"{name} text, mean of domains": loss_of(text=name) for name in CORRUPTIONS}
-        for name, metric in metrics.items():
-            row = [f"{source}: {name}", metric(results.source)]
-            row += [np.mean([metric(r) for r in results.runs[arm].values()] or [math.nan]) for arm in HEADLINE]
-            for _, ours, theirs in results.pairs(DECIDING[:2]):
-                row += Difference(ours, theirs, metric).judged
-            rows.append(row)
-    return markdown(["text", "source", *HEADLINE, DECIDING[0], "verdict", DECIDING[1], "verdict"], rows)
-
-
-def law_table(sources: dict[str, Results]) -> str:
-    rows = []
-    for (source, results), stage, (clip, name) in product(sources.items(), ("prune", "continue"), REFERENCES.items()):
-        errors: dict = {}  # predicted - reached loss of every history, nats (M,), by the share seen
-        for record in (r for runs in results.runs.values() for r in runs.values() if stage in r.get("law", ())):
-            law = record["law"][stage][clip]
-            for share, loss_M in law["predicted"]:
-                errors.setdefault(share, []).append(np.subtract(loss_M, law["reached"]))
-        if errors:
-            nearest = [errors[min(errors, key=lambda share: abs(share - seen))] for seen in (0.25, 0.5, 0.75, 1.0)]
-            row = [f"{source}: {stage}", name, f"{100 * min(errors):.0f} %", *(np.abs(e).mean() for e in nearest)]
-            rows.append([*row, f"{np.mean(nearest[-1]):+.4f}"])
-    seen = (f"{share} % seen" for share in (25, 50, 75, 100))
-    return markdown(["stage", "reference", "first fit at", *seen, "signed"], rows)
+def differences_table(sources: list[Results], labels: Iterable[str]) -> str:
+    rows, over = [], ("mean of domains", "worst domain", "worst excess")
+    for results, label in product(sources, labels):
+        differences = [results.difference(label, metric) for metric in over]
+        if differences[0].values:
+            judged = [text for d in differences for text in d.judged]
+            rows.append([f"{results.name}: {label}", len(differences[0].values), *judged])
+    return markdown(["difference [95 %]", "seeds", *(name for metric in over for name in (metric, "verdict"))], rows)
 
 
 def seconds(record: dict) -> float:
     return sum(stage[key] for stage in record["stages"] for key in TIMES)
 
 
-def cost_table(sources: dict[str, Results]) -> str:
+def arms_table(sources: list[Results]) -> str:
     rows = []
-    for (source, results), arm in product(sources.items(), ARMS):
-        constant = results.runs["constant"]
-        both = [(r, constant[seed]) for seed, r in results.runs[arm].items() if seed in constant]
-        timed = [(r, c) for r, c in both if r["commit"] == c["commit"] and not any(r["resumed"] + c["resumed"])]
-        if timed:  # in one go, and on the day of constant's
-            first = [r["stages"][0] for r, _ in timed]
-            spent = np.sum([[stage[key] for key in TIMES] for stage in first], axis=0)
-            _, evaluations, mix = 100 * spent / spent.sum()
-            stages = [stage for r in results.runs[arm].values() for stage in r["stages"]]
+    for results in sources:
+        rows.append(
+            [f"{results.name}: source", "", "", *(metric(results.source) for metric in results.metrics.values())]
+        )
+        rows[-1] += ["", "", ""]
+        for arm, runs in ((arm, list(runs.values())) for arm, runs in results.runs.items() if runs):
+            pruned = [results.losses(r, when="pruned").mean() for r in runs if "pruned" in r["loss"]]
+            row = [f"{results.name}: {arm}", len(runs), np.mean(pruned) if pruned else ""]
+            row += [np.mean([metric(r) for r in runs]) for metric in results.metrics.values()]
+            whole = [r for r in runs if not any(r["resumed"])]
+            row += [f"{np.mean([seconds(r) for r in whole]):.0f}" if whole else "-"]
+            row += [f"{np.mean([max(r['peak_bytes']) for r in runs]) / 2**20:.0f}"]
+            stages = [stage for r in runs for stage in r["stages"]]
             share, domain = max(max(zip(s["largest_share_M"], s["domains"], strict=True)) for s in stages)
-            took, peak = np.mean([(seconds(r), max(r["peak_bytes"]) / 2**20) for r, _ in timed], axis=0)
-            ratio = np.median([seconds(r) / seconds(c) for r, c in timed])
-            row = [f"{source}: {arm}", len(timed), f"{took:.0f}", f"{ratio:.3f}", f"{peak:.0f}"]
-            rows.append([*row, f"{evaluations:.1f} %", f"{mix:.2f} %", f"{100 * share:.0f} % {domain}"])
-    costs = ("seconds", "to constant's", "peak memory, MiB", "evaluations", "mix and fits")
-    return markdown(["arm", "seeds", *costs, "largest share"], rows)
+            rows.append([*row, f"{100 * share:.0f} % {domain}"])
+    measures = list(sources[0].metrics)
+    return markdown(["arm", "seeds", "pruned, mean", *measures, "seconds", "MiB", "largest share"], rows)
 
 
-def plot_arms(results: Results):
-    """Each mix minus constant, pruned in the same way to the same target: seeds, mean and interval."""
-    mixes = [a for a, arm in ARMS.items() if (arm.start, arm.target, arm.damping) == ("masks", "4th", 1.0)]
-    pairs = [(label.replace(" - constant", ""), *of) for label, *of in results.against_constant()]
-    pairs = [pair for pair in pairs if pair[0].partition(",")[0] in mixes][::-1]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 1.9 + 0.28 * len(pairs)), sharey=True, layout="constrained")
-    for axis, (what, over) in zip(axes, OVER.items(), strict=True):
-        for y, (_, ours, theirs) in enumerate(pairs):
-            d = Difference(ours, theirs, loss_of(over))
-            colour = {"better": "C2", "worse": "C3"}.get(d.verdict, "0.4")
-            axis.plot(d.values, [y] * len(d.values), ".", color=colour, alpha=0.4, ms=6)
-            axis.errorbar(d.mean, y, xerr=[[d.mean - d.low], [d.high - d.mean]], fmt="o", color=colour, capsize=3, ms=4)
-        axis.axvline(0, color="k", lw=0.8)
-        axis.set_title(what)
-        axis.set_xlabel("nats per token, arm minus constant (left: better)")
-    labels = [label if "," in label else f"{label} ({len(runs)})" for label, runs, _ in pairs]
-    axes[0].set_yticks(range(len(pairs)), labels, fontsize=9)
-    title = "Loss after continuing: seeds (dots, their number in brackets), mean, 95 % interval; "
-    figure.suptitle(title + "green: better, red: worse, grey: no difference seen", fontsize=10)
+def corrupted_table(sources: list[Results]) -> str:
+    rows = []
+    for results, text in product(sources, CORRUPTIONS):
+        records = [list(results.runs[arm].values()) for arm in HEADLINE]
+        if all(records):
+            row = [np.mean([results.losses(r, text).mean() for r in runs]) for runs in records]
+            rows.append([f"{results.name}: {text}", results.losses(results.source, text).mean(), *row])
+    return markdown(["text", "source", *HEADLINE], rows)
+
+
+def tasks_table(sources: list[Results]) -> str:
+    rows = []
+    for results in sources:
+        models = [("source", results.source["tasks"].get("source"))]
+        for arm, runs in results.runs.items():
+            models += [(f"{arm}, {when}", right) for r in runs.values() for when, right in r["tasks"].items()]
+        rows += [[name, *(f"{acc:.0f} ({se:.0f})" for acc, se in right.values())] for name, right in models if right]
+    names = next((source.tasks for source in SOURCES.values() if source.tasks), ())
+    return markdown(["SmolLM2", *names], rows) if rows else "No runs yet."
+
+
+def course(record: dict, what: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps or seconds of a run up to each recorded moment, over all stages; and the loss or the mix there."""
+    x, y, before = [], [], np.zeros(2)
+    for stage in record["stages"]:
+        if what == "ratio":
+            x += [before[0] + step for step, _ in stage["ratio"]]
+            y += [ratio_M for _, ratio_M in stage["ratio"]]
+        else:
+            x += [before[1] + took for _, took, _ in stage["course"]]
+            y += [loss for *_, loss in stage["course"]]
+        before += stage["steps"], stage["step_s"]
+    return np.array(x), np.array(y)
+
+
+def movement(results: Results) -> str:
+    """How far apart the mixes of two runs are on average: other windows, another seed, and no learning at all."""
+    ratio = {
+        arm: {seed: course(r, "ratio")[1] for seed, r in results.runs[arm].items()}
+        for arm in ("paper", "paper-windows")
+    }
+    paper, windows = ratio["paper"], ratio["paper-windows"]
+    same = sorted(paper.keys() & windows.keys())
+    if len(same) < 2:
+        return ""
+    apart = {
+        "other windows": [np.abs(paper[s] - windows[s]).mean() for s in same],
+        "another seed": [np.abs(paper[s] - paper[t]).mean() for s, t in pairwise(same)],
+        "from p0": [np.abs(paper[s] - results.source["p0"]).mean() for s in same],
+    }
+    return f"on {results.name} " + ", ".join(f"{what} {100 * np.mean(values):.1f}" for what, values in apart.items())
+
+
+def dots(axis, y: float, d: Difference) -> None:
+    colour = {"better": "C2", "worse": "C3"}.get(d.verdict, "0.4")
+    axis.plot(d.values, [y] * len(d.values), ".", color=colour, alpha=0.4, ms=6)
+    if d.values:
+        ends = np.nan_to_num([[d.mean - d.low], [d.high - d.mean]])
+        axis.errorbar(d.mean, y, xerr=ends, fmt="o", color=colour, capsize=3, ms=4)
+
+
+def plot_ways(sources: list[Results]):
+    """The loss of every way to prune, every seed a dot; targets side by side."""
+    panels = [(r, size) for r in sources for size in ("", "-half", "-16th") if r.runs.get(f"oneshot{size}")]
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.1 * len(panels), 3.4), layout="constrained", squeeze=False)
+    for axis, (results, size) in zip(axes.flat, panels, strict=True):
+        ways = [w for w in (*arms.STARTS, *(f"{s}-alone" for s in arms.STARTS)) if results.runs.get(w + size)]
+        for y, way in enumerate(ways[::-1]):
+            for metric, colour in (("mean of domains", "C0"), ("worst domain", "C1")):
+                values = [results.metrics[metric](r) for r in results.runs[way + size].values()]
+                axis.plot(values, [y] * len(values), "o", color=colour, alpha=0.5, ms=5, label=metric * (y == 0))
+        for metric, colour in (("mean of domains", "C0"), ("worst domain", "C1")):
+            axis.axvline(results.metrics[metric](results.source), color=colour, lw=0.8, ls=":")
+        axis.set_yticks(range(len(ways)), ways[::-1])
+        axis.set_title(f"{results.name} to a {size[1:] or '4th'}")
+        axis.set_xlabel("nats (dotted: the source)")
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
     return figure
 
 
-def plot_mix(results: Results):
-    figure, axes = plt.subplots(2, 3, figsize=(10, 5), sharex=True, sharey=True, layout="constrained")
+def plot_lengths(sources: list[Results]):
+    """Masks by count minus one-shot pruning, by the share of all steps in which the masks learn."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for axis, metric in zip(axes, ("mean of domains", "worst domain"), strict=True):
+        for i, (results, size) in enumerate(product(sources, ("", "-half"))):
+            settings, points = SOURCES[results.name], []
+            lengths = {f"count{size}": settings.count_steps} | {f"count-of{n}{size}": n for n in (64, 256, 512)}
+            for arm, steps in sorted(lengths.items(), key=lambda item: item[1]):
+                if results.runs.get(arm) and results.runs.get(f"oneshot{size}"):
+                    d = results.difference(f"{arm} - oneshot{size}", metric)
+                    points.append((100 * steps / settings.train.max_steps, d.mean, d.low, d.high))
+            if points:
+                x, y, low, high = np.array([(0, 0, 0, 0), *points]).T
+                ends = np.nan_to_num([y - low, high - y])
+                axis.errorbar(x, y, yerr=ends, fmt="o-", color=f"C{i}", capsize=3, ms=4, label=results.name + size)
+        axis.axhline(0, color="k", lw=0.8)
+        axis.set_title(metric)
+        axis.set_xlabel("steps in which the masks learn (% of all)")
+        axis.legend()
+    axes[0].set_ylabel("nats, minus one-shot")
+    return figure
+
+
+def plot_seconds(sources: list[Results]):
+    figure, axes = plt.subplots(1, len(sources), figsize=(4.2 * len(sources), 3.4), layout="constrained", squeeze=False)
+    for axis, results in zip(axes.flat, sources, strict=True):
+        size = "" if results.runs["oneshot"] else "-half"
+        for way in (w for w in arms.WAYS if results.runs.get(w + size) and "random" not in w):
+            courses = [course(r, "course") for r in results.runs[way + size].values()]
+            n = min(len(x) for x, _ in courses)
+            x, y = (np.mean([c[i][:n] for c in courses], axis=0) for i in (0, 1))
+            axis.plot(
+                x, y, "-" if "alone" not in way else ":", color=f"C{arms.STARTS.index(way.split('-')[0])}", label=way
+            )
+        axis.set_ylim(top=np.quantile([line.get_ydata()[len(line.get_ydata()) // 4] for line in axis.lines], 1.0))
+        axis.set_title(results.name)
+        axis.set_xlabel("seconds of training steps, one thread")
+    axes.flat[0].set_ylabel("loss on the steering windows (nats)")
+    axes.flat[0].legend(fontsize=8)
+    return figure
+
+
+def plot_mixes(sources: list[Results]):
+    """Each mix minus the constant one: seeds, mean and interval."""
+    shown = ("mean of domains", "worst domain", "worst excess")
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True, layout="constrained")
+    rows = [(r, mix) for r in sources for mix in MIXES if r.runs[mix]][::-1]
+    for axis, metric in zip(axes, shown, strict=True):
+        for y, (results, mix) in enumerate(rows):
+            dots(axis, y, results.difference(f"{mix} - oneshot", metric))
+        axis.axvline(0, color="k", lw=0.8)
+        axis.set_title(metric)
+        axis.set_xlabel("nats, minus the constant mix")
+    axes[0].set_yticks(range(len(rows)), [f"{r.name}: {mix} ({len(r.runs[mix])})" for r, mix in rows])
+    figure.suptitle("Seeds (their number in brackets), mean, 95 % interval; green: better, red: worse", fontsize=10)
+    return figure
+
+
+def plot_shares(sources: list[Results]):
+    """The mix of the first seed of paper and paper-windows: one text, other evaluations."""
+    results = sources[0]
+    figure, axes = plt.subplots(2, 3, figsize=(10, 4.6), sharex=True, sharey=True, layout="constrained")
     for axis, (m, domain) in zip(axes.flat, enumerate(results.source["domains"]), strict=False):
-        for arm in (a for a in (*HEADLINE, "dro_fixed", "bandit") if results.runs[a]):
-            courses = [r["stages"] for r in results.runs[arm].values()]
-            before = np.cumsum([0, *(stage["steps"] for stage in courses[0])])
-            x = [start + step for start, stage in zip(before, courses[0], strict=False) for step, _ in stage["ratio"]]
-            y = np.mean([[ratio[m] for stage in stages for _, ratio in stage["ratio"]] for stages in courses], axis=0)
-            axis.plot(x, 100 * y, label=arm)
-        axis.axvline(before[1], color="0.6", lw=0.8, ls=":")
+        for arm, colour in (("paper", "C0"), ("paper-windows", "C1"), ("bandit", "C2")):
+            for seed, record in list(results.runs[arm].items())[:1]:
+                x, ratio = course(record, "ratio")
+                axis.plot(x, 100 * ratio[:, m], color=colour, label=f"{arm}, seed {seed}")
+        axis.axhline(100 * results.source["p0"][m], color="0.5", lw=0.8, ls=":")
         axis.set_title(domain)
-    for axis in axes[1]:
-        axis.set_xlabel("step (dotted: pruning ends)")
+    figure.supxlabel("step (dotted: p0)", fontsize=10)
     figure.supylabel("share of the training tokens (%)", fontsize=10)
     handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
-    figure.suptitle("The mix at 16 moments of each stage, mean over seeds", fontsize=11)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
     return figure
+
+
+PLOTS = {
+    plot.__name__.removeprefix("plot_"): plot
+    for plot in (plot_ways, plot_lengths, plot_seconds, plot_mixes, plot_shares)
+}
 
 
 def page(records: dict[str, dict]) -> str:
@@ -316,12 +402,13 @@ def page(records: dict[str, dict]) -> str:
         "versions": (f"{name} {version}" for r in runs for name, version in r["versions"].items()),
     }
     return PAGE.format(
-        claims="\n".join(f"- **On source {source} {claim(results)}.**" for source, results in sources.items()),
-        deciding=differences_table(sources, lambda r: r.pairs(DECIDING)),
-        arms=differences_table(sources, lambda r: r.against_constant() + r.pairs(EXPLORATORY)),
-        texts=texts_table(sources),
-        law=law_table(sources),
-        costs=cost_table(sources),
+        claims="\n".join(line for results in sources for line in claims(results)),
+        deciding=differences_table(sources, DECIDING),
+        exploratory=differences_table(sources, EXPLORATORY),
+        arms=arms_table(sources),
+        movement="; ".join(filter(None, map(movement, sources))) or "no runs yet",
+        corrupted=corrupted_table(sources),
+        tasks=tasks_table(sources),
         n_runs=sum("arm" in r for r in runs),
         hours=f"{sum(map(seconds, runs)) / 3600:.1f}",
         **{fact: ", ".join(sorted(set(texts))) or "none" for fact, texts in facts.items()},
@@ -339,10 +426,10 @@ def main(opt: Options) -> None:
         raise UserError(f"{opt.results}: no results yet: make evidence makes them")
     (out / "RESULTS.md").write_text(page(records))
     (out / "figures").mkdir(exist_ok=True)
-    for plot in (plot_arms, plot_mix):
+    for name, plot in PLOTS.items():
         with plt.rc_context({"axes.grid": True, "grid.alpha": 0.3, "axes.titlesize": 10}):
-            figure = plot(next(iter(sources.values())))
-        figure.savefig(out / "figures" / f"{plot.__name__.removeprefix('plot_')}.png", dpi=120)
+            figure = plot(sources)
+        figure.savefig(out / "figures" / f"{name}.png", dpi=100)
         plt.close(figure)
     print(out / "RESULTS.md")
 

@@ -1,7 +1,6 @@
 """make evidence: train the sources, then every run of PLAN.md that is not recorded yet.
 
-    python -m experiments.run                       # all of it; a killed runner goes on when it is run again
-    python -m experiments.run --study=smollm2       # the real model
+    python -m experiments.run --study=A             # one study; a killed runner goes on when it is run again
 
 Each run is a process with one thread. Its stages are train.py's; its record is one JSON line of results.jsonl in --out.
 Weights are deleted when a run is recorded. The sources' weights and every stage's metrics.jsonl stay.
@@ -14,11 +13,12 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from scipy import stats
 from tqdm import tqdm
 
 import configurator
@@ -29,24 +29,21 @@ from configurator import UserError
 from data.loader import DomainLoader
 from data.shards import read_meta, sha256
 from data.tokenizer import load_tokenizer
-from dro import Mix
 from evaluate import evaluate
-from experiments import views
-from experiments.arms import ARMS, SOURCES, STUDIES, runs, source_folder, stages
+from experiments import tasks, views
+from experiments.arms import ARMS, HEADLINE, SOURCES, STUDIES, runs, source_folder, stages
 from metrics import read_metrics
-from model import LlamaConfig
 from out import MAY_CHANGE_ON_RESUME
-from prune import SampledMasks
 
-HISTORY = 16  # points of the mix's course that are recorded for a stage
-LAW_SEEDS = 3  # the seeds of constant and paper whose histories the law is fitted to afterwards
+HISTORY = 16  # points of a stage's course that are recorded
+DOCUMENTS = 100  # of each zero-shot task
 FOUND_OUT = MAY_CHANGE_ON_RESUME | {"domains", "ratios", "reference_losses", "init_from"}  # the run sets these
 ANEW = "begin anew with another --out"
 
 
 @dataclass(frozen=True)
 class Options:
-    study: str = "evidence"  # evidence | smollm2 | sweep
+    study: str = "A"  # A | B | smollm2 | sweep
     out: str = "out/evidence"  # results.jsonl, metrics.jsonl of every stage, logs; weights while they are needed
     workers: int = 2  # runs at a time
     only: str = ""  # one run, as A/paper/3 or A/source, in this process; its record goes to its folder
@@ -81,9 +78,11 @@ def read_stage(cfg: train.Config) -> tuple[dict, list[dict], list[dict]]:
 
 
 def summary(cfg: train.Config) -> dict:
-    """What metrics.jsonl says about a stage, in few numbers."""
+    """What metrics.jsonl says about a stage, in few numbers. Seconds are those of training steps alone."""
     header, steps, evals = read_stage(cfg)
     points = np.unique(np.linspace(0, len(evals) - 1, HISTORY).round().astype(int))
+    seconds = np.cumsum([0.0, *(r["step_s"] for r in steps)])
+    moments = [(evals[i], float(seconds[evals[i]["step"]])) for i in points]
     return {
         "stage": cfg.stage,
         "domains": header["domains"],
@@ -93,23 +92,9 @@ def summary(cfg: train.Config) -> dict:
         "eval_s": sum(r["eval_s"] for r in evals),
         "mix_s": sum(r["mix_s"] for r in evals),
         "largest_share_M": np.max([r["ratio"] for r in evals], axis=0).round(4).tolist(),
-        "ratio": [[evals[i]["step"], np.round(evals[i]["ratio"], 4).tolist()] for i in points],
+        "ratio": [[r["step"], np.round(r["ratio"], 4).tolist()] for r, _ in moments],
+        "course": [[r["step"], round(s, 2), round(float(np.mean(r["val_loss"])), 4)] for r, s in moments],
     }
-
-
-def predictions(cfg: train.Config, clip: bool) -> dict:
-    """What the law would have predicted at each evaluation of a finished stage, and what was reached at its end."""
-    header, _, evals = read_stage(cfg)
-    mix = Mix(tuple(header["domains"]), np.array(evals[0]["ratio"]), "constant", clip_reference=clip)
-    end, predicted = (), []
-    if header["target"]:
-        end = (SampledMasks(*(LlamaConfig(**header[name]) for name in ("source", "target")), seed=0).overall_target(),)
-    for r in evals[1:]:
-        sparsity, progress = (r["overall_sparsity"], *end) if end else (), r["step"] / cfg.max_steps
-        mix.update(np.array(r["val_loss"]), np.array(r["tokens"]), progress, *sparsity)
-        if mix.reference_loss_M is not None:
-            predicted.append([progress, mix.reference_loss_M.round(4).tolist()])
-    return {"predicted": predicted, "reached": evals[-1]["val_loss"]}
 
 
 def source_record(name: str, opt: Options, data: Path) -> dict:
@@ -117,7 +102,7 @@ def source_record(name: str, opt: Options, data: Path) -> dict:
     source, configs = name.removesuffix("/source"), stages(name, opt.out)
     for cfg in configs:
         train.main(cfg)
-    seq_len, text = SOURCES[source].prune.seq_len, SOURCES[source].data
+    seq_len, text = SOURCES[source].train.seq_len, SOURCES[source].data
     val, size_M = loader(data / "heldout", seq_len), loader(data / "plain", seq_len, "train").size_M
     return {
         "domains": val.domains,
@@ -125,31 +110,41 @@ def source_record(name: str, opt: Options, data: Path) -> dict:
         "bytes_per_token": bytes_per_token(val, load_tokenizer(read_meta(text), text)),
         "stages": [summary(cfg) for cfg in configs],
         "loss": {"final": measured(source_folder(source, opt.out), data, seq_len, views.EVALUATION)},
+        "tasks": {"source": zero_shot(source_folder(source, opt.out), SOURCES[source].tasks)},
     }
+
+
+def zero_shot(folder: str, names: tuple[str, ...]) -> dict[str, list[float]]:
+    """Accuracy in percent and its standard error, by task."""
+    archive = tasks.archive() if names else None
+    found = {}
+    for name in names:
+        right = tasks.run_task(*tasks.load(folder), tasks.read_documents(archive, name, DOCUMENTS))[:, 0]
+        found[name] = [round(100 * float(f(right)), 2) for f in (np.mean, stats.sem)]
+    return found
 
 
 def arm_record(name: str, opt: Options, data: Path) -> dict:
     """Prune and continue; the run's record, without hashes."""
     source_name, arm_name, seed = name.split("/")
     source, arm, start = SOURCES[source_name], ARMS[arm_name], source_folder(source_name, opt.out)
-    cfg, val = source.prune, loader(data / arm.view, source.prune.seq_len)
-    reference = evaluate(hf.load(start), val, cfg.eval_sequences, cfg.micro_batch_size, "cpu").tolist()
-    configs = stages(name, opt.out, val.domains, tuple(reference))
-    loss, peaks, resumed, carried = {}, [], [], {}
+    val = loader(data / arm.view, source.train.seq_len)
+    reference = evaluate(hf.load(start), val, source.train.eval_sequences, source.train.micro_batch_size, "cpu")
+    configs = stages(name, opt.out, val.domains, tuple(reference.tolist()))
+    asked = source.tasks if int(seed) == 1 else ()
+    loss, right, peaks, resumed = {}, {}, [], []
     for cfg in configs:
         resumed.append(Path(cfg.out_dir, "metrics.jsonl").exists())
-        train.main(replace(cfg, **carried))
+        train.main(cfg)
         peaks.append(peak_bytes())
         if cfg.stage == "prune":
             loss["pruned"] = measured(f"{cfg.out_dir}/model", data, val.seq_len, ("heldout",))
-        if arm.carries_mix:
-            carried = {"ratios": tuple(read_stage(cfg)[2][-1]["ratio"])}
-    loss["final"] = measured(f"{configs[-1].out_dir}/model", data, val.seq_len, views.EVALUATION)
-    record = {"arm": arm_name, "seed": int(seed), "reference_losses": reference, "loss": loss}
-    record |= {"peak_bytes": peaks, "resumed": resumed, "stages": [summary(cfg) for cfg in configs]}
-    if arm_name in ("constant", "paper") and int(seed) <= LAW_SEEDS:
-        record["law"] = {cfg.stage: {str(clip): predictions(cfg, clip) for clip in (True, False)} for cfg in configs}
-    return record
+            right["pruned"] = zero_shot(f"{cfg.out_dir}/model", asked)
+    sets = views.EVALUATION if arm_name in HEADLINE else ("heldout",)
+    loss["final"] = measured(f"{configs[-1].out_dir}/model", data, val.seq_len, sets)
+    right["final"] = zero_shot(f"{configs[-1].out_dir}/model", asked)
+    record = {"arm": arm_name, "seed": int(seed), "reference_losses": reference.tolist(), "loss": loss, "tasks": right}
+    return record | {"peak_bytes": peaks, "resumed": resumed, "stages": [summary(cfg) for cfg in configs]}
 
 
 def execute(name: str, opt: Options) -> dict:
@@ -244,7 +239,7 @@ def run_all(opt: Options) -> None:
         forget_weights(out / name)  # of a run that ended just before the runner was killed
     for name in STUDIES[opt.study]:
         source = SOURCES[name]
-        views.build(source.data, out / name / "views", source.prune.seq_len, source.windows, source.corrupted_windows)
+        views.build(source.data, out / name / "views", source.train.seq_len, source.windows, source.corrupted_windows)
     missing = [name for name in arms if name not in done]
     needed = {name.partition("/")[0] for name in missing}  # a source whose weights are gone is trained again
     gone = {f"{name}/source" for name in needed if not Path(source_folder(name, opt.out)).exists()}

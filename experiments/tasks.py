@@ -114,15 +114,24 @@ class Config:
     limit: int = 0  # documents of each task; 0 = all
 
 
+def archive() -> Path:
+    """The file that holds the documents. Raises UserError where it cannot be had."""
+    if (path := download(ARCHIVE, FOLDER)) is None:
+        raise UserError(f"{ARCHIVE.file}: not there: run again with a network, or put it into {FOLDER}")
+    return path
+
+
+def load(folder: str) -> tuple[Llama, Tokenizer]:
+    return hf.load(folder), Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
+
+
 def main(cfg: Config, folder: str) -> None:
     if unknown := set(cfg.tasks) - set(TASKS):
         raise UserError(f"no task {', '.join(sorted(unknown))}: tasks are {', '.join(TASKS)}")
-    if (archive := download(ARCHIVE, FOLDER)) is None:
-        raise UserError(f"{ARCHIVE.file}: not there: run again with a network, or put it into {FOLDER}")
-    model, tokenizer = hf.load(folder), Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
+    documents, (model, tokenizer) = archive(), load(folder)
     print(f"{'task':<14}{'documents':>10}{'acc %':>15}{'acc_norm %':>15}   (standard error)")
     for task in cfg.tasks:
-        results = run_task(model, tokenizer, read_documents(archive, task, cfg.limit))
+        results = run_task(model, tokenizer, read_documents(documents, task, cfg.limit))
         means = zip(100 * results.mean(axis=0), 100 * stats.sem(results), strict=True)
         columns = ["-" if math.isnan(mean) else f"{mean:.1f} ({stderr:.1f})" for mean, stderr in means]
         print(f"{task:<14}{len(results):>10,}{columns[0]:>15}{columns[1]:>15}", flush=True)

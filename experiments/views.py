@@ -1,7 +1,8 @@
-"""Data sets made from a prepared one: for training (plain, merged, split) and for the final evaluation.
+"""Data sets made from a prepared one: for training (plain, windows) and for the final evaluation.
 
-The validation text of each domain is cut in two: the first quarter steers the mix, the rest is for the end. From the
-rest come `heldout` and three corruptions of it, whose domains keep their names. All of it follows from the text alone.
+The validation text of each domain is cut in two: the first quarter steers the mix, the rest is for the end. `windows`
+steers it by the other half of that quarter. From the rest come `heldout` and three corruptions of it, whose domains
+keep their names. All of it follows from the text alone.
 """
 
 import json
@@ -15,7 +16,6 @@ from data.shards import SPLITS, open_shard, read_meta, sha256, write_meta, write
 from data.tokenizer import load_tokenizer
 
 STEERING = 4  # one in so many validation tokens steers the mix
-MERGED = {"code": ("python", "cpp"), "reference": ("apidoc", "legal"), "prose": ("literature", "wiki")}
 NOISE = 0.05  # share of characters
 RUN = 16  # tokens taken from one domain at a time where two are mixed
 CORRUPTIONS = ("noise", "shuffled", "mixed")
@@ -28,12 +28,12 @@ def build(data: str, out: Path, seq_len: int, windows: int, corrupted_windows: i
     """Write every view of the data set into folders below out, once. Raises UserError where out holds others."""
     made_of, meta, rng = out / "made_of.json", read_meta(data), np.random.default_rng(0)
     sizes = (seq_len, windows, corrupted_windows)
-    settings = json.dumps([sha256(Path(data, "meta.json")), *sizes, STEERING, MERGED, NOISE, RUN])
+    settings = json.dumps([sha256(Path(data, "meta.json")), *sizes, STEERING, NOISE, RUN])
     if made_of.exists():
         if made_of.read_text() != settings:
             raise UserError(f"{out} was made of other text or with other settings: give another --out")
         return
-    plain, heldout, few = {}, {}, {}
+    plain, other, heldout, few = {}, {}, {}, {}
     for domain, splits in meta["domains"].items():
         text = {}
         for split in SPLITS:
@@ -42,10 +42,11 @@ def build(data: str, out: Path, seq_len: int, windows: int, corrupted_windows: i
         val, density = text["val"]
         cut = len(val) // STEERING
         plain[domain] = {"train": text["train"], "val": (val[:cut], density)}
+        other[domain] = {"train": text["train"], "val": (val[cut // 2 : cut], density)}
         w = spread(val[cut:], windows, seq_len + 1)
         heldout[domain] = {"val": (w.ravel(), density)}
         few[domain] = w[:: max(1, len(w) // corrupted_windows)][:corrupted_windows], density
-    views = {"plain": plain, "merged": merged(plain), "split": halves(plain), "heldout": heldout, "mixed": mixed(few)}
+    views = {"plain": plain, "windows": other, "heldout": heldout, "mixed": mixed(few)}
     tokenizer = load_tokenizer(meta, data)
     for name, corrupt in (("noise", noisy), ("shuffled", shuffled)):
         views[name] = {d: {"val": rewritten(w, corrupt, tokenizer, rng)} for d, (w, _) in few.items()}
@@ -70,24 +71,6 @@ def spread(tokens: np.ndarray, n: int, length: int) -> np.ndarray:
     """n windows, (n, length), evenly over the text; all there are where it is shorter."""
     all_windows = tokens[: len(tokens) // length * length].reshape(-1, length)
     return all_windows[np.unique(np.linspace(0, len(all_windows) - 1, n).astype(int))]
-
-
-def merged(plain: dict) -> dict:
-    def together(parts: list[Text]) -> Text:
-        tokens = np.concatenate([t for t, _ in parts])
-        return tokens, sum(len(t) * b for t, b in parts) / len(tokens)
-
-    if not all(domain in plain for pair in MERGED.values() for domain in pair):
-        return {}
-    return {name: {s: together([plain[d][s] for d in pair]) for s in SPLITS} for name, pair in MERGED.items()}
-
-
-def halves(plain: dict) -> dict:
-    return {
-        f"{domain}_{i + 1}": {split: (np.array_split(tokens, 2)[i], b) for split, (tokens, b) in splits.items()}
-        for domain, splits in plain.items()
-        for i in range(2)
-    }
 
 
 def rewritten(windows: np.ndarray, corrupt, tokenizer, rng: np.random.Generator) -> Text:
