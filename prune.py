@@ -449,11 +449,12 @@ def backward_to_masks(samples: list[Subnetwork]) -> None:
 
 
 def scores(model: Llama, target: LlamaConfig, windows: np.ndarray, device: str) -> dict[str, Tensor]:
-    """mean over windows of (dL/dz_U)^2 at z = 1, the Fisher score of every unit, in the shapes of Masks.log_alpha.
+    """mean over windows of |dL/dz_U| at z = 1, the importance of every unit, in the shapes of Masks.log_alpha.
 
     windows: (N, T + 1) tokens, shared out over the ranks; L: the mean cross-entropy of one window. Weights get no
     gradient, and activations are computed again in backward, so that it takes little more memory than the weights.
-    Raises UserError for a loss that is not finite.
+    Squares instead of sizes (Fisher's information) would leave the choice to one window in a hundred with a gradient
+    25 times the others'. Source: Michel et al. 2019, arXiv 1905.10650. Raises UserError for a loss that is not finite.
     """
     rank, n_ranks = position()
     z = {m: torch.ones(a.shape, requires_grad=True) for m, a in CountMasks(model.config, target).log_alpha.items()}
@@ -465,7 +466,7 @@ def scores(model: Llama, target: LlamaConfig, windows: np.ndarray, device: str) 
     for i in tqdm(range(rank, n_each * n_ranks, n_ranks), "scores", unit="window", disable=None if rank == 0 else True):
         tokens = torch.from_numpy(windows[i % len(windows)]).to(device).long()[None]
         model(tokens[:, :-1], tokens[:, 1:], everything).objective.backward()
-        total += everything.z_gradient().double() ** 2 * (i < len(windows))
+        total += everything.z_gradient().double().abs() * (i < len(windows))
     model.requires_grad_(learns)
     model.checkpoint_activations = recompute
     sum_over_ranks(total)
