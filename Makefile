@@ -7,7 +7,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 RESULTS ?= experiments/results.jsonl
-STUDIES ?= A B smollm2
+STUDIES ?= A B smollm2 languages law
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist=worksteal
 
 .PHONY: demo test test-full kernels bench evidence report docs lint clean
@@ -31,6 +31,7 @@ bench: .venv/dev
 evidence: .venv/dev
 	$(PY) data/embedded/prepare.py
 	$(PY) data/smollm2/prepare.py
+	$(PY) data/languages/prepare.py
 	for study in $(STUDIES); do $(PY) -m experiments.run --study=$$study || exit 1; done
 	$(PY) -m experiments.report --results=out/evidence/results.jsonl
 

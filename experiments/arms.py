@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import configurator
+from model import LlamaConfig
 from train import Config
 
 SHAPE = ("n_layers", "hidden_size", "intermediate_size", "n_heads")
@@ -28,12 +29,14 @@ def shape(*sizes: int) -> dict:
 
 @dataclass(frozen=True)
 class Source:
-    """A model to prune: trained by `pretrain`, or already in `folder`."""
+    """A model to prune: trained by `pretrain`, from a random model of `random`'s shape if given, or in `folder`."""
 
-    targets: dict[str, dict]  # settings of the shape, by size
+    targets: dict[str, dict] = field(default_factory=dict)  # settings of the shape, by size
     pretrain: Config | None = None
+    random: LlamaConfig | None = None
     folder: str = ""
     data: str = "data/embedded"  # a prepared data set
+    prior: float = 1.0  # p0 is in proportion to the text's tokens to this power
     train: Config = TRAIN  # its steps are those of all stages of a run together
     published: Config = PUBLISHED  # the stage that learns published masks
     count_steps: int = 128  # of the stage that learns masks by count
@@ -79,7 +82,20 @@ SOURCES = {
         windows=16,
         tasks=("arc_easy", "sciq", "piqa", "lambada"),
     ),
+    "languages": Source(
+        {"4th": shape(4, 96, 160, 2)},
+        replace(PRETRAIN, **shape(6, 128, 320, 4), n_kv_heads=2, head_dim=32, max_steps=800, seed=3),
+        data="data/languages",
+        prior=0.3,
+    ),
 }
+LAW = replace(PRETRAIN, batch_size=16, max_steps=800, eval_interval=16, seed=4)  # 16 * 128 = 2,048 tokens a step
+ARCHITECTURES = {  # vocabulary, channels, FFN, layers, query heads, key/value heads, their width
+    "qwen3": LlamaConfig(4096, 128, 320, 6, 4, 2, 32, family="qwen3"),
+    "mistral": LlamaConfig(4096, 128, 320, 6, 4, 2, 32, tied_embeddings=True, family="mistral"),
+    "deep": LlamaConfig(4096, 72, 184, 18, 4, 2, 18),
+}
+SOURCES |= {name: Source(pretrain=LAW, random=config) for name, config in ARCHITECTURES.items()}
 
 PAPER = {"mix": "dro", "dynamic_reference": True, "dynamic_ratio": True}
 SQRT = {"prior": 0.5}
@@ -124,13 +140,17 @@ STUDIES = {  # source: arms and the number of their seeds
         "smollm2": {"oneshot-half": 3, "count-half": 3},
     },
 }
+STUDIES |= {
+    "languages": {"languages": dict.fromkeys(("oneshot", "uniform", "paper"), 3)},
+    "law": {name: {} for name in ARCHITECTURES},
+}
 FIRST_SEED = {"sweep": 101}  # else 1
 
 
 def runs(study: str) -> list[str]:
     """The names of a study's runs, as A/paper/3: seed by seed, so that a part of them can be compared already."""
     arms = [(source, arm, seeds) for source, arms in STUDIES[study].items() for arm, seeds in arms.items()]
-    most, first = max(seeds for _, _, seeds in arms), FIRST_SEED.get(study, 1)
+    most, first = max((seeds for _, _, seeds in arms), default=0), FIRST_SEED.get(study, 1)
     return [f"{source}/{arm}/{first + i}" for i in range(most) for source, arm, n in arms if i < n]
 
 
@@ -142,11 +162,12 @@ def stages(name: str, out: str, domains: tuple[str, ...] = ("all",), reference: 
     source_name, arm_name, *seed = name.split("/")
     source, folder, start = SOURCES[source_name], f"{out}/{name}", source_folder(source_name, out)
     if arm_name == "source":
-        data = f"{out}/{source_name}/views/plain"
-        return [replace(source.pretrain, data=data, out_dir=folder, resume=True)] if source.pretrain else []
+        place = {"data": f"{out}/{source_name}/views/plain", "out_dir": folder, "resume": True, "prior": source.prior}
+        place |= {"init_from": f"{folder}/start"} if source.random else {}
+        return [replace(source.pretrain, **place)] if source.pretrain else []
     arm = ARMS[arm_name]
     target, learns = source.targets[arm.target], "mix" in arm.mix
-    shared = {**arm.mix, "domains": domains, "reference_losses": reference if learns else ()}
+    shared = {"prior": source.prior, **arm.mix, "domains": domains, "reference_losses": reference if learns else ()}
     shared |= {"data": f"{out}/{source_name}/views/{arm.view}", "resume": True}
     shared |= {"distill": arm.distill, "teacher": start if arm.distill else ""}
     shared |= {"eval_interval": source.often if learns else source.seldom}

@@ -20,7 +20,7 @@ import configurator
 from configurator import UserError
 from experiments import arms
 from experiments.arms import ARMS, HEADLINE, MIXES, SOURCES, STUDIES
-from experiments.run import read_results
+from experiments.run import LAW, read_results
 from experiments.views import CORRUPTIONS
 from export import markdown
 
@@ -72,6 +72,13 @@ They are exploratory: of dozens some lie off zero by chance.
 ## How far the mix moves
 
 The mean of |share - share| over domains, evaluations and seeds, in points of a percent: {movement}.
+
+## Error of the law
+
+What the law predicts for the end of a stage minus what is reached there: the mean size over domains and runs, from a
+quarter, half and three quarters of it, and the signed mean from half. Arms are one-shot pruned models in training.
+
+{law}
 
 ## Corrupted text
 
@@ -167,7 +174,7 @@ def results_of(records: dict[str, dict]) -> list[Results]:
     found = []
     for name in SOURCES:
         mine = sorted((r for r in records.values() if r["source"] == name and "arm" in r), key=lambda r: r["seed"])
-        if mine and f"{name}/source" in records:
+        if f"{name}/source" in records:
             runs = {arm: {r["seed"]: r for r in mine if r["arm"] == arm} for arm in ARMS}
             found.append(Results(name, records[f"{name}/source"], runs))
     return found
@@ -238,6 +245,19 @@ def corrupted_table(sources: list[Results]) -> str:
             row = [np.mean([results.losses(r, text).mean() for r in runs]) for runs in records]
             rows.append([f"{results.name}: {text}", results.losses(results.source, text).mean(), *row])
     return markdown(["text", "source", *HEADLINE], rows)
+
+
+def law_table(sources: list[Results]) -> str:
+    rows = []
+    for results in sources:
+        found = {"training the source": [results.source["law"].get("pretrain")]}
+        found |= {arm: [r["law"].get("continue") for r in results.runs[arm].values()] for arm in ("oneshot", "paper")}
+        for what, errors in ((what, list(filter(None, errors))) for what, errors in found.items()):
+            if errors:
+                sizes = [np.abs([e[str(share)] for e in errors]).mean() for share in LAW]
+                signed = np.mean([e["0.5"] for e in errors])
+                rows.append([f"{results.name}: {what}", len(errors), *sizes, f"{signed:+.4f}"])
+    return markdown(["run", "runs", *(f"{100 * share:.0f} % seen" for share in LAW), "signed, 50 %"], rows)
 
 
 def tasks_table(sources: list[Results]) -> str:
@@ -407,6 +427,7 @@ def page(records: dict[str, dict]) -> str:
         exploratory=differences_table(sources, EXPLORATORY),
         arms=arms_table(sources),
         movement="; ".join(filter(None, map(movement, sources))) or "no runs yet",
+        law=law_table(sources),
         corrupted=corrupted_table(sources),
         tasks=tasks_table(sources),
         n_runs=sum("arm" in r for r in runs),
@@ -426,9 +447,10 @@ def main(opt: Options) -> None:
         raise UserError(f"{opt.results}: no results yet: make evidence makes them")
     (out / "RESULTS.md").write_text(page(records))
     (out / "figures").mkdir(exist_ok=True)
-    for name, plot in PLOTS.items():
+    pruned = [results for results in sources if any(results.runs.values())]
+    for name, plot in PLOTS.items() if pruned else ():
         with plt.rc_context({"axes.grid": True, "grid.alpha": 0.3, "axes.titlesize": 10}):
-            figure = plot(sources)
+            figure = plot(pruned)
         figure.savefig(out / "figures" / f"{name}.png", dpi=100)
         plt.close(figure)
     print(out / "RESULTS.md")

@@ -29,13 +29,16 @@ from configurator import UserError
 from data.loader import DomainLoader
 from data.shards import read_meta, sha256
 from data.tokenizer import load_tokenizer
+from dro import Mix
 from evaluate import evaluate
 from experiments import tasks, views
 from experiments.arms import ARMS, HEADLINE, SOURCES, STUDIES, runs, source_folder, stages
 from metrics import read_metrics
+from model import Llama
 from out import MAY_CHANGE_ON_RESUME
 
 HISTORY = 16  # points of a stage's course that are recorded
+LAW = (0.25, 0.5, 0.75)  # shares of a stage that the law has seen
 DOCUMENTS = 100  # of each zero-shot task
 FOUND_OUT = MAY_CHANGE_ON_RESUME | {"domains", "ratios", "reference_losses", "init_from"}  # the run sets these
 ANEW = "begin anew with another --out"
@@ -43,7 +46,7 @@ ANEW = "begin anew with another --out"
 
 @dataclass(frozen=True)
 class Options:
-    study: str = "A"  # A | B | smollm2 | sweep
+    study: str = "A"  # A | B | smollm2 | languages | law | sweep
     out: str = "out/evidence"  # results.jsonl, metrics.jsonl of every stage, logs; weights while they are needed
     workers: int = 2  # runs at a time
     only: str = ""  # one run, as A/paper/3 or A/source, in this process; its record goes to its folder
@@ -97,9 +100,24 @@ def summary(cfg: train.Config) -> dict:
     }
 
 
+def law_errors(cfg: train.Config) -> dict[str, list[float]]:
+    """What the law predicts for a finished stage's end minus what is reached, nats (M,), from each of LAW's shares."""
+    header, _, evals = read_stage(cfg)
+    mix, errors = Mix(tuple(header["domains"]), np.array(evals[0]["ratio"]), clip_reference=False), {}
+    for r in evals[1:]:
+        mix.update(np.array(r["val_loss"]), np.array(r["tokens"]), progress := r["step"] / cfg.max_steps)
+        if mix.reference_loss_M is not None:
+            errors[progress] = (mix.reference_loss_M - evals[-1]["val_loss"]).round(4).tolist()
+    return {str(share): errors[min(errors, key=lambda p: abs(p - share))] for share in LAW} if errors else {}
+
+
 def source_record(name: str, opt: Options, data: Path) -> dict:
     """Train the source if it is one of ours; its record, without hashes."""
     source, configs = name.removesuffix("/source"), stages(name, opt.out)
+    if random := SOURCES[source].random:
+        model = Llama(random)
+        model.init_weights(configs[0].seed)
+        hf.save(model, configs[0].init_from)
     for cfg in configs:
         train.main(cfg)
     seq_len, text = SOURCES[source].train.seq_len, SOURCES[source].data
@@ -109,6 +127,7 @@ def source_record(name: str, opt: Options, data: Path) -> dict:
         "p0": (size_M / size_M.sum()).tolist(),
         "bytes_per_token": bytes_per_token(val, load_tokenizer(read_meta(text), text)),
         "stages": [summary(cfg) for cfg in configs],
+        "law": {cfg.stage: law_errors(cfg) for cfg in configs},
         "loss": {"final": measured(source_folder(source, opt.out), data, seq_len, views.EVALUATION)},
         "tasks": {"source": zero_shot(source_folder(source, opt.out), SOURCES[source].tasks)},
     }
@@ -144,6 +163,7 @@ def arm_record(name: str, opt: Options, data: Path) -> dict:
     loss["final"] = measured(f"{configs[-1].out_dir}/model", data, val.seq_len, sets)
     right["final"] = zero_shot(f"{configs[-1].out_dir}/model", asked)
     record = {"arm": arm_name, "seed": int(seed), "reference_losses": reference.tolist(), "loss": loss, "tasks": right}
+    record |= {"law": {cfg.stage: law_errors(cfg) for cfg in configs if cfg.stage == "continue"}}
     return record | {"peak_bytes": peaks, "resumed": resumed, "stages": [summary(cfg) for cfg in configs]}
 
 

@@ -15,7 +15,13 @@ from configurator import UserError, load
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ["train", "evaluate", "sample", "export", "plot", "demo", "bench", "data.prepare", "data.embedded.prepare"]
-COMMANDS += ["data.smollm2.prepare", "experiments.run", "experiments.report", "experiments.tasks"]
+COMMANDS += [
+    "data.smollm2.prepare",
+    "data.languages.prepare",
+    "experiments.run",
+    "experiments.report",
+    "experiments.tasks",
+]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import zipfile
 import pytest
 
 from data.embedded import prepare
+from data.languages.prepare import plain_text
 from data.shards import read_meta
 
 
@@ -26,6 +27,12 @@ from data.shards import read_meta
 )
 def test_wiki_markup_becomes_prose(markup, plain):
     assert prepare.plain_text(markup) == plain
+
+
+def test_a_page_of_help_becomes_its_words_a_paragraph_a_line():
+    hidden = '<span hidden="true" id="MAC1" class="MAC">Settings</span><span hidden="true" id="default1">Options</span>'
+    page = f'<p>menu</p><div id="DisplayArea" x="y"><h1>A&amp;B\n</h1><p>Choose <b>{hidden}</b></p><script>z</script>'
+    assert plain_text(page + "<p> </p>") == "A&B\nChoose Options"
 
 
 def test_long_paragraphs_are_kept_the_first_time_only():

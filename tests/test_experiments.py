@@ -26,7 +26,7 @@ def stages_of(arm, seed=1, source="A"):
 
 
 def test_all_runs_of_a_source_take_as_many_tokens_and_no_two_stages_of_a_seed_share_their_order_of_text():
-    assert [len(arms.runs(study)) for study in ("A", "B", "smollm2")] == [112, 82, 18]  # PLAN.md's
+    assert [len(arms.runs(study)) for study in arms.STUDIES if study != "sweep"] == [112, 82, 18, 9, 0]  # PLAN.md's
     for source, arm in {tuple(name.split("/")[:2]) for study in arms.STUDIES for name in arms.runs(study)}:
         stages = stages_of(arm, source=source)
         assert sum(cfg.max_steps for cfg in stages) == (240 if source == "smollm2" else 640)
@@ -112,6 +112,7 @@ def made_up(name, loss):
     loss = {"final": {text: [loss] * 6 for text in views.EVALUATION}, "pruned": {"heldout": [loss] * 6}}
     record = {"run": name, "source": source, "commit": "abc", "versions": {"torch": "2"}, "loss": loss, "tasks": {}}
     record |= {"arm": arm, "seed": int(seed[0]), "resumed": [False], "peak_bytes": [2**20]} if seed else {}
+    record |= {"law": {}}
     return record | {"stages": [stage], "domains": DOMAINS, "p0": [1 / 6] * 6, "bytes_per_token": [3.0] * 6}
 
 
@@ -182,9 +183,14 @@ def tiny(data, tmp_path, monkeypatch):
     published = replace(arms.PUBLISHED, **common, max_steps=24, sparsity_warmup=4)
     pretrain = replace(arms.PRETRAIN, **common, max_steps=4, n_kv_heads=1, head_dim=8, **arms.shape(2, 16, 24, 2))
     few = dict(often=2, seldom=2, count_steps=8, windows=8, corrupted_windows=4)
-    source = arms.Source({"4th": arms.shape(1, 8, 16, 2)}, pretrain, "", str(data), train, published, **few)
+    few |= {"data": str(data), "train": train, "published": published}
+    source = arms.Source({"4th": arms.shape(1, 8, 16, 2)}, pretrain, **few)
     monkeypatch.setitem(arms.SOURCES, "A", source)
+    random = LlamaConfig(128, 16, 24, 2, 2, 1, 8, family="qwen3")
+    law = replace(pretrain, max_steps=30, eval_interval=1, **dict.fromkeys(arms.SHAPE, 0), n_kv_heads=0, head_dim=0)
+    monkeypatch.setitem(arms.SOURCES, "law", arms.Source({}, law, random, data=str(data), train=train, windows=8))
     monkeypatch.setitem(arms.STUDIES, "A", {"A": {"count": 1, "paper": 1, "random": 1}})
+    monkeypatch.setitem(arms.STUDIES, "law", {"law": {}})
     monkeypatch.setattr(run, "commit", lambda: "abc")
     return run.Options(out=str(tmp_path / "out"), workers=1)
 
@@ -205,6 +211,10 @@ def test_tiny_runs_end_to_end_are_recorded_once_and_reported(tiny, monkeypatch):
     assert len({tuple(stage["ratio"][-1][1]) for stage in records["A/paper/1"]["stages"]}) == 2  # its mix moved
     assert not list(Path(tiny.out, "A/paper").rglob("*.safetensors"))
     assert "A: paper" in report.page(records)
+    run.main(replace(tiny, study="law"))
+    law = run.read_results(f"{tiny.out}/results.jsonl")["law/source"]["law"]["pretrain"]
+    assert sorted(law) == ["0.25", "0.5", "0.75"]
+    assert len(law["0.5"]) == 6
     monkeypatch.setattr(run, "in_own_process", lambda name, _: pytest.fail(f"{name} made again"))
     run.main(tiny)
 
