@@ -60,8 +60,8 @@ class Arm:
 
 
 SMOLLM2 = configurator.load(Config, [str(CONFIGS / "continue_smollm2.py")])
-SMOLLM2 = replace(SMOLLM2, max_steps=240, lr_warmup=8, save_interval=120, device="cpu", **FIXED)
-SMOLLM2_PUBLISHED = {"max_steps": 96, "masks": "published", "mask_lr": 2.0, "sparsity_warmup": 20}
+SMOLLM2 = replace(SMOLLM2, max_steps=160, lr_warmup=8, save_interval=80, device="cpu", **FIXED)
+SMOLLM2_PUBLISHED = {"max_steps": 64, "masks": "published", "mask_lr": 4.0, "sparsity_warmup": 13}
 SOURCES = {
     "A": Source(
         {"4th": shape(4, 96, 160, 2), "16th": shape(2, 64, 104, 2)},
@@ -78,7 +78,7 @@ SOURCES = {
         train=replace(SMOLLM2, init_from="", teacher="", distill=0.0),
         published=replace(SMOLLM2, stage="prune", init_from="", teacher="", distill=0.0, **SMOLLM2_PUBLISHED),
         count_steps=64,
-        seldom=60,
+        seldom=32,
         windows=16,
         tasks=("arc_easy", "sciq", "piqa", "lambada"),
     ),
@@ -131,7 +131,13 @@ STUDIES = {  # source: arms and the number of their seeds
             "paper-windows": 3,
         }
     },
-    "B": {"B": {**dict.fromkeys(WAYS, 5), **dict.fromkeys(MIXES, 3), **{f"{way}-16th": 3 for way in WAYS}}},
+    "B": {
+        "B": {
+            **dict.fromkeys(WAYS, 5),
+            **dict.fromkeys(("uniform", "sqrt", "paper"), 3),
+            **{f"{way}-16th": 3 for way in WAYS},
+        }
+    },
     "smollm2": {
         "smollm2": {f"{w}{size}": 3 for size in ("-half", "") for w in ("count", "oneshot", "published-alone")}
     },
