@@ -313,9 +313,13 @@ def dots(axis, y: float, d: Difference) -> None:
 
 def plot_ways(sources: list[Results]):
     """The loss of every way to prune, every seed a dot; targets side by side."""
-    panels = [(r, size) for r in sources for size in ("", "-half", "-16th") if r.runs.get(f"oneshot{size}")]
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.1 * len(panels), 3.4), layout="constrained", squeeze=False)
-    for axis, (results, size) in zip(axes.flat, panels, strict=True):
+    sizes = {"": "quarter", "-half": "half", "-16th": "sixteenth"}
+    panels = [(r, size) for r, size in product(sources, sizes) if r.runs.get(f"published-alone{size}")]
+    n_rows, n_columns = -(-len(panels) // 3) or 1, 3
+    figure, axes = plt.subplots(n_rows, n_columns, figsize=(10, 3 * n_rows), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (results, size) in zip(axes.flat, panels, strict=False):
         ways = [w for w in (*arms.STARTS, *(f"{s}-alone" for s in arms.STARTS)) if results.runs.get(w + size)]
         for y, way in enumerate(ways[::-1]):
             for metric, colour in (("mean of domains", "C0"), ("worst domain", "C1")):
@@ -324,7 +328,7 @@ def plot_ways(sources: list[Results]):
         for metric, colour in (("mean of domains", "C0"), ("worst domain", "C1")):
             axis.axvline(results.metrics[metric](results.source), color=colour, lw=0.8, ls=":")
         axis.set_yticks(range(len(ways)), ways[::-1])
-        axis.set_title(f"{results.name} to a {size[1:] or '4th'}")
+        axis.set_title(f"{results.name} to a {sizes[size]}")
         axis.set_xlabel("nats (dotted: the source)")
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2)
@@ -355,8 +359,9 @@ def plot_lengths(sources: list[Results]):
 
 
 def plot_seconds(sources: list[Results]):
-    figure, axes = plt.subplots(1, len(sources), figsize=(4.2 * len(sources), 3.4), layout="constrained", squeeze=False)
-    for axis, results in zip(axes.flat, sources, strict=True):
+    shown = [r for r in sources if any(r.runs[f"published-alone{size}"] for size in ("", "-half"))]
+    figure, axes = plt.subplots(1, len(shown) or 1, figsize=(11, 3.4), layout="constrained", squeeze=False)
+    for axis, results in zip(axes.flat, shown, strict=False):
         size = "" if results.runs["oneshot"] else "-half"
         for way in (w for w in arms.WAYS if results.runs.get(w + size) and "random" not in w):
             courses = [course(r, "course") for r in results.runs[way + size].values()]
@@ -365,7 +370,7 @@ def plot_seconds(sources: list[Results]):
             axis.plot(
                 x, y, "-" if "alone" not in way else ":", color=f"C{arms.STARTS.index(way.split('-')[0])}", label=way
             )
-        axis.set_ylim(top=np.quantile([line.get_ydata()[len(line.get_ydata()) // 4] for line in axis.lines], 1.0))
+        axis.set_ylim(top=max(line.get_ydata()[len(line.get_ydata()) // 4] for line in axis.lines))
         axis.set_title(results.name)
         axis.set_xlabel("seconds of training steps, one thread")
     axes.flat[0].set_ylabel("loss on the steering windows (nats)")
@@ -382,6 +387,7 @@ def plot_mixes(sources: list[Results]):
         for y, (results, mix) in enumerate(rows):
             dots(axis, y, results.difference(f"{mix} - oneshot", metric))
         axis.axvline(0, color="k", lw=0.8)
+        axis.locator_params(axis="x", nbins=5)
         axis.set_title(metric)
         axis.set_xlabel("nats, minus the constant mix")
     axes[0].set_yticks(range(len(rows)), [f"{r.name}: {mix} ({len(r.runs[mix])})" for r, mix in rows])
