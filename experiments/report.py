@@ -164,6 +164,9 @@ class Results:
             "bits per byte, worst": lambda r: (self.losses(r) / nats_per_bit_M).max(),
         }
 
+    def ways(self, size: str) -> list[str]:
+        return [way for way in arms.WAYS if self.runs.get(way + size)]
+
     def difference(self, label: str, metric: str) -> Difference:
         ours, theirs = (self.runs[arm] for arm in label.split(" - "))
         return Difference(ours, theirs, self.metrics[metric])
@@ -314,13 +317,13 @@ def dots(axis, y: float, d: Difference) -> None:
 def plot_ways(sources: list[Results]):
     """The loss of every way to prune, every seed a dot; targets side by side."""
     sizes = {"": "quarter", "-half": "half", "-16th": "sixteenth"}
-    panels = [(r, size) for r, size in product(sources, sizes) if r.runs.get(f"published-alone{size}")]
+    panels = [(r, size) for r, size in product(sources, sizes) if len(r.ways(size)) > 1]
     n_rows, n_columns = -(-len(panels) // 3) or 1, 3
     figure, axes = plt.subplots(n_rows, n_columns, figsize=(10, 3 * n_rows), layout="constrained", squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     for axis, (results, size) in zip(axes.flat, panels, strict=False):
-        ways = [w for w in (*arms.STARTS, *(f"{s}-alone" for s in arms.STARTS)) if results.runs.get(w + size)]
+        ways = sorted(results.ways(size), key=lambda way: "alone" in way)
         for y, way in enumerate(ways[::-1]):
             for metric, colour in (("mean of domains", "C0"), ("worst domain", "C1")):
                 values = [results.metrics[metric](r) for r in results.runs[way + size].values()]
@@ -359,11 +362,11 @@ def plot_lengths(sources: list[Results]):
 
 
 def plot_seconds(sources: list[Results]):
-    shown = [r for r in sources if any(r.runs[f"published-alone{size}"] for size in ("", "-half"))]
+    shown = [r for r in sources if len(r.ways("") or r.ways("-half")) > 1]
     figure, axes = plt.subplots(1, len(shown) or 1, figsize=(11, 3.4), layout="constrained", squeeze=False)
     for axis, results in zip(axes.flat, shown, strict=False):
-        size = "" if results.runs["oneshot"] else "-half"
-        for way in (w for w in arms.WAYS if results.runs.get(w + size) and "random" not in w):
+        size = "" if results.ways("") else "-half"
+        for way in (way for way in results.ways(size) if "random" not in way):
             courses = [course(r, "course") for r in results.runs[way + size].values()]
             n = min(len(x) for x, _ in courses)
             x, y = (np.mean([c[i][:n] for c in courses], axis=0) for i in (0, 1))
