@@ -30,8 +30,7 @@ bench: .venv/dev
 
 evidence: .venv/dev
 	$(PY) data/embedded/prepare.py
-	$(PY) data/smollm2/prepare.py
-	$(PY) data/languages/prepare.py
+	for data in $(filter smollm2 languages,$(STUDIES)); do $(PY) data/$$data/prepare.py || exit 1; done
 	for study in $(STUDIES); do $(PY) -m experiments.run --study=$$study || exit 1; done
 	$(PY) -m experiments.report --results=out/evidence/results.jsonl
 
@@ -46,7 +45,7 @@ lint: .venv/dev
 	$(PY) -m ruff format --check .
 
 clean:
-	rm -rf .venv out data/embedded/*.bin data/embedded/*.json data/embedded/tokenizer.* data/*/download data/smollm2/model data/smollm2/data
+	rm -rf .venv out data/*/*.bin data/*/meta.json data/*/tokenizer* data/*/download data/smollm2/model data/smollm2/data
 
 .venv/run: requirements.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else f"Python 3.10 to 3.13 is needed and $(PYTHON) is {v[0]}.{v[1]}: call make PYTHON=python3.12")'

@@ -36,7 +36,7 @@ class Source:
     random: LlamaConfig | None = None
     folder: str = ""
     data: str = "data/embedded"  # a prepared data set
-    prior: float = 1.0  # p0 is in proportion to the text's tokens to this power
+    power: float = 1.0  # p0 is in proportion to the text's tokens to this power
     train: Config = TRAIN  # its steps are those of all stages of a run together
     published: Config = PUBLISHED  # the stage that learns published masks
     count_steps: int = 128  # of the stage that learns masks by count
@@ -86,7 +86,7 @@ SOURCES = {
         {"4th": shape(4, 96, 160, 2)},
         replace(PRETRAIN, **shape(6, 128, 320, 4), n_kv_heads=2, head_dim=32, max_steps=800, seed=3),
         data="data/languages",
-        prior=0.3,
+        power=0.3,
     ),
 }
 LAW = replace(PRETRAIN, batch_size=16, max_steps=800, eval_interval=16, seed=4)  # 16 * 128 = 2,048 tokens a step
@@ -111,6 +111,7 @@ MIXES = {
 ARMS = {start: Arm(start) for start in STARTS}
 ARMS |= {f"{name}-alone": replace(ARMS[name], distill=0.0) for name in STARTS}
 ARMS |= {f"{name}-{size}": replace(arm, target=size) for name, arm in list(ARMS.items()) for size in ("16th", "half")}
+ARMS["count-frozen"] = Arm("count", masks={"mask_lr": 0.0})
 ARMS |= {f"count-of{steps}": Arm("count", masks={"max_steps": steps}) for steps in (64, 256, 512)}
 ARMS |= {name: Arm(mix=mix) for name, mix in MIXES.items()}
 ARMS["paper-windows"] = Arm(mix=PAPER, view="windows")  # steered by the loss on other windows
@@ -124,7 +125,7 @@ WAYS = [f"{start}{teacher}" for start in STARTS for teacher in ("", "-alone")]
 STUDIES = {  # source: arms and the number of their seeds
     "A": {
         "A": {
-            **dict.fromkeys(WAYS, 5),
+            **dict.fromkeys((*WAYS, "count-frozen"), 5),
             **dict.fromkeys(MIXES, 5),
             **{f"count-of{steps}": 5 for steps in (64, 256, 512)},
             **{f"{way}-16th": 3 for way in WAYS},
@@ -133,14 +134,12 @@ STUDIES = {  # source: arms and the number of their seeds
     },
     "B": {
         "B": {
-            **dict.fromkeys(WAYS, 5),
+            **dict.fromkeys((*WAYS, "count-frozen"), 5),
             **dict.fromkeys(("uniform", "sqrt", "paper"), 3),
             **{f"{way}-16th": 3 for way in WAYS},
         }
     },
-    "smollm2": {
-        "smollm2": {f"{w}{size}": 3 for size in ("-half", "") for w in ("count", "oneshot", "published-alone")}
-    },
+    "smollm2": {"smollm2": {f"{w}{size}": 3 for size in ("-half", "") for w in HEADLINE}},
     "sweep": {
         "A": {name: 3 for name in ARMS if name.startswith("count-k")} | {"oneshot": 3, "count": 3},
         "smollm2": {"oneshot-half": 3, "count-half": 3},
@@ -160,20 +159,23 @@ def runs(study: str) -> list[str]:
     return [f"{source}/{arm}/{first + i}" for i in range(most) for source, arm, n in arms if i < n]
 
 
-def stages(name: str, out: str, domains: tuple[str, ...] = ("all",), reference: tuple[float, ...] = ()) -> list[Config]:
+def stages(
+    name: str, out: str, domains: tuple = ("all",), ratios: tuple = (1.0,), reference: tuple = ()
+) -> list[Config]:
     """The settings of the stages of a run (A/paper/3) or of a source (A/source), in their order, in folders of `out`.
 
-    domains: of the run's view of the data. reference: the source's losses on them, nats, for the arms that need any.
+    domains: of the run's view of the data. ratios: p0. reference: the source's losses, nats, for mixes that need any.
     """
     source_name, arm_name, *seed = name.split("/")
     source, folder, start = SOURCES[source_name], f"{out}/{name}", source_folder(source_name, out)
     if arm_name == "source":
-        place = {"data": f"{out}/{source_name}/views/plain", "out_dir": folder, "resume": True, "prior": source.prior}
+        place = {"data": f"{out}/{source_name}/views/plain", "out_dir": folder, "resume": True}
+        place |= {"domains": domains, "ratios": ratios}
         place |= {"init_from": f"{folder}/start"} if source.random else {}
         return [replace(source.pretrain, **place)] if source.pretrain else []
     arm = ARMS[arm_name]
     target, learns = source.targets[arm.target], "mix" in arm.mix
-    shared = {"prior": source.prior, **arm.mix, "domains": domains, "reference_losses": reference if learns else ()}
+    shared = {**arm.mix, "domains": domains, "ratios": ratios, "reference_losses": reference if learns else ()}
     shared |= {"data": f"{out}/{source_name}/views/{arm.view}", "resume": True}
     shared |= {"distill": arm.distill, "teacher": start if arm.distill else ""}
     shared |= {"eval_interval": source.often if learns else source.seldom}
@@ -185,10 +187,10 @@ def stages(name: str, out: str, domains: tuple[str, ...] = ("all",), reference: 
     if arm.start == "random":
         heads = {name: getattr(source.pretrain, name) for name in ("head_dim", "rope_theta", "tied_embeddings")}
         heads["n_kv_heads"] = target["n_heads"] * source.pretrain.n_kv_heads // source.pretrain.n_heads
-        return [stage(source.train, "pretrain", "", 1, stage="pretrain", **target, **heads)]
+        return [stage(source.train, "pretrain", "", 2, stage="pretrain", **target, **heads)]
     by_count = {"stage": "prune", "max_steps": source.count_steps if arm.start == "count" else 0, **arm.masks}
     base = source.published if arm.start == "published" else replace(source.train, **by_count)
-    prune = stage(base, "prune", start, 1, **target)
+    prune = replace(stage(base, "prune", start, 1, **target), prior=1.0)  # all mixes train the same pruned model
     rest = source.train.max_steps - prune.max_steps
     return [prune, stage(source.train, "continue", f"{prune.out_dir}/model", 2, max_steps=rest)]
 

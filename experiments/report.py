@@ -26,15 +26,21 @@ from export import markdown
 
 RESAMPLES = 10_000
 TIMES = ("step_s", "eval_s", "mix_s")  # what a stage takes: training, evaluation, mix with fits
+HEADLINE_SOURCES = ("A", "B")
 DECIDING = ("count - oneshot", "count - published")
+AS_GOOD = "as good as one-shot pruning"
+BY_MIX = (
+    *(f"{mix} - oneshot" for mix in MIXES),
+    *(f"{mix} - uniform" for mix in MIXES if mix != "uniform"),
+    *("paper - sheared", "paper-sqrt - sqrt"),
+)
 EXPLORATORY = (
+    *("count - count-frozen", "count-frozen - oneshot"),
     *(f"{way} - {way}-alone" for way in arms.STARTS),
     *("oneshot - published", "count-alone - oneshot-alone", "oneshot-alone - published-alone", "oneshot - random"),
     *(f"count-of{steps} - oneshot" for steps in (64, 256, 512)),
     *("count-16th - oneshot-16th", "count-16th - published-16th", "oneshot-16th - oneshot-alone-16th"),
-    *("count-half - oneshot-half", "oneshot-half - published-alone-half", "oneshot - published-alone"),
-    *(f"{mix} - oneshot" for mix in MIXES),
-    *(f"{mix} - uniform" for mix in MIXES if mix != "uniform"),
+    *("count-half - oneshot-half", "count-half - published-half", "oneshot-half - published-half"),
 )
 PAGE = """# Results
 
@@ -50,6 +56,8 @@ zero all the same.
 
 {deciding}
 
+{mixes}
+
 ![Mean and worst domain of every way to prune](figures/ways.png)
 ![How long the masks learn](figures/lengths.png)
 ![Loss over seconds of training](figures/seconds.png)
@@ -58,8 +66,9 @@ zero all the same.
 
 ## Every arm
 
-Means over seeds. "Excess" is the largest loss minus the source's on the same domain. Seconds are those of one thread,
-with another run beside it. The largest share is that of a domain in the training text at any moment.
+Means over seeds. "Excess" is the largest loss minus the source's on the same domain. Seconds are those of training,
+evaluation and mix on one thread, with another run beside it; scoring the units is not in them. The largest share is
+that of a domain in the training text at any moment.
 
 {arms}
 
@@ -76,7 +85,7 @@ The mean of |share - share| over domains, evaluations and seeds, in points of a 
 ## Error of the law
 
 What the law predicts for the end of a stage minus what is reached there: the mean size over domains and runs, from a
-quarter, half and three quarters of it, and the signed mean from half. Arms are one-shot pruned models in training.
+quarter, half and three quarters of it, and the signed mean from half. "paper" is the training of that arm.
 
 {law}
 
@@ -187,20 +196,20 @@ def claims(results: Results) -> list[str]:
     """What PLAN.md's rules make of a source's differences."""
 
     def verdicts(label: str) -> list[str]:
-        return [results.difference(label, metric).verdict for metric in ("mean of domains", "worst domain")]
+        return [results.difference(label, metric).judged[1] for metric in ("mean of domains", "worst domain")]
 
-    mean, worst = verdicts("count - oneshot")
     said = []
+    mean, worst = verdicts("count - oneshot")
     if mean not in ("missing", "one seed"):
-        better = mean == "better" and worst != "worse"
-        worth = "worth their stage" if better else "not worth it" if mean == "worse" else "as good as one-shot pruning"
-        said.append(f"masks that learn are {worth}")
-    helps = []
-    for mix in (m for m in MIXES if m != "uniform"):
-        against = [verdicts(f"{mix} - {other}") for other in ("oneshot", "uniform")]
-        if all(w == "better" and m != "worse" for m, w in against):
-            helps.append(mix)
+        better = mean.startswith("better") and not worst.startswith("worse")
+        worth = "worth their stage" if better else "not worth it" if mean.startswith("worse") else AS_GOOD
+        said.append(f"masks that learn are {worth}{' (not by t)' * ('not by t' in mean)}")
     if results.runs["paper"]:
+        helps = []
+        for mix in (mix for mix in MIXES if mix != "uniform"):
+            against = [verdicts(f"{mix} - {other}") for other in ("oneshot", "uniform")]
+            if all(w.startswith("better") and not m.startswith("worse") for m, w in against):
+                helps.append(mix + " (not by t)" * any("not by t" in w for _, w in against))
         said.append(f"mixes that help: {', '.join(helps) or 'none'}")
     return [f"- **Source {results.name}: {'; '.join(said)}.**"] * bool(said)
 
@@ -237,15 +246,17 @@ def arms_table(sources: list[Results]) -> str:
             share, domain = max(max(zip(s["largest_share_M"], s["domains"], strict=True)) for s in stages)
             rows.append([*row, f"{100 * share:.0f} % {domain}"])
     measures = list(sources[0].metrics)
-    return markdown(["arm", "seeds", "pruned, mean", *measures, "seconds", "MiB", "largest share"], rows)
+    return markdown(
+        ["arm", "seeds", "mean after the pruning stage", *measures, "seconds", "MiB", "largest share"], rows
+    )
 
 
 def corrupted_table(sources: list[Results]) -> str:
     rows = []
     for results, text in product(sources, CORRUPTIONS):
         records = [list(results.runs[arm].values()) for arm in HEADLINE]
-        if all(records):
-            row = [np.mean([results.losses(r, text).mean() for r in runs]) for runs in records]
+        if any(records):
+            row = [np.mean([results.losses(r, text).mean() for r in runs]) if runs else "-" for runs in records]
             rows.append([f"{results.name}: {text}", results.losses(results.source, text).mean(), *row])
     return markdown(["text", "source", *HEADLINE], rows)
 
@@ -254,7 +265,7 @@ def law_table(sources: list[Results]) -> str:
     rows = []
     for results in sources:
         found = {"training the source": [results.source["law"].get("pretrain")]}
-        found |= {arm: [r["law"].get("continue") for r in results.runs[arm].values()] for arm in ("oneshot", "paper")}
+        found["paper"] = [r["law"].get("continue") for r in results.runs["paper"].values()]
         for what, errors in ((what, list(filter(None, errors))) for what, errors in found.items()):
             if errors:
                 sizes = [np.abs([e[str(share)] for e in errors]).mean() for share in LAW]
@@ -290,11 +301,10 @@ def course(record: dict, what: str) -> tuple[np.ndarray, np.ndarray]:
 
 def movement(results: Results) -> str:
     """How far apart the mixes of two runs are on average: other windows, another seed, and no learning at all."""
-    ratio = {
-        arm: {seed: course(r, "ratio")[1] for seed, r in results.runs[arm].items()}
+    paper, windows = (
+        {seed: course(r, "ratio")[1][2:] for seed, r in results.runs[arm].items()}  # both stages begin with p0
         for arm in ("paper", "paper-windows")
-    }
-    paper, windows = ratio["paper"], ratio["paper-windows"]
+    )
     same = sorted(paper.keys() & windows.keys())
     if len(same) < 2:
         return ""
@@ -422,18 +432,30 @@ PLOTS = {
 }
 
 
+def planned() -> list[str]:
+    """Every run of PLAN.md, sources first."""
+    studies = {study: sources for study, sources in STUDIES.items() if study != "sweep"}
+    return [f"{name}/source" for names in studies.values() for name in names] + [
+        r for s in studies for r in arms.runs(s)
+    ]
+
+
 def page(records: dict[str, dict]) -> str:
     """RESULTS.md."""
     sources, runs = results_of(records), records.values()
+    headline = [results for results in sources if results.name in HEADLINE_SOURCES]
     facts = {
-        "missing": (name for study in STUDIES if study != "sweep" for name in arms.runs(study) if name not in records),
+        "missing": (name for name in planned() if name not in records),
         "commits": (r["commit"] for r in runs),
         "versions": (f"{name} {version}" for r in runs for name, version in r["versions"].items()),
     }
     return PAGE.format(
-        claims="\n".join(line for results in sources for line in claims(results)),
-        deciding=differences_table(sources, DECIDING),
-        exploratory=differences_table(sources, EXPLORATORY),
+        claims="\n".join(line for results in headline for line in claims(results)),
+        deciding=differences_table(headline, DECIDING),
+        mixes=differences_table(headline, BY_MIX),
+        exploratory=differences_table([r for r in sources if r not in headline], (*DECIDING, *BY_MIX))
+        + "\n\n"
+        + differences_table(sources, EXPLORATORY),
         arms=arms_table(sources),
         movement="; ".join(filter(None, map(movement, sources))) or "no runs yet",
         law=law_table(sources),
@@ -452,6 +474,7 @@ class Options:
 
 def main(opt: Options) -> None:
     records, out = read_results(opt.results), Path(opt.results).parent
+    records = {name: records[name] for name in planned() if name in records}
     if not (sources := results_of(records)):
         raise UserError(f"{opt.results}: no results yet: make evidence makes them")
     (out / "RESULTS.md").write_text(page(records))

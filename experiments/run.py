@@ -40,7 +40,13 @@ from out import MAY_CHANGE_ON_RESUME
 HISTORY = 16  # points of a stage's course that are recorded
 LAW = (0.25, 0.5, 0.75)  # shares of a stage that the law has seen
 DOCUMENTS = 100  # of each zero-shot task
-FOUND_OUT = MAY_CHANGE_ON_RESUME | {"domains", "ratios", "reference_losses", "init_from"}  # the run sets these
+FOUND_OUT = MAY_CHANGE_ON_RESUME | {
+    "domains",
+    "ratios",
+    "reference_losses",
+    "init_from",
+    "teacher",
+}  # the run sets these
 ANEW = "begin anew with another --out"
 
 
@@ -66,6 +72,13 @@ def measured(folder: str, data: Path, seq_len: int, sets: tuple[str, ...]) -> di
     """Loss of the model in a folder on each domain of the evaluation sets, nats a token."""
     model, vals = hf.load(folder), {name: loader(data / name, seq_len) for name in sets}
     return {s: evaluate(model, v, int(v.size_M.max()), 16, "cpu").round(6).tolist() for s, v in vals.items()}
+
+
+def text_of(source: str, view: Path) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """The domains of a view, and p0."""
+    train = loader(view, SOURCES[source].train.seq_len, "train")
+    share_M = train.size_M ** SOURCES[source].power
+    return train.domains, tuple((share_M / share_M.sum()).tolist())
 
 
 def bytes_per_token(val: DomainLoader, tokenizer) -> list[float]:
@@ -108,12 +121,14 @@ def law_errors(cfg: train.Config) -> dict[str, list[float]]:
         mix.update(np.array(r["val_loss"]), np.array(r["tokens"]), progress := r["step"] / cfg.max_steps)
         if mix.reference_loss_M is not None:
             errors[progress] = (mix.reference_loss_M - evals[-1]["val_loss"]).round(4).tolist()
-    return {str(share): errors[min(errors, key=lambda p: abs(p - share))] for share in LAW} if errors else {}
+    return {str(share): errors[min(errors, key=lambda p: abs(p - share))] for share in LAW} if len(errors) > 20 else {}
 
 
 def source_record(name: str, opt: Options, data: Path) -> dict:
     """Train the source if it is one of ours; its record, without hashes."""
-    source, configs = name.removesuffix("/source"), stages(name, opt.out)
+    source = name.removesuffix("/source")
+    domains, p0_M = text_of(source, data / "plain")
+    configs = stages(name, opt.out, domains, p0_M)
     if random := SOURCES[source].random:
         model = Llama(random)
         model.init_weights(configs[0].seed)
@@ -121,10 +136,10 @@ def source_record(name: str, opt: Options, data: Path) -> dict:
     for cfg in configs:
         train.main(cfg)
     seq_len, text = SOURCES[source].train.seq_len, SOURCES[source].data
-    val, size_M = loader(data / "heldout", seq_len), loader(data / "plain", seq_len, "train").size_M
+    val = loader(data / "heldout", seq_len)
     return {
         "domains": val.domains,
-        "p0": (size_M / size_M.sum()).tolist(),
+        "p0": p0_M,
         "bytes_per_token": bytes_per_token(val, load_tokenizer(read_meta(text), text)),
         "stages": [summary(cfg) for cfg in configs],
         "law": {cfg.stage: law_errors(cfg) for cfg in configs},
@@ -149,7 +164,7 @@ def arm_record(name: str, opt: Options, data: Path) -> dict:
     source, arm, start = SOURCES[source_name], ARMS[arm_name], source_folder(source_name, opt.out)
     val = loader(data / arm.view, source.train.seq_len)
     reference = evaluate(hf.load(start), val, source.train.eval_sequences, source.train.micro_batch_size, "cpu")
-    configs = stages(name, opt.out, val.domains, tuple(reference.tolist()))
+    configs = stages(name, opt.out, *text_of(source_name, data / arm.view), tuple(reference.tolist()))
     asked = source.tasks if int(seed) == 1 else ()
     loss, right, peaks, resumed = {}, {}, [], []
     for cfg in configs:
@@ -266,6 +281,8 @@ def run_all(opt: Options) -> None:
     first = [name for name in sources if name not in done or name in gone]
     print(f"{opt.study}, in {out}: {len(first)} sources and {len(missing)} of {len(arms)} runs to do", flush=True)
     make(first, done, opt)  # runs need their source
+    if lost := [name for name in first if name not in done]:
+        raise UserError(f"{', '.join(lost)} failed: run again to try it again")
     make(missing, done, opt)
     if not all(name in done for name in sources + arms):
         raise UserError("some runs are missing: run again to try them again")
