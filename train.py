@@ -160,7 +160,7 @@ def check(cfg: Config) -> None:
 def learning_rate(step: int, cfg: Config) -> float:
     """The share of the base learning rate at a step: linear warm-up, then a cosine from 1 to FINAL_LR.
 
-    Pruning by count stays at 1: the continued stage goes on from there, and the two have one decay.
+    Pruning by count stays at 1: the continued stage goes on with the cosine of both (Optimizers.rate).
     """
     if step < cfg.lr_warmup:
         return (step + 1) / (cfg.lr_warmup + 1)
@@ -292,8 +292,8 @@ def start_masks(cfg: Config, ranks: parallel.Ranks, model: Llama, masks: Masks |
 class Optimizers(list):
     """AdamW for the weights; Adam for log_alpha and, ascending, for multipliers. All share the schedule; 0 steps, none.
 
-    A stage that continues a model with AdamW's moments beside it takes them, and needs no warm-up; `carried` are the
-    steps that they have come from.
+    A stage that continues a model with AdamW's moments beside it takes them, and the place in the schedule: no warm-up,
+    and the cosine of both stages. `carried` are the steps that they have come from.
     """
 
     def __init__(self, cfg: Config, model: Llama, masks: Masks | None) -> None:
@@ -318,7 +318,7 @@ class Optimizers(list):
             hf.fill(self.model, folder / name, lambda p, value, name=name: parallel.put(self[0].state[p][name], value))
         self.carried = read_json(folder / "steps.json", "remove its folder to start without moments")["steps"]
         checkpoint.set_steps(self, self.carried)
-        self.cfg = replace(self.cfg, lr_warmup=0)
+        self.cfg = replace(self.cfg, lr_warmup=0, max_steps=self.carried + self.cfg.max_steps)
 
     def extracted(self) -> dict[str, Llama]:
         """AdamW's moments of the model that masks by count extract, each as a model, on the CPU of the main rank."""
@@ -330,7 +330,7 @@ class Optimizers(list):
         return found
 
     def rate(self, step: int) -> float:
-        return learning_rate(step, self.cfg)
+        return learning_rate(self.carried + step, self.cfg)
 
     def clip(self, samples: list, ramp: float) -> float:
         """Clip the weights' gradient, and carry the masks' on from the samples to the logits.

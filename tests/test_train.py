@@ -406,7 +406,7 @@ def test_a_stage_that_continues_an_extracted_model_takes_the_steps_that_pruning_
         assert torch.allclose(p, ends[1][name], rtol=1e-4, atol=1e-5), name
 
 
-def test_a_stage_that_takes_the_moments_has_no_warm_up_and_resumes_with_the_same_bytes(
+def test_a_stage_that_takes_the_moments_takes_the_cosine_of_both_stages_and_resumes_with_the_same_bytes(
     data, pruned, tmp_path, monkeypatch
 ):
     def config(name, **changes):
@@ -415,12 +415,13 @@ def test_a_stage_that_takes_the_moments_has_no_warm_up_and_resumes_with_the_same
 
     train.main(config("whole"))
     with monkeypatch.context() as m, pytest.raises(Death):
-        at_step(m, 17, die)
+        at_step(m, 40 + 17, die)  # the schedule's step
         train.main(config("killed"))
     train.main(config("killed", resume=True))
     assert differences(tmp_path / "whole", tmp_path / "killed") == []
     rates = [r["lr"] for r in metrics(tmp_path / "whole", "train")]
-    assert rates[0] == 1e-2 and rates == sorted(rates, reverse=True) and rates[-1] < 2e-3
+    halfway = [0.1 + 0.45 * (1 + np.cos(np.pi * (40 + i) / 80)) for i in range(40)]  # 40 steps of pruning, then these
+    assert rates == pytest.approx([1e-2 * share for share in halfway])
     hf.save(hf.load(pruned[0] / "model"), tmp_path / "exported")
     train.main(dataclasses.replace(config("anew"), init_from=str(tmp_path / "exported")))
     assert metrics(tmp_path / "anew", "train")[0]["lr"] == pytest.approx(1e-2 / 5)
