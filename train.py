@@ -82,7 +82,7 @@ class Config:
     # optimisation: AdamW, linear warm-up, cosine to 10 percent (masks by count: none, the next stage has it)
     max_steps: int = 1000  # optimizer steps; 0, prune only: one-shot, the units with the best scores as they are
     lr: float = 1e-4  # of the weights, after the warm-up
-    lr_warmup: int = 0  # steps; none where the model before has left AdamW's moments
+    lr_warmup: int = 0  # steps; none where the model before has left AdamW's moments: its schedule goes on
     # pruning: see prune.py
     masks: str = "count"  # count: exact numbers, from scores | published: sampled under a Lagrangian
     mask_lr: float = 1.0  # learning rate of the masks' logits, and of the published ones' multipliers

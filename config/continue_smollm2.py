@@ -6,8 +6,8 @@ init_from = "out/smollm2/prune/model"
 data = "data/smollm2/data"
 seq_len = 256
 batch_size = micro_batch_size = 2  # 512 tokens a step
-max_steps = 480  # 0.25 M tokens
-lr = 6e-4  # without a warm-up: pruning has left AdamW's moments
+max_steps = 240  # 0.12 M tokens
+lr, lr_warmup = 6e-4, 8
 teacher, distill = "data/smollm2/model", 0.9
 mix = "constant"
 eval_interval = 60
