@@ -5,8 +5,8 @@ The source is the instruct model, de-quantised from 4 bits: python data/smollm2/
 30 layers, 576 channels, 9 heads in 3 groups, FFN 1536: 30 * (576 * 64 * (9 + 3) * 2 + 576 * 1536 * 3) = 106.2 M
 28 layers, 576 channels, 6 heads in 2 groups, FFN 736: 28 * (576 * 64 * (6 + 2) * 2 + 576 * 736 * 3) = 52.1 M, 49 %
 
-Of the shapes of that size, deep and narrow ones lose least: docs/log.md has the losses of 18. One-shot, since masks that
-learn in the first steps (--max_steps=64) end no better here.
+Of the shapes of that size, deep and narrow ones lose least: docs/log.md has the losses of 18. One-shot, since masks
+that learn in the first steps (--max_steps=64) end no better here.
 """
 
 stage = "prune"

@@ -121,7 +121,9 @@ def law_errors(cfg: train.Config) -> dict[str, list[float]]:
         mix.update(np.array(r["val_loss"]), np.array(r["tokens"]), progress := r["step"] / cfg.max_steps)
         if mix.reference_loss_M is not None:
             errors[progress] = (mix.reference_loss_M - evals[-1]["val_loss"]).round(4).tolist()
-    return {str(share): errors[min(errors, key=lambda p: abs(p - share))] for share in LAW} if len(errors) > 20 else {}
+    if not errors or min(errors) > LAW[0] + 0.05:
+        return {}  # too few evaluations
+    return {str(share): errors[min(errors, key=lambda p: abs(p - share))] for share in LAW}
 
 
 def source_record(name: str, opt: Options, data: Path) -> dict:

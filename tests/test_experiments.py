@@ -188,7 +188,7 @@ def tiny(data, tmp_path, monkeypatch):
     source = arms.Source({"4th": arms.shape(1, 8, 16, 2)}, pretrain, **few)
     monkeypatch.setitem(arms.SOURCES, "A", source)
     random = LlamaConfig(128, 16, 24, 2, 2, 1, 8, family="qwen3")
-    law = replace(pretrain, max_steps=30, eval_interval=1, **dict.fromkeys(arms.SHAPE, 0), n_kv_heads=0, head_dim=0)
+    law = replace(pretrain, max_steps=50, eval_interval=1, **dict.fromkeys(arms.SHAPE, 0), n_kv_heads=0, head_dim=0)
     monkeypatch.setitem(arms.SOURCES, "law", arms.Source({}, law, random, data=str(data), train=train, windows=8))
     monkeypatch.setitem(arms.STUDIES, "A", {"A": {"count": 1, "paper": 1, "random": 1}})
     monkeypatch.setitem(arms.STUDIES, "law", {"law": {}})
