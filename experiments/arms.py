@@ -52,7 +52,7 @@ class Arm:
     # published: learned under a Lagrangian, then trained on | count: masks by count, and one schedule over both stages
     # oneshot: pruned by scores, then all steps | random: the target's shape from random weights, all steps
     start: str = "oneshot"
-    mix: dict = field(default_factory=dict)  # settings of every stage
+    mix: dict = field(default_factory=dict)  # settings of the stage of training: all mixes train one pruned model
     distill: float = 0.9  # share of the source in the loss
     target: str = "4th"
     masks: dict = field(default_factory=dict)  # settings of masks by count
@@ -61,6 +61,7 @@ class Arm:
 
 SMOLLM2 = configurator.load(Config, [str(CONFIGS / "continue_smollm2.py")])
 SMOLLM2 = replace(SMOLLM2, max_steps=160, lr_warmup=8, save_interval=80, device="cpu", **FIXED)
+SMOLLM2 = replace(SMOLLM2, init_from="", teacher="", distill=0.0)  # an arm says which
 SMOLLM2_PUBLISHED = {"max_steps": 64, "masks": "published", "mask_lr": 4.0, "sparsity_warmup": 13}
 SOURCES = {
     "A": Source(
@@ -75,8 +76,8 @@ SOURCES = {
         {"half": shape(28, 576, 736, 6), "4th": shape(28, 432, 384, 6)},
         folder="data/smollm2/model",
         data="data/smollm2/data",
-        train=replace(SMOLLM2, init_from="", teacher="", distill=0.0),
-        published=replace(SMOLLM2, stage="prune", init_from="", teacher="", distill=0.0, **SMOLLM2_PUBLISHED),
+        train=SMOLLM2,
+        published=replace(SMOLLM2, stage="prune", **SMOLLM2_PUBLISHED),
         count_steps=64,
         seldom=32,
         windows=16,
@@ -144,8 +145,6 @@ STUDIES = {  # source: arms and the number of their seeds
         "A": {name: 3 for name in ARMS if name.startswith("count-k")} | {"oneshot": 3, "count": 3},
         "smollm2": {"oneshot-half": 3, "count-half": 3},
     },
-}
-STUDIES |= {
     "languages": {"languages": dict.fromkeys(("oneshot", "uniform", "paper"), 3)},
     "law": {name: {} for name in ARCHITECTURES},
 }
@@ -175,7 +174,7 @@ def stages(
         return [replace(source.pretrain, **place)] if source.pretrain else []
     arm = ARMS[arm_name]
     target, learns = source.targets[arm.target], "mix" in arm.mix
-    shared = {**arm.mix, "domains": domains, "ratios": ratios, "reference_losses": reference if learns else ()}
+    shared = {"domains": domains, "ratios": ratios}
     shared |= {"data": f"{out}/{source_name}/views/{arm.view}", "resume": True}
     shared |= {"distill": arm.distill, "teacher": start if arm.distill else ""}
     shared |= {"eval_interval": source.often if learns else source.seldom}
@@ -190,9 +189,10 @@ def stages(
         return [stage(source.train, "pretrain", "", 2, stage="pretrain", **target, **heads)]
     by_count = {"stage": "prune", "max_steps": source.count_steps if arm.start == "count" else 0, **arm.masks}
     base = source.published if arm.start == "published" else replace(source.train, **by_count)
-    prune = replace(stage(base, "prune", start, 1, **target), prior=1.0)  # all mixes train the same pruned model
+    prune = stage(base, "prune", start, 1, **target)
+    mix = {**arm.mix, "reference_losses": reference if learns else ()}
     rest = source.train.max_steps - prune.max_steps
-    return [prune, stage(source.train, "continue", f"{prune.out_dir}/model", 2, max_steps=rest)]
+    return [prune, stage(source.train, "continue", f"{prune.out_dir}/model", 2, max_steps=rest, **mix)]
 
 
 def source_folder(name: str, out: str) -> str:

@@ -27,6 +27,7 @@ from export import markdown
 RESAMPLES = 10_000
 TIMES = ("step_s", "eval_s", "mix_s")  # what a stage takes: training, evaluation, mix with fits
 HEADLINE_SOURCES = ("A", "B")
+OVER = ("mean of domains", "worst domain", "worst excess")
 DECIDING = ("count - oneshot", "count - published")
 AS_GOOD = "as good as one-shot pruning"
 BY_MIX = (
@@ -130,6 +131,11 @@ class Difference:
         self.low, self.high = bootstrap(self.values)
 
     @property
+    def ends(self) -> np.ndarray:
+        """How far the interval reaches to both sides of the mean; 0 where there is none."""
+        return np.nan_to_num([self.mean - self.low, self.high - self.mean])
+
+    @property
     def verdict(self) -> str:
         if len(self.values) < 2:
             return "one seed" if self.values else "missing"
@@ -215,13 +221,13 @@ def claims(results: Results) -> list[str]:
 
 
 def differences_table(sources: list[Results], labels: Iterable[str]) -> str:
-    rows, over = [], ("mean of domains", "worst domain", "worst excess")
+    rows = []
     for results, label in product(sources, labels):
-        differences = [results.difference(label, metric) for metric in over]
+        differences = [results.difference(label, metric) for metric in OVER]
         if differences[0].values:
             judged = [text for d in differences for text in d.judged]
             rows.append([f"{results.name}: {label}", len(differences[0].values), *judged])
-    return markdown(["difference [95 %]", "seeds", *(name for metric in over for name in (metric, "verdict"))], rows)
+    return markdown(["difference [95 %]", "seeds", *(name for metric in OVER for name in (metric, "verdict"))], rows)
 
 
 def seconds(record: dict) -> float:
@@ -320,8 +326,7 @@ def dots(axis, y: float, d: Difference) -> None:
     colour = {"better": "C2", "worse": "C3"}.get(d.verdict, "0.4")
     axis.plot(d.values, [y] * len(d.values), ".", color=colour, alpha=0.4, ms=6)
     if d.values:
-        ends = np.nan_to_num([[d.mean - d.low], [d.high - d.mean]])
-        axis.errorbar(d.mean, y, xerr=ends, fmt="o", color=colour, capsize=3, ms=4)
+        axis.errorbar(d.mean, y, xerr=[[end] for end in d.ends], fmt="o", color=colour, capsize=3, ms=4)
 
 
 def plot_ways(sources: list[Results]):
@@ -358,10 +363,9 @@ def plot_lengths(sources: list[Results]):
             for arm, steps in sorted(lengths.items(), key=lambda item: item[1]):
                 if results.runs.get(arm) and results.runs.get(f"oneshot{size}"):
                     d = results.difference(f"{arm} - oneshot{size}", metric)
-                    points.append((100 * steps / settings.train.max_steps, d.mean, d.low, d.high))
+                    points.append((100 * steps / settings.train.max_steps, d.mean, *d.ends))
             if points:
-                x, y, low, high = np.array([(0, 0, 0, 0), *points]).T
-                ends = np.nan_to_num([y - low, high - y])
+                x, y, *ends = np.array([(0, 0, 0, 0), *points]).T
                 axis.errorbar(x, y, yerr=ends, fmt="o-", color=f"C{i}", capsize=3, ms=4, label=results.name + size)
         axis.axhline(0, color="k", lw=0.8)
         axis.set_title(metric)
@@ -393,10 +397,9 @@ def plot_seconds(sources: list[Results]):
 
 def plot_mixes(sources: list[Results]):
     """Each mix minus the constant one: seeds, mean and interval."""
-    shown = ("mean of domains", "worst domain", "worst excess")
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True, layout="constrained")
     rows = [(r, mix) for r in sources for mix in MIXES if r.runs[mix]][::-1]
-    for axis, metric in zip(axes, shown, strict=True):
+    for axis, metric in zip(axes, OVER, strict=True):
         for y, (results, mix) in enumerate(rows):
             dots(axis, y, results.difference(f"{mix} - oneshot", metric))
         axis.axvline(0, color="k", lw=0.8)

@@ -40,13 +40,8 @@ from out import MAY_CHANGE_ON_RESUME
 HISTORY = 16  # points of a stage's course that are recorded
 LAW = (0.25, 0.5, 0.75)  # shares of a stage that the law has seen
 DOCUMENTS = 100  # of each zero-shot task
-FOUND_OUT = MAY_CHANGE_ON_RESUME | {
-    "domains",
-    "ratios",
-    "reference_losses",
-    "init_from",
-    "teacher",
-}  # the run sets these
+# What a run sets itself is no setting.
+FOUND_OUT = MAY_CHANGE_ON_RESUME | {"domains", "ratios", "reference_losses", "init_from", "teacher"}
 ANEW = "begin anew with another --out"
 
 
@@ -152,10 +147,11 @@ def source_record(name: str, opt: Options, data: Path) -> dict:
 
 def zero_shot(folder: str, names: tuple[str, ...]) -> dict[str, list[float]]:
     """Accuracy in percent and its standard error, by task."""
-    archive = tasks.archive() if names else None
-    found = {}
+    if not names:
+        return {}
+    documents, model_and_tokenizer, found = tasks.archive(), tasks.load(folder), {}
     for name in names:
-        right = tasks.run_task(*tasks.load(folder), tasks.read_documents(archive, name, DOCUMENTS))[:, 0]
+        right = tasks.run_task(*model_and_tokenizer, tasks.read_documents(documents, name, DOCUMENTS))[:, 0]
         found[name] = [round(100 * float(f(right)), 2) for f in (np.mean, stats.sem)]
     return found
 

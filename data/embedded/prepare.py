@@ -22,7 +22,7 @@ import tarfile
 import warnings
 import zipfile
 from collections import namedtuple
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -275,20 +275,25 @@ def collect() -> dict[str, list[str]]:
     return documents
 
 
-def main(cfg: Config) -> None:
-    out, settings = Path(cfg.out), {"made_by": "data/embedded/prepare.py", "vocab_size": VOCAB_SIZE}
+def prepare(cfg, made_by: str, vocab_size: int, collect: Callable[[], dict[str, list[str]]], about: dict) -> None:
+    """Write a data set with a tokenizer of its own, unless it is there. collect: gives cleaned documents by domain."""
+    out, settings = Path(cfg.out), {"made_by": made_by, "vocab_size": vocab_size}
     settings |= {"val_fraction": VAL_FRACTION, "max_domain_chars": MAX_DOMAIN_CHARS}
     if is_complete(out, settings, cfg.force):
         domains = ", ".join(read_meta(out)["domains"])
         print(f"{out}: complete, domains {domains}; nothing to do (--force prepares it again)")
         return
     documents = collect()
-    print(f"training a tokenizer of {VOCAB_SIZE:,} pieces", flush=True)
+    print(f"training a tokenizer of {vocab_size:,} pieces", flush=True)
     sample = (text for d in documents.values() for text in training_share(d, TOKENIZER_CHARS, VAL_FRACTION))
     out.mkdir(parents=True, exist_ok=True)
-    spec = train_tokenizer(sample, VOCAB_SIZE, out)
-    how = {"val_fraction": VAL_FRACTION, "settings": settings, "about": ABOUT, "processes": os.cpu_count() or 1}
+    spec = train_tokenizer(sample, vocab_size, out)
+    how = {"val_fraction": VAL_FRACTION, "settings": settings, "about": about, "processes": os.cpu_count() or 1}
     print(table(write_dataset(out, spec, documents, **how)))
+
+
+def main(cfg: Config) -> None:
+    prepare(cfg, "data/embedded/prepare.py", VOCAB_SIZE, collect, ABOUT)
 
 
 if __name__ == "__main__":

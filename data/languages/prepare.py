@@ -9,7 +9,6 @@ out of the other languages. Licence of the text: MPL-2.0.
 
 import html
 import io
-import os
 import re
 import shutil
 import subprocess
@@ -22,16 +21,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import configurator
 from configurator import UserError
-from data.embedded.prepare import clean
-from data.prepare import is_complete, table, training_share, write_dataset
-from data.tokenizer import train_tokenizer
+from data.embedded.prepare import clean, prepare
 
 PACKAGES = {
     domain: f"libreoffice-help-{code}" for domain, code in dict(en="en-us", zh="zh-cn", ko="ko", tr="tr").items()
 }
 VOCAB_SIZE = 8192
-VAL_FRACTION = 0.08
-TOKENIZER_CHARS = 1_500_000  # of each language
 FOLDER = Path(__file__).resolve().parent / "download"
 
 
@@ -68,24 +63,19 @@ def plain_text(page: str) -> str:
     return "\n".join(filter(None, (" ".join(line.split()) for line in html.unescape(text).split("\n"))))
 
 
-def main(cfg: Config) -> None:
-    out, settings = Path(cfg.out), {"made_by": "data/languages/prepare.py", "vocab_size": VOCAB_SIZE}
-    if is_complete(out, settings, cfg.force):
-        print(f"{out}: complete, nothing to do (--force prepares it again)")
-        return
+def collect() -> dict[str, list[str]]:
+    """Cleaned pages by language."""
     documents = {language: list(pages(download(package))) for language, package in PACKAGES.items()}
     english = {line for text in documents["en"] for line in text.split("\n")}
     for language in ("zh", "ko", "tr"):
         lines = ([line for line in text.split("\n") if line not in english] for text in documents[language])
         documents[language] = ["\n".join(kept) for kept in lines]
-    documents = {language: clean(language, texts) for language, texts in documents.items()}
-    print(f"training a tokenizer of {VOCAB_SIZE:,} pieces", flush=True)
-    sample = (text for d in documents.values() for text in training_share(d, TOKENIZER_CHARS, VAL_FRACTION))
-    out.mkdir(parents=True, exist_ok=True)
-    spec = train_tokenizer(sample, VOCAB_SIZE, out)
-    about = dict.fromkeys(documents, ("LibreOffice's help, from Debian", "MPL-2.0"))
-    how = {"val_fraction": VAL_FRACTION, "settings": settings, "about": about, "processes": os.cpu_count() or 1}
-    print(table(write_dataset(out, spec, documents, **how)))
+    return {language: clean(language, texts) for language, texts in documents.items()}
+
+
+def main(cfg: Config) -> None:
+    about = dict.fromkeys(PACKAGES, ("LibreOffice's help, from Debian", "MPL-2.0"))
+    prepare(cfg, "data/languages/prepare.py", VOCAB_SIZE, collect, about)
 
 
 if __name__ == "__main__":
