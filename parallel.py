@@ -135,6 +135,14 @@ def let_go(model: Llama) -> None:
             module.reshard()
 
 
+def learn_again(model: Llama) -> None:
+    """FSDP chooses what it sums over ranks in by the weights that learn when it gathers them: now, and not before."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+            module.reshard()
+
+
 def gather(model: Llama) -> Llama:
     """The whole model, on the CPU of rank 0; other ranks help and get one whose weights mean nothing."""
     let_go(model)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from configurator import UserError
 from model import BlockUnits, Llama, LlamaConfig, Subnetwork, Units
-from parallel import let_go, position, sum_over_ranks, whole
+from parallel import learn_again, let_go, position, sum_over_ranks, whole
 
 GAMMA, ZETA, BETA = -0.1, 1.1, 2 / 3  # the stretch and the temperature of the hard concrete
 EDGE = BETA * math.log(-GAMMA / ZETA)  # the logit at which z, without noise, begins to be above 0
@@ -468,6 +468,7 @@ def scores(model: Llama, target: LlamaConfig, windows: np.ndarray, device: str) 
         model(tokens[:, :-1], tokens[:, 1:], everything).objective.backward()
         total += everything.z_gradient().double().abs() * (i < len(windows))
     model.requires_grad_(learns)
+    learn_again(model)
     model.checkpoint_activations = recompute
     sum_over_ranks(total)
     mean = total.cpu() / len(windows)

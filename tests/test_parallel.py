@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import checkpoint
 import configurator
 import parallel
+import prune
 import train
 from configurator import UserError
 from model import Llama, LlamaConfig
@@ -31,11 +33,11 @@ torch.set_num_threads(1)
 # ---- on each rank
 
 
-def built(ranks, shape=SHAPE):
+def built(ranks, shape=SHAPE, dtype=torch.float32, several=True):
     with torch.device("meta"):
         model = Llama(shape)
     if ranks.sharded:
-        parallel.shard(model, ranks, torch.float32, several=True)
+        parallel.shard(model, ranks, dtype, several)
     else:
         model.to_empty(device="cpu").tie()
     model.init_weights(17, parallel.put)
@@ -67,6 +69,17 @@ def gathers(network, ranks):
     with Ops() as ops:
         backward(network, ranks)
     return sum(name.startswith("c10d::") and "allgather" in name for name in ops.names)
+
+
+def gradient_in_bfloat16(ranks, scored):
+    """The largest element of every gradient of one micro-batch a rank, in bfloat16; scored: prune.scores ran before."""
+    model, tokens = built(ranks, dtype=torch.bfloat16, several=False), np.arange(18).reshape(2, 9)
+    rows = torch.from_numpy(tokens[[ranks.rank]])
+    with torch.autocast("cpu", torch.bfloat16):
+        if scored:
+            prune.scores(model, replace(SHAPE, hidden_size=8), tokens, "cpu")
+        model(rows[:, :-1], rows[:, 1:]).objective.backward()
+    return {name: g.abs().max().item() for name, g in whole_gradients(model).items()}
 
 
 def graphs(ranks, steps=20):
@@ -163,6 +176,7 @@ def on_each_rank(kind, out):
     results["graphs"] = graphs(ranks)
     if ranks.sharded:
         results["gathers"] = gathers(network, ranks)
+        results["bfloat16"] = [gradient_in_bfloat16(ranks, scored) for scored in (False, True)]
         results["saved"] = saved_together(model, ranks, out)
     parallel.close(network)
     for i in range(0 if ranks.sharded else ROUNDS):  # they hang in one of them if DDP ends after the group
@@ -246,6 +260,13 @@ def test_a_block_has_one_graph_and_it_is_compiled_once(two):
 @FSDP
 def test_weights_are_gathered_once_a_step(two):
     assert [rank["gathers"] for rank in two[2]] == [SHAPE.n_layers + 1] * 2  # each block, and what is around them
+
+
+@FSDP
+def test_gradients_are_summed_over_ranks_in_float32_after_scores_as_without_them(two):
+    for rank in two[2]:
+        without, after = rank["bfloat16"]
+        assert after == without
 
 
 @FSDP
