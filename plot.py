@@ -27,7 +27,7 @@ from configurator import UserError
 from metrics import read_metrics
 
 OF_MASKS = {  # a number for each mask type: what it is, and in which records
-    "on_slope": ("share of units with 0 < z < 1", "train"),
+    "on_slope": ("share of units that compete", "train"),
     "entered": ("units that came in since the evaluation before", "evals"),
     "lambda1": ("lambda1 (nats)", "train"),
     "lambda2": ("lambda2 (nats)", "train"),

@@ -32,7 +32,7 @@ from parallel import learn_again, let_go, position, sum_over_ranks, whole
 
 GAMMA, ZETA, BETA = -0.1, 1.1, 2 / 3  # the stretch and the temperature of the hard concrete
 EDGE = BETA * math.log(-GAMMA / ZETA)  # the logit at which z, without noise, begins to be above 0
-LEAST = 1e-6  # z of a unit that is kept, at least
+SLOPE = -2 * EDGE  # so far above its edge the hard concrete reaches 1
 GOLDEN = (math.sqrt(5) - 1) / 2
 LOG_ALPHA_RANGE = (math.log(0.01), math.log(100.0))
 MASK_KEY = 2  # keeps these draws apart from the loader's, whose keys begin with other numbers
@@ -156,32 +156,38 @@ class Masks(nn.Module):
         return hidden * (layer_L * (heads_L * rows_of_a_head + channels_L * 3)).sum().item()
 
 
+def by_count(logit_RU: Tensor, keep_R: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Of each row the keep_R[r] largest logits, ties to the lower index, (R, U) bool; and how far all lie above it.
+
+    They lie above the level of the row: the middle between the k-th largest logit and the next, -inf without a next.
+    """
+    logits = logit_RU.detach().numpy()
+    kept, level_R = np.empty(logits.shape, bool), np.empty(len(logits), logits.dtype)
+    for r, keep in enumerate(keep_R):
+        ordered = np.partition(logits[r], -keep)  # quicker than to sort, and than torch.topk
+        least, below = ordered[-keep], ordered[:-keep].max(initial=-np.inf)
+        kept[r] = logits[r] >= least
+        if least == below:
+            kept[r, np.flatnonzero(logits[r] == least)[keep - np.count_nonzero(logits[r] > least) :]] = False
+        level_R[r] = (least + below) / 2
+    return torch.from_numpy(kept), logit_RU.detach() - torch.from_numpy(level_R)[:, None]
+
+
 class _ByCount(torch.autograd.Function):
-    """z (R, U): of each row the keep_R[r] largest logits, ties to the lower index, on the hard concrete's own slope.
+    """z (R, U): 1 for the units that are kept, 0 for the others; the gradient is that of the hard concrete's slope.
 
-        x_U = logit_U - (k-th largest + next one) / 2 + EDGE;   z_U = clip(1.2 sigmoid(x_U / beta) - 0.1, 0, 1)
+        x_U = logit_U - level + EDGE;   dz_U / dx_U = 1.2 s (1 - s) / beta,  s = sigmoid(x_U / beta)
 
-    Every z is 1 where the whole row is kept. The gradient goes through the units on the slope (kept, z < 1), minus its
-    mean over them: they compete, and the level does not drift.
+    It goes through the kept units that the hard concrete would have on its slope, minus its mean over them: they
+    compete, and the level does not drift. Source: Bengio et al. 2013 (arXiv 1308.3432), the straight-through estimator.
     """
 
     @staticmethod
     def forward(ctx, logit_RU: Tensor, keep_R: np.ndarray) -> Tensor:
-        logits = logit_RU.detach().numpy()
-        kept, level_R = np.empty(logits.shape, bool), np.empty(len(logits), logits.dtype)
-        for r, keep in enumerate(keep_R):
-            ordered = np.partition(logits[r], -keep)  # quicker than to sort, and than torch.topk
-            least, below = ordered[-keep], ordered[:-keep].max(initial=-np.inf)
-            kept[r] = logits[r] >= least
-            if least == below:
-                kept[r, np.flatnonzero(logits[r] == least)[keep - np.count_nonzero(logits[r] > least) :]] = False
-            level_R[r] = (least + below) / 2
-        kept_RU = torch.from_numpy(kept)
-        s_RU = torch.sigmoid((logit_RU - torch.from_numpy(level_R)[:, None] + EDGE) / BETA)
-        z_RU = (s_RU * (ZETA - GAMMA) + GAMMA).clamp_(LEAST, 1.0).mul_(kept_RU)
-        on_slope_RU = kept_RU & (z_RU < 1)
-        ctx.save_for_backward(s_RU.mul_(1 - s_RU).mul_((ZETA - GAMMA) / BETA), on_slope_RU)
-        return z_RU
+        kept_RU, above_RU = by_count(logit_RU, keep_R)
+        s_RU = torch.sigmoid((above_RU + EDGE) / BETA)
+        ctx.save_for_backward(s_RU * (1 - s_RU) * ((ZETA - GAMMA) / BETA), kept_RU & (above_RU < SLOPE))
+        return kept_RU.to(logit_RU.dtype)
 
     @staticmethod
     def backward(ctx, grad_RU: Tensor) -> tuple[Tensor, None]:
@@ -206,7 +212,7 @@ class CountMasks(Masks):
     def start(self, score: dict[str, Tensor], kappa: float) -> None:
         """log_alpha_U = kappa Phi^-1((rank_U + 0.5) / n): rank of the score in its row, ties to the lower index.
 
-        score: as `scores` returns it. kappa: how far the logits spread; wide rows have few units on the slope.
+        score: as `scores` returns it. kappa: how far the logits spread; the wider, the fewer units are on the slope.
         """
         for mask, a in self.log_alpha.items():
             place_RU = score[mask].argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # 0: the highest
@@ -246,13 +252,14 @@ class CountMasks(Masks):
 
     def record(self, ramp: float) -> dict:
         """What metrics.jsonl says of the masks. entered: units kept now that were not at the last evaluation."""
-        z = self.deterministic(ramp)
-        kept = {mask: z_RU > 0 for mask, z_RU in z.items()}
-        marked = {mask: getattr(self, f"marked_{mask}").bool() for mask in z}
+        kept, above = {}, {}
+        for mask, keep_R in self.counts(ramp).items():
+            kept[mask], above[mask] = by_count(self.log_alpha[mask], keep_R)
+        marked = {mask: getattr(self, f"marked_{mask}").bool() for mask in kept}
         return {
             "sparsity": {m: 1 - kept_RU.double().mean().item() for m, kept_RU in kept.items()},
             "target_sparsity": self.target_sparsity(ramp),
-            "on_slope": {m: ((z[m] < 1) & kept_RU).double().mean().item() for m, kept_RU in kept.items()},
+            "on_slope": {m: (kept_RU & (above[m] < SLOPE)).double().mean().item() for m, kept_RU in kept.items()},
             "entered": {m: int((kept_RU & ~marked[m]).sum()) for m, kept_RU in kept.items()},
             "overall_sparsity": self._sparsity({m: k.float() for m, k in kept.items()}),
         }
@@ -479,12 +486,11 @@ def scores(model: Llama, target: LlamaConfig, windows: np.ndarray, device: str) 
 
 
 @torch.no_grad()
-def extract(model: Llama, masks: Masks, of: Callable[[Tensor], Tensor] = lambda p: p, power: int = 1) -> Llama:
+def extract(model: Llama, masks: Masks, of: Callable[[Tensor], Tensor] = lambda p: p) -> Llama:
     """The small model of exactly the target shape: what subnetwork computes with the target masks, written down.
 
-    Of a sharded model each rank gets the whole small one, gathered weight by weight. of: what is taken of a parameter;
-    power: of the scales. A small weight is w s, so its gradient is that of w / s, and AdamW's moments go with the
-    powers -1 and -2.
+    Of a sharded model each rank gets the whole small one, gathered weight by weight. of: what is taken of a parameter,
+    as AdamW's moments, which are the same for masks by count, whose z are 1.
     """
     let_go(model)
     weight = model.norm.weight
@@ -496,8 +502,6 @@ def extract(model: Llama, masks: Masks, of: Callable[[Tensor], Tensor] = lambda 
     kept = z["layer"][0].nonzero().flatten().tolist() if "layer" in z else range(model.config.n_layers)
 
     def write(small: nn.Module, big: nn.Module, units: Units) -> None:
-        scales = {name: getattr(units, name) for name in ("row_scale", "col_scale")}
-        units = replace(units, **{name: None if scale is None else scale**power for name, scale in scales.items()})
         weight, bias = taken(big, of).effective(units)
         small.weight.copy_(weight)
         if bias is not None:

@@ -39,7 +39,6 @@ from prune import MASKS, PAD, CountMasks, Masks, backward_to_masks, extract, sco
 
 BETAS, EPS, CLIP = (0.9, 0.95), 1e-8, 1.0  # AdamW for weights, masks and lambdas; the gradient norm is the weights'
 FINAL_LR = 0.1  # the cosine ends at this share of lr
-ONE_SHOT = 1e9  # kappa without steps: nothing can learn, so nothing is on the slope and every z is 0 or 1
 BEYOND = 0.01  # nats below its teacher's mean loss at which a model has passed it
 SHAPE = ("n_layers", "hidden_size", "intermediate_size", "n_heads", "n_kv_heads", "head_dim")
 CHOICES = {
@@ -86,7 +85,7 @@ class Config:
     # pruning: see prune.py
     masks: str = "count"  # count: exact numbers, from scores | published: sampled under a Lagrangian
     mask_lr: float = 1.0  # learning rate of the masks' logits, and of the published ones' multipliers
-    kappa: float = 30.0  # spread of the logits at the start: the wider, the fewer kept units have z < 1 (count)
+    kappa: float = 30.0  # spread of the logits at the start: the wider, the fewer kept units compete (count)
     calibration: int = 64  # windows that the scores are a mean over (count)
     sparsity_warmup: int = 0  # steps until the full target sparsity is asked for
     # distillation
@@ -286,7 +285,7 @@ def start_masks(cfg: Config, ranks: parallel.Ranks, model: Llama, masks: Masks |
         text = DomainLoader(cfg.data, mix.domains, cfg.seq_len, cfg.seed, "train")  # the run's own stays where it is
         windows = text.read(text.next_batch(0, mix.ratio_M, cfg.calibration))
         with autocast(cfg, ranks.device):
-            masks.start(scores(model, masks.target, windows, ranks.device), cfg.kappa if cfg.max_steps else ONE_SHOT)
+            masks.start(scores(model, masks.target, windows, ranks.device), cfg.kappa)
 
 
 class Optimizers(list):
@@ -324,8 +323,8 @@ class Optimizers(list):
         """AdamW's moments of the model that masks by count extract, each as a model, on the CPU of the main rank."""
         found = {}
         if isinstance(self.masks, CountMasks) and self and self[0].state:
-            for name, power in zip(checkpoint.MOMENTS, (-1, -2), strict=True):
-                small = extract(self.model, self.masks, lambda p, name=name: self[0].state[p][name], power)
+            for name in checkpoint.MOMENTS:
+                small = extract(self.model, self.masks, lambda p, name=name: self[0].state[p][name])
                 found |= {name: small.cpu()} if parallel.position()[0] == 0 else {}
         return found
 
