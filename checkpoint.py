@@ -105,6 +105,11 @@ class Writer(dcp.HuggingFaceStorageWriter):
         return written
 
 
+def stager(pinned: bool) -> DefaultStager:
+    """What copies a sharded model to the host before `save` returns; into pinned memory at the bus's speed."""
+    return DefaultStager(StagingOptions(pinned, False, False, pinned))
+
+
 class Checkpoints:
     """Writes the checkpoints of one run. How it went is told, never raised: the run is worth more than a checkpoint.
 
@@ -117,8 +122,7 @@ class Checkpoints:
         self.out_dir, self.keep, self.group = out_dir, keep, group
         self.is_main = group is None or position()[0] == 0
         self.background = ThreadPoolExecutor(1)
-        on_gpu = torch.cuda.is_available()  # its copies run at the bus's speed, and end before `save` returns
-        self.stager = DefaultStager(StagingOptions(on_gpu, False, False, on_gpu))
+        self.stager = stager(pinned=torch.cuda.is_available())
         self.writing: Future[Saved] | None = None
 
     def save(self, step: int, state: dict, named: dict[str, Tensor]) -> None:
@@ -131,8 +135,12 @@ class Checkpoints:
             shutil.rmtree(left, ignore_errors=True)
         writer = Writer(str(tmp), save_distributed=True)  # makes the folder
         if self.group:
-            options = {"process_group": self.group, "async_stager": self.stager}
-            write = dcp.async_save(named, storage_writer=writer, **options).result
+            stage = partial(dcp.async_save, named, storage_writer=writer, process_group=self.group)
+            try:
+                write = stage(async_stager=self.stager).result
+            except RuntimeError:  # this rank has no memory that may be pinned
+                self.stager = stager(pinned=False)
+                write = stage(async_stager=self.stager).result
         else:
             write = partial(dcp.save, named, storage_writer=writer, no_dist=True)
         self.writing = self.background.submit(self._finish, step, start, tmp, state, write)

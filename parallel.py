@@ -14,10 +14,13 @@ import os
 import shutil
 import signal
 import sys
+import sysconfig
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -84,6 +87,7 @@ def shard(model: Llama, ranks: Ranks, dtype: torch.dtype, several: bool) -> None
     axes = {"fsdp": {"shard": ranks.world_size}, "hsdp": {"copy": ranks.world_size // node, "shard": node}}[ranks.kind]
     mesh = init_device_mesh(ranks.device.partition(":")[0], tuple(axes.values()), mesh_dim_names=tuple(axes))
     lower = dtype if dtype != torch.float32 else None
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)  # a block's outputs are never changed
     policy = MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.layers:
         block.always_takes_part = True
@@ -210,9 +214,12 @@ def versions() -> dict[str, str]:
 
 
 def check_compiler() -> None:
-    """For a run whose kernels are Triton's. Raises UserError where its first launch would find no C compiler."""
+    """For a run whose kernels are Triton's. Raises UserError where its first launch could not compile its host code."""
+    without = "or give kernels=torch and compile=false"
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        raise UserError("Triton needs a C compiler, and finds no gcc, clang or CC: install gcc, or give kernels=torch")
+        raise UserError(f"Triton needs a C compiler, and finds no gcc, clang or CC: install gcc, {without}")
+    if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+        raise UserError(f"Triton needs Python's headers, and finds no Python.h: install python3-dev, {without}")
 
 
 def refuse_unequal(settings: dict) -> None:

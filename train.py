@@ -154,6 +154,8 @@ def check(cfg: Config) -> None:
     ):
         if wrong:
             raise UserError(message)
+    if cfg.device.startswith("cuda") and (cfg.kernels != "torch" or cfg.compile) and not cfg.plan:
+        parallel.check_compiler()
 
 
 def learning_rate(step: int, cfg: Config) -> float:
@@ -529,7 +531,6 @@ def passed(teacher_loss_M: np.ndarray, loss_M: np.ndarray, last: dict) -> list[s
 def prepare_kernels(cfg, ranks: parallel.Ranks, model: Llama, teacher: Llama | None, masks: Masks | None, out: Out):
     """Choose the kernels. On a GPU, where most of them have not run before, each is tried on the run's own shapes."""
     if kernels.ops.use(cfg.kernels, ranks.device) and ranks.device.startswith("cuda"):
-        parallel.check_compiler()
         dtype, stored = getattr(torch, cfg.dtype), model.norm.weight.dtype
         models = dict(source=model.config, target=masks and masks.target, teacher=teacher and teacher.config)
         dtypes = dict(dtype=dtype, held=dtype if ranks.sharded else stored, stored=stored)

@@ -26,7 +26,7 @@ from kernels.rope import rope
 # |kernel - PyTorch in float32| / |PyTorch in float32|, Euclidean norms; float32 products may use TF32.
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 REPEATS = 5  # of a measurement
-PATIENCE_S = 200  # with one kernel, before it counts as one that hangs
+PATIENCE_S, TRIAL_S = 200, 450  # with one kernel, before it counts as one that hangs; with all: other ranks wait 600
 
 fastest: dict[tuple[int, ...], Callable] = {}  # shape of the full weight: packed_linear or masked_linear
 ELSE = ()  # in `fastest`: the linear for shapes that were not measured
@@ -140,10 +140,11 @@ def in_child(task: Callable, *arguments) -> dict:
     process.start()
     theirs.close()  # the child has the only one: when it ends, so does what can be received
     said = about = "the first kernel"
+    end = time.monotonic() + TRIAL_S
     try:
         while isinstance(said, str):
             about = said
-            if not ours.poll(PATIENCE_S):
+            if not ours.poll(max(0.0, min(PATIENCE_S, end - time.monotonic()))):
                 process.kill()
             said = ours.recv()
     except EOFError:

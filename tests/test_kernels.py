@@ -780,10 +780,16 @@ def dies_of_a_fault(say):
 
 
 @pytest.mark.parametrize(
-    "patience_s, ended", [(200, "rope (attention), exit code -6"), (0.1, "the first kernel, exit")]
+    "limit, ended",
+    [
+        ({}, "rope (attention), exit code -6"),
+        ({"PATIENCE_S": 0.1}, "the first kernel, exit"),
+        ({"TRIAL_S": 0.1}, "the first kernel, exit"),
+    ],
 )
-def test_a_trial_that_dies_or_hangs_is_one_line_and_torch_takes_over(patience_s, ended, monkeypatch):
-    monkeypatch.setattr(fused, "PATIENCE_S", patience_s)
+def test_a_trial_that_dies_or_hangs_is_one_line_and_torch_takes_over(limit, ended, monkeypatch):
+    for name, seconds in limit.items():
+        monkeypatch.setattr(fused, name, seconds)
     ops.use("triton", "cpu")
     (line,) = fused.adopt(fused.in_child(dies_of_a_fault))
     assert line.startswith(f"warning: the trial ended at {ended}")

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -138,10 +139,22 @@ def optimized(model):
     return checkpoint.tensors({"model": model}, [optimizer])
 
 
+class NoMemory:
+    should_synchronize_after_execute = False
+
+    def stage(self, *arguments, **options):
+        raise RuntimeError("CUDA error: out of memory")
+
+
 def saved_together(model, ranks, out):
-    """A checkpoint of both ranks, of what there was before it changed; then one that rank 1's disk has no room for."""
+    """A checkpoint of both ranks, of what there was before it changed, though one finds no memory to pin at first.
+
+    Then one that rank 1's disk has no room for.
+    """
     named = optimized(model)
     checkpoints = checkpoint.Checkpoints(out / "run", 2, dist.new_group(backend="gloo"))
+    if ranks.rank == 1:
+        checkpoints.stager = NoMemory()
     checkpoints.save(1, {"step": 1}, named)
     with torch.no_grad():
         for tensor in named.values():
@@ -270,7 +283,7 @@ def test_gradients_are_summed_over_ranks_in_float32_after_scores_as_without_them
 
 
 @FSDP
-def test_a_checkpoint_of_two_ranks_is_read_by_one(two):
+def test_a_checkpoint_of_two_ranks_is_read_by_one_and_written_without_pinned_memory_if_need_be(two):
     (folder, state), skipped = checkpoint.newest(two[1] / "run")
     assert (state["step"], skipped, len(state["files"])) == (1, {}, 2)
     model = built(parallel.Ranks(0, 1, "cpu", "ddp"))
@@ -301,13 +314,16 @@ def test_a_rank_that_fails_ends_all_of_them_and_an_error_is_said_once(fails, kin
     assert done.stderr.count("error: the dog ate it\n") == (fails != "killed")
 
 
-def test_a_run_of_triton_s_kernels_is_refused_where_triton_finds_no_compiler(tmp_path, monkeypatch):
+def test_a_run_of_triton_s_kernels_is_refused_where_triton_finds_no_compiler_or_headers(tmp_path, monkeypatch):
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="finds no gcc, clang or CC: install gcc"):
         parallel.check_compiler()
     (tmp_path / "gcc").touch(mode=0o755)
     parallel.check_compiler()
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    with pytest.raises(UserError, match=r"finds no Python\.h: install python3-dev"):
+        parallel.check_compiler()
 
 
 if __name__ == "__main__":
