@@ -1,6 +1,6 @@
 """Speed, as ratios from one run: medians with the spread between quartiles.
 
-    make bench        (python bench.py --only=loader,mix)
+    make bench        (python bench.py --only=pruning,host)
 
 A ratio of two times taken in turns on one machine carries over to another machine; the times themselves do not.
 
@@ -8,35 +8,27 @@ On a GPU also every kernel at the shapes of Llama-2-7B to 1.3B, beside plain PyT
 beside what the device reached in a large matrix product and a large copy just before.
 """
 
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from statistics import median, quantiles
 from unittest.mock import patch
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig as HFLlamaConfig
 from transformers import LlamaForCausalLM
 
-import prune
 from configurator import UserError, command
-from data.loader import DomainLoader
-from data.shards import write_meta, write_shard
-from dro import Mix
 from hf import to_hugging_face
 from kernels import ops as kernel_ops
-from kernels.cases import DISTILL, Case, Shapes, call, cases
+from kernels.cases import DISTILL, Case, Shapes, call, cases, random_masks
 from kernels.machine_code import LLAMA_1B, LLAMA_7B
 from kernels.pack import _pack_kernel
 from model import BlockUnits, Llama, LlamaConfig, Subnetwork, Units
-from plan import LiveBytes
-from prune import LOG_ALPHA_RANGE, PAD, SampledMasks, backward_to_masks, extract, subnetwork, target_config
+from prune import PAD, CountMasks, backward_to_masks, extract, subnetwork, target_config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # of autocast, and of a teacher's weights
@@ -54,7 +46,7 @@ FLUSH = 2**30  # bytes written before a measurement on a GPU: more than any L2 c
 
 @dataclass(frozen=True)
 class Config:
-    only: tuple[str, ...] = ()  # pruning,distilling,transformers,host,loader,mix,kernels; empty: all, kernels on a GPU
+    only: tuple[str, ...] = ()  # pruning,distilling,transformers,host,kernels; empty: all, kernels on a GPU
     rounds: int = 15  # measurements of everything
 
 
@@ -124,29 +116,16 @@ def masked_dense(z: dict[str, Tensor], c: LlamaConfig) -> Subnetwork:
     return replace(s, blocks=blocks, **{name: all_of(getattr(s, name)) for name in ("embed_tokens", "norm", "lm_head")})
 
 
-def settled_masks(source: LlamaConfig, target: LlamaConfig) -> SampledMasks:
-    """Sampled masks as they are once the sparsity is at its target: logits at both ends, the expected one right."""
-    masks = SampledMasks(source, target, seed=0)
-    generator = torch.Generator().manual_seed(0)
-    p_low, p_high = prune.probability_pruned(torch.tensor(LOG_ALPHA_RANGE)).tolist()
-    with torch.no_grad():
-        for mask, a in masks.log_alpha.items():
-            share = (masks.target_sparsity()[mask] - p_high) / (p_low - p_high)
-            order = torch.rand(a.shape, generator=generator).argsort(dim=1)
-            a.copy_(torch.where(order < round(share * a.shape[1]), *torch.tensor(LOG_ALPHA_RANGE)))
-    return masks
-
-
 def autocast() -> torch.autocast:
     return torch.autocast(DEVICE, torch.bfloat16, enabled=DTYPE is torch.bfloat16)
 
 
-def training_step(model, tokens: Tensor, forward: Callable, masks: SampledMasks | None = None) -> Callable[[], None]:
+def training_step(model, tokens: Tensor, forward: Callable, masks: CountMasks | None = None) -> Callable[[], None]:
     """One optimizer step; forward(tokens, targets) returns the objective and the Subnetwork, if any."""
     parameters = list(model.parameters())
     optimizers = [torch.optim.AdamW(parameters, 1e-4, weight_decay=0.0, fused=True)]
     if masks:
-        optimizers.append(torch.optim.Adam(masks.parameters(), 0.0, fused=True))  # lr 0: the masks stay settled
+        optimizers.append(torch.optim.Adam(masks.parameters(), 0.0, fused=True))  # lr 0: the masks stay as they are
     for p in parameters:
         p.grad = torch.zeros_like(p)
 
@@ -156,7 +135,6 @@ def training_step(model, tokens: Tensor, forward: Callable, masks: SampledMasks 
         loss.backward()
         if masks:
             backward_to_masks([sample])
-            masks.lagrangian(1.0).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -174,14 +152,13 @@ def fresh(config: LlamaConfig) -> Llama:
 def pruning(rounds: int, shape: tuple = PRUNING) -> Iterator[tuple]:
     """A step of pruning, every unit computed or the subnetwork, and one of the small model that comes of it."""
     source, target, batch, length = shape
-    masks, counter = settled_masks(source, target), iter(range(10**9))
-    dense, gathered = fresh(source), fresh(source)
+    masks, dense, gathered = random_masks(source, target), fresh(source), fresh(source)
     small = extract(gathered, masks)
     tokens = torch.randint(0, source.vocab_size, (batch, length + 1), device=DEVICE)
 
     def masked(model: Llama, build: Callable) -> Callable:
         def forward(x, y):
-            s = build(masks.sample(0, next(counter), 0))
+            s = build(masks.sample())
             return model(x, y, s).objective, s
 
         return training_step(model, tokens, forward, masks)
@@ -219,10 +196,6 @@ def distilling(rounds: int, shape: tuple = DISTILLING) -> Iterator[tuple]:
     both = [a + b for a, b in zip(s["plain"], s["teacher"], strict=True)]
     yield "distilled step / plain step and the teacher's forward (at most 1.1)", s["distilled"], both
     yield "distilled step / plain step", s["distilled"], s["plain"]
-    for name in ("plain", "distilled"):
-        with LiveBytes() as live:
-            ways[name]()
-        yield f"{name} step, MiB made and held at its peak", [live.peak / 2**20] * 2
 
 
 def transformers(rounds: int, c: LlamaConfig = DEMO, batch: int = 8, length: int = 256) -> Iterator[tuple]:
@@ -248,18 +221,17 @@ def host(rounds: int, blocks: int = 32) -> Iterator[tuple]:
     """
     source = LlamaConfig(512, 64, 192, blocks, n_heads=8, n_kv_heads=8, head_dim=8)
     target = target_config(source, hidden_size=32, intermediate_size=96, n_heads=4, n_layers=3 * blocks // 4)
-    masks, model, tokens = settled_masks(source, target), Llama(source), torch.arange(17)[None]
+    masks, model, tokens, now = random_masks(source, target), Llama(source), torch.arange(17)[None], {}
     model.init_weights(0)
     model.checkpoint_activations = True
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    step, now = iter(range(10**9)), {}
 
     def backward() -> None:
         now["loss"].objective.backward()
 
     ways = {
-        "masks": lambda: now.update(s=subnetwork(source, masks.sample(0, next(step), 0), multiple=8)),
+        "masks": lambda: now.update(s=subnetwork(source, masks.sample(), multiple=8)),
         "forward": lambda: now.update(loss=model(tokens[:, :-1], tokens[:, 1:], now["s"])),
         "backward": backward,
     }
@@ -270,45 +242,6 @@ def host(rounds: int, blocks: int = 32) -> Iterator[tuple]:
     vars(kernel_ops.ops).update(before)
     for name, s in found.items():
         yield f"host time of a micro-step, launches stubbed, {name}, ms", [1e3 * t for t in s]
-
-
-# ---- data and mix
-
-
-def loader(rounds: int, n_tokens: int = 8_000_000, batches: int = 4) -> Iterator[tuple]:
-    """7 domains at T = 4096, from the page cache, on one core."""
-    length, names, step, n = 4096, tuple("abcdefg"), iter(range(10**9)), 256
-    with tempfile.TemporaryDirectory() as folder:
-        write_shard(Path(folder, "x.bin"), np.random.default_rng(0).integers(0, 32_000, n_tokens), 32_000)
-        part = {"tokens": n_tokens, "bytes": 4 * n_tokens, "shards": [{"file": "x.bin", "tokens": n_tokens}]}
-        about = {"tokenizer": {}, "vocab_size": 32_000, "bos": 1, "eos": 2}
-        write_meta(folder, about | {"domains": {name: {"train": part, "val": part} for name in names}})
-        train = DomainLoader(folder, names, length, 17, "train")
-
-        def load() -> None:
-            for _ in range(batches):
-                batch = train.next_batch(next(step), np.ones(7) / 7, n)
-                for i in range(0, n, 8):
-                    train.read(batch[i : i + 8])
-
-        s = in_turns({"loader": load}, rounds)["loader"]
-    yield "loader, T = 4096, M tokens/s (at least 50)", [1e-6 * batches * n * length / t for t in s]
-
-
-def mix(rounds: int) -> Iterator[tuple]:
-    """Updates with all their fits: 7 domains, 60 and more points of history, sparsity among them."""
-    M, rng, times_ms = 7, np.random.default_rng(0), []
-    alpha_M, E_M, updated = rng.uniform(0.15, 0.6, M), rng.uniform(0.5, 2, M), Mix(tuple("abcdefg"), np.ones(M), "dro")
-    for i in range(1, 60 + rounds):
-        s, t = min(0.75, 0.75 * i / 13), i / (60 + rounds)
-        loss_M, tokens_M = E_M + 0.3 * t**-alpha_M * s**0.2 + rng.normal(0, 2e-3, M), np.full(M, 1e8 * t)
-        if i < 60:
-            updated.history.append([tokens_M.tolist(), loss_M.tolist(), s])
-        else:
-            start = time.perf_counter()
-            updated.update(loss_M, tokens_M, t, s, 0.75)
-            times_ms.append(1e3 * (time.perf_counter() - start))
-    yield "mix update, 7 domains, 60 points, ms", times_ms
 
 
 # ---- kernels, on a GPU
@@ -380,7 +313,7 @@ def kernels(rounds: int, *shape, compiler: str = "inductor", n: int = 8192, size
 
 
 BENCHES = {"pruning": pruning, "distilling": distilling, "transformers": transformers, "host": host}
-BENCHES |= {"loader": loader, "mix": mix} | ({"kernels": kernels} if DEVICE == "cuda" else {})
+BENCHES |= {"kernels": kernels} if DEVICE == "cuda" else {}
 
 
 def main(cfg: Config) -> None:

@@ -68,15 +68,20 @@ class Maker:
         return (x.normal_(0, std, generator=self.generator) if self.filled else x).requires_grad_(self.learns)
 
 
+@torch.no_grad()
+def random_masks(source: LlamaConfig, target: LlamaConfig) -> CountMasks:
+    masks = CountMasks(source, target)
+    for a in masks.log_alpha.values():
+        a.copy_(torch.randn(a.shape, generator=torch.Generator().manual_seed(0)))
+    return masks
+
+
 def subnetworks(s: Shapes, device: str) -> Iterator[Subnetwork]:
     """That of the target, then wider ones up to the source's width: rms_norm is compiled for every power of two."""
     if s.target is None:
         yield Subnetwork([BlockUnits()])
         return
-    masks, d, D = CountMasks(s.source, s.target), s.target.hidden_size, s.source.hidden_size
-    with torch.no_grad():
-        for a in masks.log_alpha.values():
-            a.copy_(torch.randn(a.shape, generator=torch.Generator().manual_seed(0)))
+    masks, d, D = random_masks(s.source, s.target), s.target.hidden_size, s.source.hidden_size
     yield subnetwork(s.source, masks.sample(), device, s.multiple)
     while next_power_of_2(d) < next_power_of_2(D):
         d = min(2 * next_power_of_2(d), D)

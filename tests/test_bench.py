@@ -29,15 +29,14 @@ def small_and_on_the_cpu(monkeypatch):
 def test_every_part_reports_finite_positive_figures():
     rows = [*bench.pruning(2, (SOURCE, TARGET, 1, 3)), *bench.transformers(1, replace(SOURCE, head_dim=12), 1, 3)]
     rows += [*bench.distilling(1, (SOURCE, TARGET, 1, 3)), *bench.host(2, blocks=4)]
-    rows += [*bench.loader(2, n_tokens=5000, batches=1), *bench.mix(2)]
-    assert len({name for name, *_ in rows}) == 13
+    assert len({name for name, *_ in rows}) == 9
     assert all(0 < v < math.inf for _, *values in rows for v in itertools.chain(*values))
     assert bench.line("a", [1.0, 2, 3], [1.0, 1, 2]) == "a: 1.5 (1 to 2; 2000 and 1000 ms)"
 
 
 def test_a_distilled_step_is_timed_in_the_dtypes_of_a_gpu(monkeypatch):
     monkeypatch.setattr(bench, "DTYPE", torch.bfloat16)
-    assert len(list(bench.distilling(1, (SOURCE, TARGET, 1, 3)))) == 4
+    assert len(list(bench.distilling(1, (SOURCE, TARGET, 1, 3)))) == 2
 
 
 def test_every_kernel_is_timed_beside_its_other_ways(monkeypatch):
@@ -65,10 +64,10 @@ def test_the_loss_that_is_measured_beside_ours_has_the_same_values():
 
 
 def test_the_dense_masked_model_computes_what_the_subnetwork_does_without_a_layer_mask():
-    masks, model = bench.settled_masks(SOURCE, TARGET), bench.fresh(SOURCE)
+    masks, model = bench.random_masks(SOURCE, TARGET), bench.fresh(SOURCE)
     tokens, found = torch.arange(8).view(1, 8), []
     for build in (lambda z: bench.masked_dense(z, SOURCE), lambda z: subnetwork(SOURCE, z)):
-        s = build(masks.sample(0, 0, 0))
+        s = build(masks.sample())
         loss = model(tokens, tokens.roll(1), s).objective
         loss.backward()
         backward_to_masks([s])
@@ -79,7 +78,5 @@ def test_the_dense_masked_model_computes_what_the_subnetwork_does_without_a_laye
 
 
 def test_a_part_that_is_not_there_is_named():
-    with pytest.raises(
-        UserError, match="only = soak: on cpu there are pruning,distilling,transformers,host,loader,mix"
-    ):
+    with pytest.raises(UserError, match="only = soak: on cpu there are pruning,distilling,transformers,host"):
         bench.main(bench.Config(only=("soak",)))
