@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import least_squares
+from scipy.special import huber
 
 UP = np.geomspace(0.03, 10.0, 20)
 EXPONENTS = np.concatenate((-UP[::-1], [0.0], UP))  # of the grid; alpha takes those from 0 on
@@ -61,7 +62,7 @@ def fit(tokens, losses, sparsity=None) -> Law:
     if distinct < 3:
         raise FitError(f"{distinct} distinct token counts: a law needs at least 3")
     level = float(np.median(y))
-    best = Law(TINY, 0.0, 0.0, max(level, TINY), _mean_huber(y - level))
+    best = Law(TINY, 0.0, 0.0, max(level, TINY), huber(DELTA, y - level).mean())
     both = np.linalg.matrix_rank(x_Xn - x_Xn.mean(1, keepdims=True), rtol=1e-6) == 2
     for free in ([0, 1],) if both else ([0], [1]):
         law = _search(x_Xn, free, y)
@@ -88,7 +89,7 @@ def _search(x_Xn, free, y) -> Law:
     grid_KX = np.array(list(itertools.product(*(EXPONENTS[low <= EXPONENTS] for low in LOWEST[free]))))
     f_Kn = powers(grid_KX)
     h_K, E_K = _linear(f_Kn, y)
-    best = _mean_huber(h_K[:, None] * f_Kn + E_K[:, None] - y, WIDTHS[0] * DELTA).argmin()
+    best = huber(WIDTHS[0] * DELTA, h_K[:, None] * f_Kn + E_K[:, None] - y).mean(1).argmin()
     theta = np.r_[h_K[best], E_K[best], grid_KX[best]]
     bounds = np.r_[0.0, 0.0, LOWEST[free]], np.r_[np.inf, np.inf, np.full(len(free), EXPONENTS[-1])]
     for width in WIDTHS:
@@ -96,7 +97,7 @@ def _search(x_Xn, free, y) -> Law:
     h, E, exponents[free] = theta[0], theta[1], theta[2:]
     top = (-theta[2:] @ x_Xn).max()
     A = max(h * np.exp(np.clip(-top, -LOG_MAX, LOG_MAX)), TINY)
-    return Law(A, *exponents, max(E, TINY), _mean_huber(residuals(theta)))
+    return Law(A, *exponents, max(E, TINY), huber(DELTA, residuals(theta)).mean())
 
 
 def _linear(f_Kn, y) -> tuple[np.ndarray, np.ndarray]:
@@ -106,9 +107,3 @@ def _linear(f_Kn, y) -> tuple[np.ndarray, np.ndarray]:
     E_K = y.mean() - h_K * f_Kn.mean(1)
     h_K = np.where(E_K < 0, f_Kn @ y / (f_Kn**2).sum(1), h_K)
     return h_K, np.maximum(E_K, 0.0)
-
-
-def _mean_huber(residual, delta=DELTA):
-    """Mean over the last axis: r^2 / 2 up to delta, delta (|r| - delta / 2) beyond."""
-    clipped = np.clip(residual, -delta, delta)
-    return (clipped * (residual - clipped / 2)).mean(-1)
