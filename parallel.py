@@ -30,6 +30,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from configurator import UserError
 from model import Llama
@@ -163,13 +164,10 @@ def gather(model: Llama) -> Llama:
 def average_over_ranks(grads: list[Tensor]) -> None:
     """In place, in one message; the masks' gradients live on the CPU, where gloo takes them."""
     n_ranks = position()[1]
-    if n_ranks == 1:
-        return
-    flat = torch.cat([g.flatten() for g in grads])
-    dist.all_reduce(flat)
-    mean = flat / n_ranks
-    for g, part in zip(grads, mean.split([g.numel() for g in grads]), strict=True):
-        g.copy_(part.view_as(g))
+    if n_ranks > 1:
+        flat = parameters_to_vector(grads)
+        dist.all_reduce(flat)
+        vector_to_parameters(flat / n_ranks, grads)
 
 
 def sum_over_ranks(total: Tensor) -> None:
