@@ -236,7 +236,7 @@ def host(rounds: int, blocks: int = 32) -> Iterator[tuple]:
         "backward": backward,
     }
     before = dict(vars(kernel_ops.ops))
-    kernel_ops.use("auto", "cuda")
+    kernel_ops.plan("auto")
     with patch.object(type(_pack_kernel), "__getitem__", lambda kernel, grid: lambda *args, **options: None):
         found = in_turns(ways, rounds, cpu_s)
     vars(kernel_ops.ops).update(before)

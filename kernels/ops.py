@@ -30,6 +30,11 @@ def use(kernels: str, device: str) -> bool:
     return fused
 
 
+def plan(kernels: str) -> None:
+    """Set the ops of a run on a GPU, to be traced with fake tensors on any machine. kernels: auto | torch | triton."""
+    use("torch" if kernels == "torch" else "auto", "cuda")
+
+
 def self_check(device: str, ranks_agree: Callable[[Callable], dict], **shapes) -> list[str]:
     """Try every kernel as the run will call it; PyTorch takes the place of one that fails. -> lines for the log.
 

@@ -115,7 +115,7 @@ def specialised(kernel, key, *_):
 
 JITFunction._do_compile = specialised
 driver.set_active(m.DryDriver(90))
-ops.use("auto", "cuda")
+ops.plan("auto")
 source = m.LlamaConfig(128, 320, 192, 3, n_heads=8, n_kv_heads=8, head_dim=32)
 target = target_config(source, hidden_size=128, intermediate_size=128, n_layers=2, n_heads=3)
 

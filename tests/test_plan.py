@@ -94,17 +94,20 @@ def test_a_teacher_is_that_of_its_folder_or_the_source_and_is_shared_out_as_the_
 
 
 def test_a_stage_without_steps_has_a_plan():
-    text = plan.plan(config(masks="count", max_steps=0, gpus=1), SOURCE, TARGET)
+    text = plan.plan(config(masks="count", max_steps=0, gpus=1, mix="dro"), SOURCE, TARGET)
     assert "scores: 64 windows" in text
+    assert "mix" not in text
     assert "tokens" not in text
 
 
 @pytest.mark.parametrize(("gpu_memory", "verdict"), [(80.0, "fits into 80 GiB"), (0.01, "DOES NOT FIT into 0.01 GiB")])
 def test_a_plan_says_what_is_needed_and_whether_it_fits(gpu_memory, verdict):
-    text = plan.plan(config(gpus=1, gpu_memory=gpu_memory), SOURCE, TARGET)
+    text = plan.plan(config(gpus=1, gpu_memory=gpu_memory, mix="dro", eval_interval=10), SOURCE, TARGET)
     for part in ("weights", "gradients", "optimizer", "activations", "hours at 40% of 989 TFLOP/s", verdict):
         assert part in text
     assert text.splitlines()[-1].startswith("what fits: ") == verdict.startswith("DOES NOT")
+    assert "mix: 11 updates, about 2 s (fits of 7 domains at 0.03 s)" in text
+    assert "mix" not in plan.plan(config(gpus=1, mix="constant"), SOURCE, None)
 
 
 def test_fsdp_shards_over_all_gpus_and_hsdp_over_those_of_a_node_of_eight():
@@ -166,10 +169,10 @@ def test_where_a_run_does_not_fit_more_gpus_or_one_shot_masks_may():
     assert "what fits: nothing was found" in plan.ways_out(cfg, SOURCE, 10 * mib, 20 * mib, sums, mib)
 
 
-def test_a_plan_shows_what_other_micro_batch_sizes_need():
+def test_a_plan_shows_the_micro_batch_sizes_and_how_many_masks_a_step_sees():
     text = plan.plan(config(gpus=2, micro_batch_size=2), SOURCE, TARGET)
-    rows = [line.split() for line in text.split("micro_batch_size, activations, sum\n")[1].splitlines()[:3]]
-    assert [row[0] for row in rows] == ["1", "2", "4"]
+    rows = [line.split() for line in text.split("masks a step sees: published, by count\n")[1].splitlines()[:3]]
+    assert [(row[0], *row[3:]) for row in rows] == [("1", "8", "1"), ("2", "4", "1"), ("4", "2", "1")]
     assert float(rows[0][1]) < float(rows[1][1]) < float(rows[2][1])
     assert f"sum                            {float(rows[1][2]):8.3f}" in text
 
