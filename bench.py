@@ -28,6 +28,7 @@ from kernels.cases import DISTILL, Case, Shapes, call, cases, random_masks
 from kernels.machine_code import LLAMA_1B, LLAMA_7B
 from kernels.pack import _pack_kernel
 from model import BlockUnits, Llama, LlamaConfig, Subnetwork, Units
+from plan import LiveBytes
 from prune import PAD, CountMasks, backward_to_masks, extract, subnetwork, target_config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -196,6 +197,10 @@ def distilling(rounds: int, shape: tuple = DISTILLING) -> Iterator[tuple]:
     both = [a + b for a, b in zip(s["plain"], s["teacher"], strict=True)]
     yield "distilled step / plain step and the teacher's forward (at most 1.1)", s["distilled"], both
     yield "distilled step / plain step", s["distilled"], s["plain"]
+    for name in ("plain", "distilled"):
+        with LiveBytes() as live:
+            ways[name]()
+        yield f"{name} step, MiB made and held at its peak", [live.peak / 2**20] * 2
 
 
 def transformers(rounds: int, c: LlamaConfig = DEMO, batch: int = 8, length: int = 256) -> Iterator[tuple]:
