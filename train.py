@@ -46,7 +46,7 @@ CHOICES = {
     "masks": tuple(MASKS),
     "mix_loss": ("val", "train"),
     "dtype": ("float32", "bfloat16"),
-    "kernels": ("auto", "torch", "triton"),
+    "kernels": ("auto", "torch", "triton", "fused"),
     "parallel": ("ddp", "fsdp", "hsdp"),
 }
 WHOLE = ("seq_len", "batch_size", "micro_batch_size", "eval_interval", "eval_sequences", "save_interval", "calibration")
@@ -111,7 +111,7 @@ class Config:
     dtype: str = "float32"  # float32 | bfloat16 (autocast; weights and optimizer stay float32)
     parallel: str = "ddp"  # ddp: every rank holds the model | fsdp: a share of it | hsdp: a share of its node's copy
     checkpoint_activations: bool = False  # compute each block again in backward: less memory, a third more time
-    kernels: str = "auto"  # auto | torch | triton; auto: triton on CUDA (each kernel is tried first), torch elsewhere
+    kernels: str = "auto"  # auto | torch | triton | fused; auto: triton on CUDA, torch elsewhere; see docs/kernels.md
     plan: bool = False  # print what the run needs on the GPUs named, and stop
     gpus: int = 8  # for --plan
     gpu_memory: float = 80.0  # for --plan, GiB of each
@@ -535,7 +535,9 @@ def prepare_kernels(cfg, ranks: parallel.Ranks, model: Llama, teacher: Llama | N
         models = dict(source=model.config, target=masks and masks.target, teacher=teacher and teacher.config)
         dtypes = dict(dtype=dtype, held=dtype if ranks.sharded else stored, stored=stored)
         tokens = cfg.micro_batch_size, cfg.seq_len
-        for line in kernels.ops.self_check(ranks.device, parallel.on_main, tokens=tokens, **models, **dtypes):
+        for line in kernels.ops.self_check(
+            cfg.kernels, ranks.device, parallel.on_main, tokens=tokens, **models, **dtypes
+        ):
             out.log.say(line)
 
 

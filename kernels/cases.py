@@ -31,7 +31,6 @@ class Case:
     fused: Callable
     inputs: Callable[[], tuple]  # made when asked for; tensors that require a gradient get one
     dtype: torch.dtype  # of autocast; float32: there is none
-    shape: tuple[int, int] | None = None  # of the full weight of a linear layer
 
 
 @dataclass(frozen=True)
@@ -170,7 +169,7 @@ def cases(s: Shapes, device: str, filled: bool = True) -> list[Case]:
     for name in ("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"):  # k_proj is like q_proj, up_proj like gate
         layer, shape = layers[name], tuple(layers[name].weight.shape)
         inputs = partial(linear, layer, getattr(whole_block(kept), name))
-        found += [Case("linear", name, way, inputs, s.dtype, shape) for way in (packed_linear, masked_linear)]
+        found += [Case("linear", name, way, inputs, s.dtype) for way in (packed_linear, masked_linear)]
         extracted[name] = shape, getattr(whole_block(exact), name)
     for name, (shape, u) in extracted.items():
         found.append(Case("pack", f"{name}, extracted", pack, partial(packed, frozen, s.stored, shape, u), s.stored))

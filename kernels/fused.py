@@ -1,14 +1,13 @@
 """The ops by their kernels, and the trial before a run.
 
 Most kernels meet a GPU for the first time at a user's: `trial` tries each as the run will call it, forward and
-backward, and finds those that do not compile or differ, for which PyTorch is to take over. Of the two ways to a linear
-layer it finds the faster. One rank tries, in a child process that a fault on the device may end; all adopt the outcome.
+backward, and finds those that do not compile or differ, for which PyTorch is to take over. One rank tries, in a child
+process that a fault on the device may end; all adopt the outcome.
 """
 
 import time
 from collections.abc import Callable
 from multiprocessing import get_context
-from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -25,28 +24,21 @@ from kernels.rope import rope
 
 # |kernel - PyTorch in float32| / |PyTorch in float32|, Euclidean norms; float32 products may use TF32.
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 5e-3, torch.bfloat16: 4e-2}
-REPEATS = 5  # of a measurement
 PATIENCE_S, TRIAL_S = 200, 450  # with one kernel, before it counts as one that hangs; with all: other ranks wait 600
 
-fastest: dict[tuple[int, ...], Callable] = {}  # shape of the full weight: packed_linear or masked_linear
-ELSE = ()  # in `fastest`: the linear for shapes that were not measured
+
+def where_gathered(way: Callable) -> Callable:
+    """A linear layer that takes this way where it has units, and is the plain one elsewhere."""
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *units: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias) if all(u is None for u in units) else way(x, weight, bias, *units)
+
+    return linear
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *units: Tensor | None) -> Tensor:
-    if all(u is None for u in units):  # nothing to gather or scale
-        return F.linear(x, weight, bias)
-    return fastest.get(tuple(weight.shape), fastest[ELSE])(x, weight, bias, *units)
-
-
-LINEARS = {way.__name__: way for way in (packed_linear, masked_linear)}
-TRITON = dict(zip(NAMES, (pack, linear, masked_swiglu, rms_norm, rope, linear_cross_entropy), strict=True))
-
-
-def fresh_ops() -> dict[str, Callable]:
-    """The ops by name; nothing is measured yet."""
-    fastest.clear()
-    fastest[ELSE] = packed_linear
-    return TRITON
+LINEARS = {"triton": packed_linear, "fused": masked_linear}  # by the setting `kernels`
+OTHERS = dict(pack=pack, swiglu=masked_swiglu, rms_norm=rms_norm, rope=rope, linear_cross_entropy=linear_cross_entropy)
+TRITON = {kernels: OTHERS | {"linear": where_gathered(way)} for kernels, way in LINEARS.items()}
 
 
 def outcome(way: Callable, inputs: tuple, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -92,44 +84,18 @@ def fault(case: Case) -> str | None:
     return None
 
 
-def milliseconds(case: Case) -> float:
-    """Median time of forward and backward."""
-    times, inputs = [], case.inputs()
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        outcome(case.fused, inputs, case.dtype)
-        times.append(1e3 * (time.perf_counter() - start))
-    return median(times)
-
-
-def trial(shapes: Shapes, device: str, say: Callable[[str], None] = lambda about: None) -> dict:
+def trial(shapes: Shapes, kernels: str, device: str, say: Callable[[str], None] = lambda about: None) -> dict:
     """What the ranks are to run, as `adopt` takes it. say: called with the name of what is tried next."""
     start, lines, broken = time.perf_counter(), [], {}
-    tried = cases(shapes, device)
-    for case in tried:
+    for case in cases(shapes, device):
+        if case.op == "linear" and case.fused is not LINEARS[kernels]:
+            continue
         say(f"{case.fused.__name__} ({case.where})")
         if case.fused not in broken and (problem := fault(case)):
             broken[case.fused] = case.op
             lines.append(f"warning: kernel {case.fused.__name__} ({case.where}): {problem}: PyTorch takes its place")
     lines.append(f"kernels checked in {time.perf_counter() - start:.1f} s")
-    linears = [case for case in tried if case.op == "linear" and case.fused not in broken]
-    replaced = set(broken.values()) - ({"linear"} if linears else set())
-    chosen, more = choose(linears)
-    return {"replaced": sorted(replaced), "linears": chosen, "lines": lines + more}
-
-
-def choose(linears: list[Case]) -> tuple[list, list[str]]:
-    """(shape of the weight, name of the faster kernel) of the linear layers, measured, and lines for the log."""
-    chosen, lines, ways = [], [], list(dict.fromkeys(case.fused for case in linears))
-    if len(ways) == 1:
-        chosen.append((ELSE, ways[0].__name__))
-    for shape in dict.fromkeys(case.shape for case in linears):
-        here = [case for case in linears if case.shape == shape]
-        ms = {way.__name__: sum(milliseconds(case) for case in here if case.fused is way) for way in ways}
-        chosen.append((shape, min(ms, key=ms.get)))
-        each = ", ".join(f"{way} {t:.2f} ms" for way, t in ms.items())
-        lines.append(f"{', '.join(dict.fromkeys(case.where for case in here))} {shape}: {each}: {chosen[-1][1]}")
-    return chosen, lines
+    return {"replaced": sorted(broken.values()), "lines": lines}
 
 
 def in_child(task: Callable, *arguments) -> dict:
@@ -150,7 +116,7 @@ def in_child(task: Callable, *arguments) -> dict:
     except EOFError:
         process.join()
         line = f"warning: the trial ended at {about}, exit code {process.exitcode}: PyTorch takes every kernel's place"
-        return {"replaced": NAMES, "linears": [], "lines": [line]}
+        return {"replaced": NAMES, "lines": [line]}
     process.join()
     return said
 
@@ -163,5 +129,4 @@ def _answer(pipe, precision: str, task: Callable, arguments: tuple) -> None:
 def adopt(decision: dict) -> list[str]:
     """Let this process run what a trial has decided, here or on another rank. -> lines for the log."""
     vars(ops).update({op: TORCH[op] for op in decision["replaced"]})
-    fastest.update({tuple(shape): LINEARS[name] for shape, name in decision["linears"]})
     return decision["lines"]

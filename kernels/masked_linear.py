@@ -4,7 +4,7 @@ Two ways to one result. `masked_linear` gathers, scales and casts W in the tile 
 weight is never in memory, and backward keeps nothing but x. `packed_linear` writes it down once (pack.py) and leaves
 the product to cuBLAS. Packing moves 6 n m bytes, the product takes 2 N n m operations: from a few hundred tokens N on
 the pass is small change, and cuBLAS is the faster product. The fused kernel is for where memory is short: it saves
-2 n m bytes a layer between forward and backward. fused.trial measures both on the run's own shapes.
+2 n m bytes a layer between forward and backward. The setting kernels=fused chooses it.
 
 Rows are whole lines of memory: gathering them keeps 16-byte asynchronous copies. Gathered columns are read one element
 at a time, once for each tile of tokens, where pack reads them once.

@@ -17,29 +17,37 @@ ops = SimpleNamespace(**TORCH)
 
 
 def use(kernels: str, device: str) -> bool:
-    """Set the ops of this process. kernels: auto (Triton on a GPU, PyTorch elsewhere) | torch | triton.
+    """Set the ops of this process. kernels: auto (Triton on a GPU, PyTorch elsewhere) | torch | triton | fused.
 
     -> whether Triton's kernels run. Raises UserError where they cannot. Their files, which import triton, are imported
     only where they run.
     """
-    on_gpu, installed = device.startswith("cuda"), find_spec("triton") is not None
-    if kernels == "triton" and not (installed and (on_gpu or import_module("kernels.shared").INTERPRETED)):
-        raise UserError(f"kernels = 'triton' on {device}: needs a GPU and the package triton: use kernels=auto")
-    fused = installed and (kernels == "triton" or (kernels == "auto" and on_gpu))
-    vars(ops).update(import_module("kernels.fused").fresh_ops() if fused else TORCH)
-    return fused
+    on_gpu, installed, asked = (
+        device.startswith("cuda"),
+        find_spec("triton") is not None,
+        kernels in ("triton", "fused"),
+    )
+    if asked and not (installed and (on_gpu or import_module("kernels.shared").INTERPRETED)):
+        raise UserError(f"kernels = {kernels!r} on {device}: needs a GPU and the package triton: use kernels=auto")
+    runs = installed and (asked or (kernels == "auto" and on_gpu))
+    vars(ops).update(import_module("kernels.fused").TRITON[named(kernels)] if runs else TORCH)
+    return runs
+
+
+def named(kernels: str) -> str:
+    return "triton" if kernels == "auto" else kernels
 
 
 def plan(kernels: str) -> None:
-    """Set the ops of a run on a GPU, to be traced with fake tensors on any machine. kernels: auto | torch | triton."""
-    use("torch" if kernels == "torch" else "auto", "cuda")
+    """Set the ops of a run on a GPU, to be traced with fake tensors on any machine."""
+    use("auto" if kernels == "triton" else kernels, "cuda")
 
 
-def self_check(device: str, ranks_agree: Callable[[Callable], dict], **shapes) -> list[str]:
+def self_check(kernels: str, device: str, ranks_agree: Callable[[Callable], dict], **shapes) -> list[str]:
     """Try every kernel as the run will call it; PyTorch takes the place of one that fails. -> lines for the log.
 
     shapes: fields of cases.Shapes. ranks_agree: calls on one rank, and returns what came of it on all.
     """
     fused, cases = import_module("kernels.fused"), import_module("kernels.cases")
-    tried = cases.Shapes(**shapes), device
+    tried = cases.Shapes(**shapes), named(kernels), device
     return fused.adopt(ranks_agree(lambda: fused.in_child(fused.trial, *tried)))

@@ -617,16 +617,13 @@ def test_a_model_runs_on_a_cpu_without_triton_and_does_not_import_it_where_it_is
     assert run.returncode == 0, run.stderr
 
 
-def test_a_linear_layer_runs_what_was_fastest_at_its_shape_and_cublas_where_nothing_is_gathered():
-    ops.use("triton", "cpu")
-    rows, x, weight, none = torch.tensor([0, 1]), torch.randn(2, 4), torch.randn(3, 4), [None] * 3
-    fused.fastest[3, 4] = lambda *_: "measured"
-    fused.fastest[fused.ELSE] = lambda *_: "not measured"
-    assert ops.ops.linear(x, weight, None, rows, *none) == "measured"
-    assert ops.ops.linear(x, torch.randn(5, 4), None, rows, *none) == "not measured"
-    assert torch.equal(ops.ops.linear(x, weight, None, None, *none), F.linear(x, weight))
-    ops.use("triton", "cpu")
-    assert fused.fastest == {fused.ELSE: packed_linear}
+def test_a_linear_layer_runs_what_the_setting_says_and_cublas_where_nothing_is_gathered(monkeypatch):
+    x, weight, none = torch.randn(2, 4), torch.randn(3, 4), [None] * 3
+    for kernels, way in fused.LINEARS.items():
+        ops.use(kernels, "cpu")
+        found = inspect.getclosurevars(ops.ops.linear).nonlocals["way"]
+        assert found is way
+        assert torch.equal(ops.ops.linear(x, weight, None, None, *none), F.linear(x, weight))
 
 
 # ---- a model on them, and the trial before a run
@@ -680,36 +677,28 @@ def test_a_block_of_kernels_is_one_graph_where_it_is_compiled():
     assert_like_torch(of_block=partial(torch.compile, backend="aot_eager", fullgraph=True))
 
 
-def self_check(dtype=F32, target=TARGET, teacher=None, **dtypes):
-    lines = fused.adopt(fused.trial(cases.Shapes(SOURCE, target, teacher, (1, 2), dtype, **dtypes, multiple=8), "cpu"))
-    return lines, [line for line in lines if line.startswith("warning")]
+def self_check(dtype=F32, target=TARGET, teacher=None, kernels="triton", **dtypes):
+    shapes = cases.Shapes(SOURCE, target, teacher, (1, 2), dtype, **dtypes, multiple=8)
+    return [line for line in fused.adopt(fused.trial(shapes, kernels, "cpu")) if line.startswith("warning")]
 
 
 @pytest.mark.usefixtures("large_tiles")
 @pytest.mark.parametrize(
-    ("dtype", "target", "held", "stored"),
-    [(F32, TARGET, F32, F32), (BF16, TARGET, F32, F32), (BF16, TARGET, BF16, F32), (BF16, None, BF16, BF16)],
+    ("dtype", "target", "held", "stored", "kernels"),
+    [
+        (F32, TARGET, F32, F32, "triton"),
+        (F32, TARGET, F32, F32, "fused"),
+        (BF16, TARGET, F32, F32, "triton"),
+        (BF16, TARGET, BF16, F32, "fused"),
+        (BF16, None, BF16, BF16, "triton"),
+    ],
 )
-def test_the_self_check_finds_nothing_wrong(dtype, target, held, stored, monkeypatch):
-    monkeypatch.setattr(fused, "milliseconds", lambda case: 1.0)
-    ops.use("triton", "cpu")
-    assert not self_check(dtype, target, teacher=SOURCE, held=held, stored=stored)[1]
-    assert vars(ops.ops) == fused.TRITON
+def test_the_self_check_finds_nothing_wrong(dtype, target, held, stored, kernels):
+    ops.use(kernels, "cpu")
+    assert not self_check(dtype, target, SOURCE, kernels, held=held, stored=stored)
+    assert vars(ops.ops) == fused.TRITON[kernels]
     if dtype == F32:
         assert_like_torch()
-
-
-def test_the_faster_linear_is_chosen_for_each_shape(monkeypatch):
-    def milliseconds(case):
-        return 1.0 if (case.fused is masked_linear) == (case.shape[0] > case.shape[1]) else 2.0
-
-    monkeypatch.setattr(fused, "fault", lambda case: None)
-    monkeypatch.setattr(fused, "milliseconds", milliseconds)
-    ops.use("triton", "cpu")
-    lines, _ = self_check()
-    expected = {(12, 24): packed_linear, (16, 24): packed_linear, (24, 16): masked_linear, (24, 24): packed_linear}
-    assert fused.fastest == expected | {fused.ELSE: packed_linear}
-    assert "down_proj (24, 16): packed_linear 2.00 ms, masked_linear 1.00 ms: masked_linear" in lines
 
 
 def add_seven(t):
@@ -730,9 +719,8 @@ BROKEN = {  # file, kernel, the argument that is spoilt and how: the kernels tha
     "nan": ("rmsnorm", "_backward_kernel", "dx", to_nan, ["rms_norm"], "gradient of argument 0: relative error nan"),
     "loss": ("linear_cross_entropy", "_token_kernel", "dlogits", add_seven, ["linear_cross_entropy"], "gradient of"),
     "a linear": ("masked_linear", "_product_kernel", "y", add_seven, ["masked_linear"], "output 0"),
-    "unpacking": ("pack", "_unpack_kernel", "dweight", add_seven, ["pack", "masked_linear", "packed_linear"], "argum"),
+    "unpacking": ("pack", "_unpack_kernel", "dweight", add_seven, ["pack", "packed_linear"], "gradient of argument"),
 }
-OP = {"packed_linear": "linear", "masked_linear": "linear"}
 
 
 @pytest.mark.usefixtures("large_tiles")
@@ -751,16 +739,15 @@ def test_a_kernel_that_fails_is_replaced_and_the_others_stay(case, monkeypatch):
 
     monkeypatch.setattr(fused, "cases", one_case_a_kernel)
     monkeypatch.setattr(FILES[file], "launch", spoiling)
-    monkeypatch.setattr(fused, "milliseconds", lambda case: 1.0)
-    ops.use("triton", "cpu")
-    _, said = self_check()
+    kernels = "fused" if case == "a linear" else "triton"
+    ops.use(kernels, "cpu")
+    said = self_check(kernels=kernels)
     assert [line.split()[2] for line in said] == gone
     assert what in said[0]
     assert all("\n" not in line and line.endswith(": PyTorch takes its place") for line in said)
-    linear_stays = len(OP.keys() & set(gone)) < 2
-    replaced = {OP.get(name, name) for name in gone} - ({"linear"} if linear_stays else set())
+    replaced = {"linear" if name.endswith("linear") else name for name in gone}
     for op, way in vars(ops.ops).items():
-        assert way is (ops.TORCH if op in replaced else fused.TRITON)[op], op
+        assert way is (ops.TORCH if op in replaced else fused.TRITON[kernels])[op], op
     assert_like_torch()
 
 
@@ -800,6 +787,6 @@ def test_a_trial_that_dies_or_hangs_is_one_line_and_torch_takes_over(limit, ende
 def test_ranks_adopt_what_a_child_of_one_has_found():
     ops.use("triton", "cpu")
     shapes = dict(source=replace(SOURCE, intermediate_size=8), target=None, teacher=None, tokens=(1, 2), dtype=F32)
-    lines = ops.self_check("cpu", lambda trial: json.loads(json.dumps(trial())), **shapes)
+    lines = ops.self_check("auto", "cpu", lambda trial: json.loads(json.dumps(trial())), **shapes)
     assert [line.partition(" in ")[0] for line in lines] == ["kernels checked"]
-    assert vars(ops.ops) == fused.TRITON
+    assert vars(ops.ops) == fused.TRITON["triton"]

@@ -24,8 +24,7 @@ import train
 from configurator import UserError
 from data.loader import Batch, DomainLoader
 from data.shards import read_meta
-from kernels import fused, masked_swiglu, pack
-from kernels.masked_linear import masked_linear, packed_linear
+from kernels import fused, masked_swiglu, ops, pack
 from metrics import read_metrics
 from prune import target_config
 from train import Config
@@ -295,10 +294,9 @@ def test_a_domain_that_begins_again_is_said_at_its_second_fourth_and_eighth_epoc
     ]
 
 
-@pytest.mark.parametrize("linear", [packed_linear, pytest.param(masked_linear, marks=pytest.mark.full)])
-def test_triton_kernels_prune_like_torch(linear, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kernels", ["triton", pytest.param("fused", marks=pytest.mark.full)])
+def test_triton_kernels_prune_like_torch(kernels, data, tmp_path, monkeypatch):
     """20 steps as small as they get: Triton's interpreter takes half a second for each."""
-    monkeypatch.setattr(fused, "packed_linear", linear)  # what use takes until something is measured
     monkeypatch.setattr(pack, "BLOCK_R", VOCAB)  # one program a weight
     monkeypatch.setattr(masked_swiglu, "A_PROGRAM", masked_swiglu.TOKENS)
     model = llama.Llama(llama.LlamaConfig(VOCAB, 16, 24, 1, 2, 2, 4))
@@ -306,11 +304,11 @@ def test_triton_kernels_prune_like_torch(linear, data, tmp_path, monkeypatch):
     hf.save(model, tmp_path / "model")
     shape = dict(n_layers=1, hidden_size=8, intermediate_size=12, n_heads=1)
     small = dict(seq_len=2, batch_size=1, micro_batch_size=1, max_steps=20, eval_interval=20, eval_sequences=1)
-    for kernels in ("torch", "triton"):
-        options = dict(kernels=kernels, masks="published", mask_lr=1.0)
-        train.main(prune_tiny(data, tmp_path / kernels, tmp_path / "model", **options, **shape, **small))
-    assert fused.fastest == {fused.ELSE: linear}
-    for a, b in zip(metrics(tmp_path / "torch", "train"), metrics(tmp_path / "triton", "train"), strict=True):
+    for way in ("torch", kernels):
+        options = dict(kernels=way, masks="published", mask_lr=1.0)
+        train.main(prune_tiny(data, tmp_path / way, tmp_path / "model", **options, **shape, **small))
+    assert vars(ops.ops) == fused.TRITON[kernels]
+    for a, b in zip(metrics(tmp_path / "torch", "train"), metrics(tmp_path / kernels, "train"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         for name in ("lambda1", "lambda2", "sparsity"):
             assert a[name] == pytest.approx(b[name], rel=1e-4)
