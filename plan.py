@@ -216,7 +216,7 @@ def ways_out(cfg, source: LlamaConfig, scores: int, activations: int, sums: dict
     frozen = sum(state_of(replace(cfg, max_steps=0), source).values()) + scores
     if scores and cfg.max_steps and frozen < room:
         small = "and then the small model, as config/one_gpu_continue.py"
-        ways.append(f"one-shot masks from scores, as config/one_gpu_prune.py ({frozen / GIB:.1f} GiB), {small}")
+        ways.append(f"one-shot masks from scores, --max_steps=0 ({frozen / GIB:.1f} GiB), {small}")
     return "what fits: " + ("; or ".join(ways) or "nothing was found: try checkpoint_activations or a shorter seq_len")
 
 

@@ -15,7 +15,7 @@ batch_size = 256  # 256 * 4096 = 1,048,576 tokens a step
 micro_batch_size = 2
 max_steps = 48_000  # 48,000 * 1,048,576 = 50.3 B tokens
 lr = 1e-4
-lr_warmup = 1440  # 3 % of the steps; pruning by count leaves AdamW's moments, and then there is none
+lr_warmup = 1440  # 3 % of the steps; masks that have learned leave AdamW's moments, and then there is none
 teacher, distill = "models/Llama-2-7b-hf", 0.9
 eval_interval = 400
 eval_sequences = 500  # 7 * 500 forward passes against 400 * 256 = 102,400 forward and backward: 1 % of the time

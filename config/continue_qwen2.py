@@ -11,7 +11,7 @@ batch_size = 256  # 256 * 4096 = 1,048,576 tokens a step
 micro_batch_size = 2  # the logits of 152,064 pieces: 2 * 4096 * 152,064 * 4 bytes = 5 GB
 max_steps = 40_000  # 40,000 * 1,048,576 = 41.9 B tokens
 lr = 1e-4
-lr_warmup = 1440  # none where pruning has left AdamW's moments
+lr_warmup = 1440
 teacher, distill = "models/Qwen2-7B", 0.9
 eval_interval = 400
 eval_sequences = 500

@@ -165,7 +165,7 @@ def test_where_a_run_does_not_fit_more_gpus_or_one_shot_masks_may():
     ways = plan.ways_out(cfg, SOURCE, 10 * mib, 20 * mib, sums, each + 1)
     assert f"what fits: --parallel=fsdp --gpus=4 ({each / 2**30:.1f} GiB each); or one-shot masks from scores" in ways
     assert "--micro_batch_size=2" in plan.ways_out(cfg, SOURCE, 10 * mib, 20 * mib, sums, 200 * mib + 1)
-    assert "config/one_gpu_prune.py" not in plan.ways_out(cfg, SOURCE, 0, 20 * mib, sums, 200 * mib)
+    assert "one-shot masks" not in plan.ways_out(cfg, SOURCE, 0, 20 * mib, sums, 200 * mib)
     assert "what fits: nothing was found" in plan.ways_out(cfg, SOURCE, 10 * mib, 20 * mib, sums, mib)
 
 
