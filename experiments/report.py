@@ -227,7 +227,8 @@ def differences_table(sources: list[Results], labels: Iterable[str]) -> str:
         if differences[0].values:
             judged = [text for d in differences for text in d.judged]
             rows.append([f"{results.name}: {label}", len(differences[0].values), *judged])
-    return markdown(["difference [95 %]", "seeds", *(name for metric in OVER for name in (metric, "verdict"))], rows)
+    heads = ["difference [95 %]", "seeds", *(name for metric in OVER for name in (metric, "verdict"))]
+    return markdown(heads, rows) if rows else ""
 
 
 def seconds(record: dict) -> float:
@@ -291,24 +292,25 @@ def tasks_table(sources: list[Results]) -> str:
     return markdown(["SmolLM2", *names], rows) if rows else "No runs yet."
 
 
-def course(record: dict, what: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps or seconds of a run up to each recorded moment, over all stages; and the loss or the mix there."""
-    x, y, before = [], [], np.zeros(2)
+def course(record: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds of a run up to each recorded moment, over all stages, and the loss there."""
+    points, before = [], 0.0
     for stage in record["stages"]:
-        if what == "ratio":
-            x += [before[0] + step for step, _ in stage["ratio"]]
-            y += [ratio_M for _, ratio_M in stage["ratio"]]
-        else:
-            x += [before[1] + took for _, took, _ in stage["course"]]
-            y += [loss for *_, loss in stage["course"]]
-        before += stage["steps"], stage["step_s"]
-    return np.array(x), np.array(y)
+        points += [(before + took, loss) for _, took, loss in stage["course"]]
+        before += stage["step_s"]
+    return tuple(np.array(points).T)
+
+
+def shares(record: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Steps of a run's training up to each recorded moment, and the mix there, (moments, M)."""
+    steps, ratio = zip(*record["stages"][-1]["ratio"], strict=True)
+    return np.array(steps), np.array(ratio)
 
 
 def movement(results: Results) -> str:
     """How far apart the mixes of two runs are on average: other windows, another seed, and no learning at all."""
     paper, windows = (
-        {seed: course(r, "ratio")[1][2:] for seed, r in results.runs[arm].items()}  # both stages begin with p0
+        {seed: shares(r)[1][1:] for seed, r in results.runs[arm].items()}  # all begin with p0
         for arm in ("paper", "paper-windows")
     )
     same = sorted(paper.keys() & windows.keys())
@@ -333,7 +335,7 @@ def plot_ways(sources: list[Results]):
     """The loss of every way to prune, every seed a dot; targets side by side."""
     sizes = {"": "quarter", "-half": "half", "-16th": "sixteenth"}
     panels = [(r, size) for r, size in product(sources, sizes) if len(r.ways(size)) > 1]
-    n_rows, n_columns = -(-len(panels) // 3) or 1, 3
+    n_rows, n_columns = -(-len(panels) // 3) or 1, min(len(panels), 3) or 1
     figure, axes = plt.subplots(n_rows, n_columns, figsize=(10, 3 * n_rows), layout="constrained", squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
@@ -381,7 +383,7 @@ def plot_seconds(sources: list[Results]):
     for axis, results in zip(axes.flat, shown, strict=False):
         size = "" if results.ways("") else "-half"
         for way in (way for way in results.ways(size) if "random" not in way):
-            courses = [course(r, "course") for r in results.runs[way + size].values()]
+            courses = [course(r) for r in results.runs[way + size].values()]
             n = min(len(x) for x, _ in courses)
             x, y = (np.mean([c[i][:n] for c in courses], axis=0) for i in (0, 1))
             axis.plot(
@@ -418,14 +420,14 @@ def plot_shares(sources: list[Results]):
     for axis, (m, domain) in zip(axes.flat, enumerate(results.source["domains"]), strict=False):
         for arm, colour in (("paper", "C0"), ("paper-windows", "C1"), ("bandit", "C2")):
             for seed, record in list(results.runs[arm].items())[:1]:
-                x, ratio = course(record, "ratio")
-                axis.plot(x, 100 * ratio[:, m], color=colour, label=f"{arm}, seed {seed}")
+                steps, ratio = shares(record)
+                axis.plot(steps, 100 * ratio[:, m], color=colour, label=f"{arm}, seed {seed}")
         axis.axhline(100 * results.source["p0"][m], color="0.5", lw=0.8, ls=":")
         axis.set_title(domain)
     figure.supxlabel("step (dotted: p0)", fontsize=10)
     figure.supylabel("share of the training tokens (%)", fontsize=10)
     handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    figure.legend(handles, labels, loc="outside upper center", ncols=3)
     return figure
 
 

@@ -222,6 +222,15 @@ def test_ranks_score_prune_by_count_and_learn_from_a_teacher_like_one_process(pa
             assert torch.allclose(moment, ends[1][key], rtol=1e-2, atol=1e-3 * moment.abs().max().item()), key
 
 
+@pytest.mark.full
+def test_sharded_ranks_of_one_micro_batch_each_prune_by_count_in_bfloat16_like_one_process(data, source, tmp_path):
+    options = BY_COUNT | dict(dtype="bfloat16", micro_batch_size=4)  # of a batch of 8
+    train.main(prune_tiny(data, tmp_path / "one", source, **options))
+    torchrun(prune_tiny(data, tmp_path / "many", source, parallel="fsdp", **options), 2)
+    for a, b in zip(metrics(tmp_path / "one", "train"), metrics(tmp_path / "many", "train"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-2)
+
+
 NODE_OF_TWO = """
 import os, sys
 sys.path.insert(0, {root!r})
