@@ -116,10 +116,11 @@ ARMS["count-frozen"] = Arm("count", masks={"mask_lr": 0.0})
 ARMS |= {f"count-of{steps}": Arm("count", masks={"max_steps": steps}) for steps in (64, 256, 512)}
 ARMS |= {name: Arm(mix=mix) for name, mix in MIXES.items()}
 ARMS["paper-windows"] = Arm(mix=PAPER, view="windows")  # steered by the loss on other windows
-# What the defaults were chosen by: spread of the logits, their rate, the ramp, steps of the stage
-for k, lr, ramp, steps in ((3, 0.1, 64, 128), (10, 0.3, 0, 128), (30, 3.0, 0, 128), (30, 1.0, 0, 384)):
-    settings = {"kappa": float(k), "mask_lr": lr, "sparsity_warmup": ramp, "max_steps": steps}
-    ARMS[f"count-k{k}-lr{lr:g}-ramp{ramp}-of{steps}"] = Arm("count", masks=settings)
+# What the defaults were chosen by: spread of the logits, their rate, the ramp
+SWEEP = ((3, 0.1, 0), (3, 0.3, 0), (3, 1.0, 0), (3, 0.1, 64), (10, 0.1, 0), (10, 0.3, 0), (10, 1.0, 0))
+for k, lr, ramp in SWEEP:
+    settings = {"kappa": float(k), "mask_lr": lr, "sparsity_warmup": ramp}
+    ARMS[f"count-k{k}-lr{lr:g}-ramp{ramp}"] = Arm("count", masks=settings)
 
 HEADLINE = ("count", "oneshot", "published")  # also on corrupted text
 WAYS = [f"{start}{teacher}" for start in STARTS for teacher in ("", "-alone")]
@@ -142,7 +143,7 @@ STUDIES = {  # source: arms and the number of their seeds
     },
     "smollm2": {"smollm2": {f"{w}{size}": 3 for size in ("-half", "") for w in HEADLINE}},
     "sweep": {
-        "A": {name: 3 for name in ARMS if name.startswith("count-k")} | {"oneshot": 3, "count": 3},
+        "A": {name: 3 for name in ARMS if name.startswith("count-k")} | {"oneshot": 3, "count": 3, "count-frozen": 3},
         "smollm2": {"oneshot-half": 3, "count-half": 3},
     },
     "languages": {"languages": dict.fromkeys(("oneshot", "uniform", "paper"), 3)},
