@@ -4,6 +4,7 @@ Differences are paired by seed; intervals and verdicts follow PLAN.md. Runs that
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise, product
@@ -104,8 +105,8 @@ In percent, with the standard error: the first seed, 100 documents of each task.
 
 ## Runs
 
-The page counts {n_runs} runs. Of the planned ones these are missing: {missing}. With their sources they took {hours}
-hours on one thread each. Their commits are {commits}. They ran with {versions}.
+The page counts {n_runs} runs. Of the planned ones and their sources these are missing: {missing}. What is there took
+{hours} hours on one thread each. Its commits are {commits}. It ran with {versions}.
 """
 
 Metric = Callable[[dict], float]  # of a run's record
@@ -445,12 +446,21 @@ def planned() -> list[str]:
     ]
 
 
+def read(path: str | Path) -> dict[str, dict]:
+    """The records of planned runs, in the plan's order."""
+    records = read_results(path)
+    return {name: records[name] for name in planned() if name in records}
+
+
 def page(records: dict[str, dict]) -> str:
     """RESULTS.md."""
     sources, runs = results_of(records), records.values()
+    missing = Counter(name.partition("/")[0] for name in planned() if name not in records)
     headline = [results for results in sources if results.name in HEADLINE_SOURCES]
+    others = [results for results in sources if results not in headline]
+    exploratory = differences_table(others, (*DECIDING, *BY_MIX)), differences_table(sources, EXPLORATORY)
     facts = {
-        "missing": (name for name in planned() if name not in records),
+        "missing": (f"{n} of {source}" for source, n in missing.items()),
         "commits": (r["commit"] for r in runs),
         "versions": (f"{name} {version}" for r in runs for name, version in r["versions"].items()),
     }
@@ -458,9 +468,7 @@ def page(records: dict[str, dict]) -> str:
         claims="\n".join(line for results in headline for line in claims(results)),
         deciding=differences_table(headline, DECIDING),
         mixes=differences_table(headline, BY_MIX),
-        exploratory=differences_table([r for r in sources if r not in headline], (*DECIDING, *BY_MIX))
-        + "\n\n"
-        + differences_table(sources, EXPLORATORY),
+        exploratory="\n\n".join(filter(None, exploratory)),
         arms=arms_table(sources),
         movement="; ".join(filter(None, map(movement, sources))) or "no runs yet",
         law=law_table(sources),
@@ -478,8 +486,7 @@ class Options:
 
 
 def main(opt: Options) -> None:
-    records, out = read_results(opt.results), Path(opt.results).parent
-    records = {name: records[name] for name in planned() if name in records}
+    records, out = read(opt.results), Path(opt.results).parent
     if not (sources := results_of(records)):
         raise UserError(f"{opt.results}: no results yet: make evidence makes them")
     (out / "RESULTS.md").write_text(page(records))
