@@ -1,12 +1,12 @@
-"""The 1.3B of config/prune.py, trained on under its source on one GPU:  python train.py config/one_gpu_continue.py
+"""The 1.3B of config/one_gpu_prune.py, trained on under its source:  python train.py config/one_gpu_continue.py
 
 State: 1.35 B * 16 bytes = 21.6 GB; the teacher in bfloat16: 13.5 GB. FLOPs a token: 3 * 2.7 G of the model and 13.5 G
 of the teacher's forward pass, about 22 G; 100 M tokens at 40 % of an H100 (989 TFLOP/s): 1.5 hours.
 """
 
 stage = "continue"
-out_dir = "out/llama2-1.3b/one_gpu"
-init_from = "out/llama2-1.3b/prune/model"
+out_dir = "out/one_gpu/continue"
+init_from = "out/one_gpu/prune/model"
 data = "data/slimpajama"
 seq_len = 4096
 batch_size = 64  # 64 * 4096 = 262,144 tokens a step

@@ -2,7 +2,7 @@
 
 7B: 32 layers, 4096 channels, 32 heads of 128, FFN 11008. 1.3B: 24, 2048, 16, 5504: half of every width, three
 quarters of the layers. 64 windows of text score every unit, and the best stay as they are. Weights are frozen and in
-bfloat16: 6.74 B * 2 bytes = 13.5 GB, and little more. So one GPU is enough; torchrun --nproc_per_node=8 shares it out.
+bfloat16: 6.74 B * 2 bytes = 13.5 GB, and little more. One GPU is enough; torchrun --nproc_per_node=8 shares it out.
 
 Masks that learn from there (--max_steps=3200, 0.42 B tokens under the source) end no better in the evidence. They need
 eight GPUs: weights, gradients and both moments in float32 are 6.74 B * 16 bytes = 108 GB, of which fsdp gives every
