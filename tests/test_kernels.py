@@ -591,11 +591,11 @@ def test_triton_on_a_cpu_is_refused_without_the_interpreter(monkeypatch):
 
 
 def test_use_sets_every_op():
-    choices = {("auto", "cpu"): False, ("auto", "cuda:1"): True, ("torch", "cuda"): False, ("triton", "cpu"): True}
-    for choice, on_triton in choices.items():
-        ops.use("torch" if on_triton else "triton", "cpu")
-        assert ops.use(*choice) is on_triton
-        assert vars(ops.ops) == (fused.TRITON if on_triton else ops.TORCH)
+    choices = {("auto", "cpu"): "", ("auto", "cuda:1"): "triton", ("torch", "cuda"): "", ("triton", "cpu"): "triton"}
+    for choice, way in {**choices, ("fused", "cpu"): "fused"}.items():
+        ops.use("torch" if way else "triton", "cpu")
+        assert ops.use(*choice) is bool(way)
+        assert vars(ops.ops) == (fused.TRITON[way] if way else ops.TORCH)
 
 
 WITHOUT_TRITON = """
