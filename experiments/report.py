@@ -68,7 +68,8 @@ zero all the same.
 
 ## Every arm
 
-Means over seeds. "Excess" is the largest loss minus the source's on the same domain. Seconds are those of training,
+Means over seeds. "Excess" is the largest loss minus the source's on the same domain. "Mean by p0" weighs the domains
+with p0, where the others weigh them alike. Seconds are those of training,
 evaluation and mix on one thread, with another run beside it; scoring the units is not in them. The largest share is
 that of a domain in the training text at any moment.
 
@@ -176,6 +177,7 @@ class Results:
             "mean of domains": lambda r: self.losses(r).mean(),
             "worst domain": lambda r: self.losses(r).max(),
             "worst excess": lambda r: (self.losses(r) - source_M).max(),
+            "mean by p0": lambda r: self.losses(r) @ self.source["p0"],
             "bits per byte, mean": lambda r: (self.losses(r) / nats_per_bit_M).mean(),
             "bits per byte, worst": lambda r: (self.losses(r) / nats_per_bit_M).max(),
         }
