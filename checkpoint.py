@@ -138,7 +138,9 @@ class Checkpoints:
             stage = partial(dcp.async_save, named, storage_writer=writer, process_group=self.group)
             try:
                 write = stage(async_stager=self.stager).result
-            except RuntimeError:  # this rank has no memory that may be pinned
+            except RuntimeError:  # perhaps this rank has no memory that may be pinned
+                write = None
+            if write is None:  # here, where what the failed copy took is free again
                 self.stager = stager(pinned=False)
                 write = stage(async_stager=self.stager).result
         else:

@@ -1,6 +1,6 @@
 """Settings from config files and --key=value onto one typed dataclass, and the frame of every command.
 
-    python train.py config/prune.py --max_steps=100 --domains=python,wiki --resume
+    python train.py config/one_gpu_prune.py --calibration=128 --domains=wiki,book --resume
 
 A config file is Python assignments of numbers, texts, lists and arithmetic on numbers. It is read and never run. Names
 that start with an underscore are its own business. Every other name and every type is checked against the dataclass.

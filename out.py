@@ -3,7 +3,7 @@
 out_dir/lock, metrics.jsonl        held and written by the run that is going on
         step_000100                checkpoints (checkpoint.py)
         model                      a Hugging Face folder with its tokenizer; the next stage starts there
-        model/adamw                after pruning by count: AdamW's moments of these weights, which it takes too
+        model/adamw                after masks by count that learned: AdamW's moments of these weights, for it, too
 """
 
 import json

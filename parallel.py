@@ -216,7 +216,8 @@ def check_compiler() -> None:
     without = "or give kernels=torch and compile=false"
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         raise UserError(f"Triton needs a C compiler, and finds no gcc, clang or CC: install gcc, {without}")
-    if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton has it
+    if not Path(sysconfig.get_paths(scheme)["include"], "Python.h").is_file():
         raise UserError(f"Triton needs Python's headers, and finds no Python.h: install python3-dev, {without}")
 
 

@@ -1,9 +1,9 @@
 """Masks over the units of a model, the scores that they start from, and the subnetwork they keep.
 
-A unit whose mask is 0 is out of the computation: its output is 0, and the hard tanh lets no gradient through to its
-logit. So a masked model is a smaller Llama with W_small = W[rows][:, cols] * scale, and `subnetwork` says which rows,
-columns and scales. Training samples it, evaluation takes its deterministic form, and `extract` writes it down. It is
-one operation: what is trained is what is exported, at the cost of what is kept.
+A unit whose mask is 0 is out of the computation: its output is 0, and no gradient reaches its logit. So a masked model
+is a smaller Llama with W_small = W[rows][:, cols] * scale, and `subnetwork` says which rows, columns and scales.
+Training samples it, evaluation takes its deterministic form, and `extract` writes it down. It is one operation: what is
+trained is what is exported, at the cost of what is kept.
 
 MASK_TYPES says what a unit of each type is. A type is used where the target is smaller than the source. Masks live on
 the CPU: the sample decides shapes, and deciding them there costs the device no synchronisation.
@@ -489,8 +489,8 @@ def scores(model: Llama, target: LlamaConfig, windows: np.ndarray, device: str) 
 def extract(model: Llama, masks: Masks, of: Callable[[Tensor], Tensor] = lambda p: p) -> Llama:
     """The small model of exactly the target shape: what subnetwork computes with the target masks, written down.
 
-    Of a sharded model each rank gets the whole small one, gathered weight by weight. of: what is taken of a parameter,
-    as AdamW's moments, which are the same for masks by count, whose z are 1.
+    Of a sharded model each rank gets the whole small one, gathered weight by weight. of: what is taken of a parameter.
+    AdamW's moments are taken as they are, which is right for masks by count: their z are 1.
     """
     let_go(model)
     weight = model.norm.weight

@@ -15,6 +15,7 @@ import math
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -154,7 +155,8 @@ def check(cfg: Config) -> None:
     ):
         if wrong:
             raise UserError(message)
-    if cfg.device.startswith("cuda") and (cfg.kernels != "torch" or cfg.compile) and not cfg.plan:
+    triton = cfg.kernels in ("triton", "fused") or (cfg.kernels == "auto" and find_spec("triton"))
+    if cfg.device.startswith("cuda") and not cfg.plan and (triton or (cfg.compile and cfg.max_steps)):
         parallel.check_compiler()
 
 

@@ -22,7 +22,7 @@ calibration = 64  # 64 * 4096 = 262,144 tokens, forward and backward
 eval_sequences = 24
 dtype = "bfloat16"
 parallel = "fsdp"
-# what follows counts with --max_steps=3200
+# what follows is for --max_steps=3200, but for micro_batch_size, which evaluation takes, too
 batch_size = 32  # 32 * 4096 = 131,072 tokens a step
 micro_batch_size = 4  # masks by count are one subnetwork a step, whatever this is
 lr, mask_lr = 1e-4, 1.0

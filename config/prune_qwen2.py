@@ -21,7 +21,7 @@ max_steps = 0
 eval_sequences = 24
 dtype = "bfloat16"
 parallel = "fsdp"
-# what follows counts with --max_steps=3200, on eight GPUs
+# what follows is for --max_steps=3200, but for micro_batch_size, which evaluation takes, too
 batch_size = 32  # 32 * 4096 = 131,072 tokens a step
 micro_batch_size = 4
 lr, mask_lr = 1e-4, 1.0

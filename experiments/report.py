@@ -83,7 +83,7 @@ They are exploratory: of dozens some lie off zero by chance.
 
 ## How far the mix moves
 
-The mean of |share - share| over domains, evaluations and seeds, in points of a percent: {movement}.
+The mean of |share - share| over domains, evaluations and seeds, in percentage points: {movement}.
 
 ## Error of the law
 

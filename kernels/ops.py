@@ -39,7 +39,7 @@ def named(kernels: str) -> str:
 
 
 def plan(kernels: str) -> None:
-    """Set the ops of a run on a GPU, to be traced with fake tensors on any machine."""
+    """Set the ops of a run on a GPU, to be traced with fake tensors on any machine; "fused" needs triton there, too."""
     use("auto" if kernels == "triton" else kernels, "cuda")
 
 

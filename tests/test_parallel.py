@@ -321,7 +321,7 @@ def test_a_run_of_triton_s_kernels_is_refused_where_triton_finds_no_compiler_or_
         parallel.check_compiler()
     (tmp_path / "gcc").touch(mode=0o755)
     parallel.check_compiler()
-    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(sysconfig, "get_paths", lambda _: {"include": str(tmp_path)})
     with pytest.raises(UserError, match=r"finds no Python\.h: install python3-dev"):
         parallel.check_compiler()
 
