@@ -179,7 +179,7 @@ class _ByCount(torch.autograd.Function):
         x_U = logit_U - level + EDGE;   dz_U / dx_U = 1.2 s (1 - s) / beta,  s = sigmoid(x_U / beta)
 
     It goes through the kept units that the hard concrete would have on its slope, minus its mean over them: they
-    compete, and the level does not drift. A z on the slope would scale kept weights down, and loses by it (docs/log.md).
+    compete, and the level does not drift. A z on the slope would scale kept weights down, and lose by it: docs/log.md.
     Source: Bengio et al. 2013 (arXiv 1308.3432), the straight-through estimator.
     """
 
