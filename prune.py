@@ -157,9 +157,9 @@ class Masks(nn.Module):
 
 
 def by_count(logit_RU: Tensor, keep_R: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Of each row the keep_R[r] largest logits, ties to the lower index, (R, U) bool; and how far all lie above it.
+    """Of each row the keep_R[r] largest logits, ties to the lower index, (R, U) bool; and every logit minus its level.
 
-    They lie above the level of the row: the middle between the k-th largest logit and the next, -inf without a next.
+    The level of a row is the middle between the k-th largest logit and the next, -inf without a next.
     """
     logits = logit_RU.detach().numpy()
     kept, level_R = np.empty(logits.shape, bool), np.empty(len(logits), logits.dtype)
@@ -476,7 +476,8 @@ def scores(model: Llama, target: LlamaConfig, windows: np.ndarray, device: str) 
         model(tokens[:, :-1], tokens[:, 1:], everything).objective.backward()
         total += everything.z_gradient().double().abs() * (i < len(windows))
     model.requires_grad_(learns)
-    learn_again(model)
+    if learns:
+        learn_again(model)
     model.checkpoint_activations = recompute
     sum_over_ranks(total)
     mean = total.cpu() / len(windows)

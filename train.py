@@ -15,7 +15,6 @@ import math
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -155,8 +154,8 @@ def check(cfg: Config) -> None:
     ):
         if wrong:
             raise UserError(message)
-    triton = cfg.kernels in ("triton", "fused") or (cfg.kernels == "auto" and find_spec("triton"))
-    if cfg.device.startswith("cuda") and not cfg.plan and (triton or (cfg.compile and cfg.max_steps)):
+    on_gpu = cfg.device.startswith("cuda") and not cfg.plan
+    if on_gpu and (kernels.ops.on_triton(cfg.kernels, cfg.device) or (cfg.compile and cfg.max_steps)):
         parallel.check_compiler()
 
 

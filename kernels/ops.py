@@ -16,12 +16,8 @@ TORCH = {name: getattr(reference, name) for name in NAMES}
 ops = SimpleNamespace(**TORCH)
 
 
-def use(kernels: str, device: str) -> bool:
-    """Set the ops of this process. kernels: auto (Triton on a GPU, PyTorch elsewhere) | torch | triton | fused.
-
-    -> whether Triton's kernels run. Raises UserError where they cannot. Their files, which import triton, are imported
-    only where they run.
-    """
+def on_triton(kernels: str, device: str) -> bool:
+    """Whether Triton's kernels run there. Raises UserError where they are asked for and cannot."""
     on_gpu, installed, asked = (
         device.startswith("cuda"),
         find_spec("triton") is not None,
@@ -29,7 +25,16 @@ def use(kernels: str, device: str) -> bool:
     )
     if asked and not (installed and (on_gpu or import_module("kernels.shared").INTERPRETED)):
         raise UserError(f"kernels = {kernels!r} on {device}: needs a GPU and the package triton: use kernels=auto")
-    runs = installed and (asked or (kernels == "auto" and on_gpu))
+    return installed and (asked or (kernels == "auto" and on_gpu))
+
+
+def use(kernels: str, device: str) -> bool:
+    """Set the ops of this process. kernels: auto (Triton on a GPU, PyTorch elsewhere) | torch | triton | fused.
+
+    -> whether Triton's kernels run. Raises UserError where they cannot. Their files, which import triton, are imported
+    only where they run.
+    """
+    runs = on_triton(kernels, device)
     vars(ops).update(import_module("kernels.fused").TRITON[named(kernels)] if runs else TORCH)
     return runs
 
