@@ -55,6 +55,7 @@ class Arm:
     mix: dict = field(default_factory=dict)  # settings of the stage of training: all mixes train one pruned model
     distill: float = 0.9  # share of the source in the loss
     target: str = "4th"
+    times: int = 1  # so many times the steps of other arms
     masks: dict = field(default_factory=dict)  # settings of masks by count
     view: str = "plain"  # of the data: views.py
 
@@ -116,6 +117,10 @@ ARMS["count-frozen"] = Arm("count", masks={"mask_lr": 0.0})
 ARMS |= {f"count-of{steps}": Arm("count", masks={"max_steps": steps}) for steps in (64, 256, 512)}
 ARMS |= {name: Arm(mix=mix) for name, mix in MIXES.items()}
 ARMS["paper-windows"] = Arm(mix=PAPER, view="windows")  # steered by the loss on other windows
+STEADIER = {"paper-32": {**PAPER, "eval_sequences": 32}}  # steered by eight times the windows
+STEADIER["paper-uniform-32"] = {**STEADIER["paper-32"], "prior": 0.0}  # and around equal shares
+ARMS |= {name: Arm(mix=mix) for name, mix in STEADIER.items()}
+ARMS["oneshot-alone-twice"] = replace(ARMS["oneshot-alone"], times=2)  # about the seconds of oneshot
 # What the defaults were chosen by: spread of the logits, their rate, the ramp
 SWEEP = ((3, 0.1, 0), (3, 0.3, 0), (3, 1.0, 0), (3, 0.1, 64), (10, 0.1, 0), (10, 0.3, 0), (10, 1.0, 0))
 for k, lr, ramp in SWEEP:
@@ -142,6 +147,7 @@ STUDIES = {  # source: arms and the number of their seeds
         }
     },
     "smollm2": {"smollm2": {f"{w}{size}": 3 for size in ("-half", "") for w in HEADLINE}},
+    "added": {"A": dict.fromkeys((*STEADIER, "oneshot-alone-twice"), 5)},
     "sweep": {
         "A": {name: 3 for name in ARMS if name.startswith("count-k")} | {"oneshot": 3, "count": 3, "count-frozen": 3},
         "smollm2": {"oneshot-half": 3, "count-half": 3},
@@ -192,7 +198,7 @@ def stages(
     base = source.published if arm.start == "published" else replace(source.train, **by_count)
     prune = stage(base, "prune", start, 1, **target)
     mix = {**arm.mix, "reference_losses": reference if learns else ()}
-    rest = source.train.max_steps - prune.max_steps
+    rest = arm.times * source.train.max_steps - prune.max_steps
     return [prune, stage(source.train, "continue", f"{prune.out_dir}/model", 2, max_steps=rest, **mix)]
 
 

@@ -20,7 +20,7 @@ from scipy import stats
 import configurator
 from configurator import UserError
 from experiments import arms
-from experiments.arms import ARMS, HEADLINE, MIXES, SOURCES, STUDIES
+from experiments.arms import ARMS, HEADLINE, MIXES, SOURCES, STEADIER, STUDIES
 from experiments.run import LAW, read_results
 from experiments.views import CORRUPTIONS
 from export import markdown
@@ -37,6 +37,8 @@ BY_MIX = (
     *("paper - sheared", "paper-sqrt - sqrt"),
 )
 EXPLORATORY = (
+    *(f"{mix} - {other}" for mix in STEADIER for other in ("oneshot", "uniform", "paper")),
+    "oneshot - oneshot-alone-twice",
     *("count - count-frozen", "count-frozen - oneshot"),
     *(f"{way} - {way}-alone" for way in arms.STARTS),
     *("oneshot - published", "count-alone - oneshot-alone", "oneshot-alone - published-alone", "oneshot - random"),
@@ -403,7 +405,7 @@ def plot_seconds(sources: list[Results]):
 def plot_mixes(sources: list[Results]):
     """Each mix minus the constant one: seeds, mean and interval."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True, layout="constrained")
-    rows = [(r, mix) for r in sources for mix in MIXES if r.runs[mix]][::-1]
+    rows = [(r, mix) for r in sources for mix in (*MIXES, *STEADIER) if r.runs[mix]][::-1]
     for axis, metric in zip(axes, OVER, strict=True):
         for y, (results, mix) in enumerate(rows):
             dots(axis, y, results.difference(f"{mix} - oneshot", metric))

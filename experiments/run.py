@@ -47,7 +47,7 @@ ANEW = "begin anew with another --out"
 
 @dataclass(frozen=True)
 class Options:
-    study: str = "A"  # A | B | smollm2 | languages | law | sweep
+    study: str = "A"  # A | B | smollm2 | languages | law | added | sweep
     out: str = "out/evidence"  # results.jsonl, metrics.jsonl of every stage, logs; weights while they are needed
     workers: int = 2  # runs at a time
     only: str = ""  # one run, as A/paper/3 or A/source, in this process; its record goes to its folder
@@ -161,7 +161,8 @@ def arm_record(name: str, opt: Options, data: Path) -> dict:
     source_name, arm_name, seed = name.split("/")
     source, arm, start = SOURCES[source_name], ARMS[arm_name], source_folder(source_name, opt.out)
     val = loader(data / arm.view, source.train.seq_len)
-    reference = evaluate(hf.load(start), val, source.train.eval_sequences, source.train.micro_batch_size, "cpu")
+    n_windows = arm.mix.get("eval_sequences", source.train.eval_sequences)
+    reference = evaluate(hf.load(start), val, n_windows, source.train.micro_batch_size, "cpu")
     configs = stages(name, opt.out, *text_of(source_name, data / arm.view), tuple(reference.tolist()))
     asked = source.tasks if int(seed) == 1 else ()
     loss, right, peaks, resumed = {}, {}, [], []

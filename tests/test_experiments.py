@@ -26,10 +26,11 @@ def stages_of(arm, seed=1, source="A"):
 
 
 def test_all_runs_of_a_source_take_as_many_tokens_and_no_two_stages_of_a_seed_share_their_order_of_text():
-    assert [len(arms.runs(study)) for study in arms.STUDIES if study != "sweep"] == [117, 78, 18, 9, 0]  # PLAN.md's
+    assert [len(arms.runs(study)) for study in arms.STUDIES if study != "sweep"] == [117, 78, 18, 15, 9, 0]
     for source, arm in {tuple(name.split("/")[:2]) for study in arms.STUDIES for name in arms.runs(study)}:
         stages = stages_of(arm, source=source)
-        assert sum(cfg.max_steps for cfg in stages) == (160 if source == "smollm2" else 640)
+        steps = 160 if source == "smollm2" else 1280 if arm == "oneshot-alone-twice" else 640
+        assert sum(cfg.max_steps for cfg in stages) == steps
         assert {cfg.batch_size * cfg.seq_len for cfg in stages} == {512 if source == "smollm2" else 1024}
     seeds = [cfg.seed for seed in range(1, 9) for cfg in stages_of("paper", seed)]
     seeds += [cfg.seed for source in "AB" for cfg in arms.stages(f"{source}/source", "out")]
@@ -44,8 +45,8 @@ def test_no_two_arms_are_the_same_and_the_mixes_differ_from_a_constant_one_in_th
 
     on_a = [arm for arm in arms.ARMS if "half" not in arm]
     assert len({str(settings(arm)) for arm in on_a}) == len(on_a)
-    mix = ("mix", "reference_losses", "dynamic_reference", "dynamic_ratio", "eval_interval")
-    for arm in arms.MIXES:
+    mix = ("mix", "reference_losses", "dynamic_reference", "dynamic_ratio", "eval_interval", "eval_sequences")
+    for arm in (*arms.MIXES, *arms.STEADIER):
         assert settings(arm, *mix)[0] == settings("oneshot", *mix)[0]  # pruned by the same scores
         assert settings(arm, *mix, "prior")[1] == settings("oneshot", *mix, "prior")[1]
 
@@ -172,7 +173,7 @@ def test_the_report_of_a_few_runs_pairs_them_by_seed_says_what_is_missing_and_dr
     report.main(report.Options(str(tmp_path / "mine.jsonl")))
     page = (tmp_path / "RESULTS.md").read_text()
     assert "| A: count - oneshot | 4 | -0.0100 [-0.0100, -0.0100] | better |" in page
-    assert "106 of A" in page.partition("these are missing: ")[2]
+    assert "121 of A" in page.partition("these are missing: ")[2]
     assert drawn == list(report.PLOTS)
 
 
