@@ -61,7 +61,7 @@ class Arm:
 
 
 SMOLLM2 = configurator.load(Config, [str(CONFIGS / "continue_smollm2.py")])
-SMOLLM2 = replace(SMOLLM2, max_steps=160, lr_warmup=8, save_interval=80, device="cpu", **FIXED)
+SMOLLM2 = replace(SMOLLM2, max_steps=160, lr_warmup=8, save_interval=80, device="cpu", dtype="bfloat16", **FIXED)
 SMOLLM2 = replace(SMOLLM2, init_from="", teacher="", distill=0.0)  # an arm says which
 SMOLLM2_PUBLISHED = {"max_steps": 64, "masks": "published", "mask_lr": 4.0, "sparsity_warmup": 13}
 SOURCES = {
@@ -121,6 +121,7 @@ STEADIER = {"paper-32": {**PAPER, "eval_sequences": 32}}  # steered by eight tim
 STEADIER["paper-uniform-32"] = {**STEADIER["paper-32"], "prior": 0.0}  # and around equal shares
 ARMS |= {name: Arm(mix=mix) for name, mix in STEADIER.items()}
 ARMS["oneshot-alone-twice"] = replace(ARMS["oneshot-alone"], times=2)  # about the seconds of oneshot
+ARMS["oneshot-half-tenfold"] = replace(ARMS["oneshot-half"], times=10)
 # What the defaults were chosen by: spread of the logits, their rate, the ramp
 SWEEP = ((3, 0.1, 0), (3, 0.3, 0), (3, 1.0, 0), (3, 0.1, 64), (10, 0.1, 0), (10, 0.3, 0), (10, 1.0, 0))
 for k, lr, ramp in SWEEP:
@@ -147,7 +148,7 @@ STUDIES = {  # source: arms and the number of their seeds
         }
     },
     "smollm2": {"smollm2": {f"{w}{size}": 3 for size in ("-half", "") for w in HEADLINE}},
-    "added": {"A": dict.fromkeys((*STEADIER, "oneshot-alone-twice"), 5)},
+    "added": {"A": dict.fromkeys((*STEADIER, "oneshot-alone-twice"), 5), "smollm2": {"oneshot-half-tenfold": 1}},
     "sweep": {
         "A": {name: 3 for name in ARMS if name.startswith("count-k")} | {"oneshot": 3, "count": 3, "count-frozen": 3},
         "smollm2": {"oneshot-half": 3, "count-half": 3},

@@ -63,10 +63,11 @@ def loader(view: Path, seq_len: int, split: str = "val", seed: int = 0) -> Domai
     return DomainLoader(view, tuple(read_meta(view)["domains"]), seq_len, seed, split)
 
 
-def measured(folder: str, data: Path, seq_len: int, sets: tuple[str, ...]) -> dict[str, list[float]]:
-    """Loss of the model in a folder on each domain of the evaluation sets, nats a token."""
-    model, vals = hf.load(folder), {name: loader(data / name, seq_len) for name in sets}
-    return {s: evaluate(model, v, int(v.size_M.max()), 16, "cpu").round(6).tolist() for s, v in vals.items()}
+def measured(folder: str, data: Path, cfg: train.Config, sets: tuple[str, ...]) -> dict[str, list[float]]:
+    """Loss of the model in a folder on each domain of the evaluation sets, nats a token, computed as cfg's run does."""
+    model, vals = hf.load(folder), {name: loader(data / name, cfg.seq_len) for name in sets}
+    with train.autocast(cfg, "cpu"):
+        return {s: evaluate(model, v, int(v.size_M.max()), 16, "cpu").round(6).tolist() for s, v in vals.items()}
 
 
 def text_of(source: str, view: Path) -> tuple[tuple[str, ...], tuple[float, ...]]:
@@ -140,7 +141,7 @@ def source_record(name: str, opt: Options, data: Path) -> dict:
         "bytes_per_token": bytes_per_token(val, load_tokenizer(read_meta(text), text)),
         "stages": [summary(cfg) for cfg in configs],
         "law": {cfg.stage: law_errors(cfg) for cfg in configs},
-        "loss": {"final": measured(source_folder(source, opt.out), data, seq_len, views.EVALUATION)},
+        "loss": {"final": measured(source_folder(source, opt.out), data, SOURCES[source].train, views.EVALUATION)},
         "tasks": {"source": zero_shot(source_folder(source, opt.out), SOURCES[source].tasks)},
     }
 
@@ -162,7 +163,8 @@ def arm_record(name: str, opt: Options, data: Path) -> dict:
     source, arm, start = SOURCES[source_name], ARMS[arm_name], source_folder(source_name, opt.out)
     val = loader(data / arm.view, source.train.seq_len)
     n_windows = arm.mix.get("eval_sequences", source.train.eval_sequences)
-    reference = evaluate(hf.load(start), val, n_windows, source.train.micro_batch_size, "cpu")
+    with train.autocast(source.train, "cpu"):
+        reference = evaluate(hf.load(start), val, n_windows, source.train.micro_batch_size, "cpu")
     configs = stages(name, opt.out, *text_of(source_name, data / arm.view), tuple(reference.tolist()))
     asked = source.tasks if int(seed) == 1 else ()
     loss, right, peaks, resumed = {}, {}, [], []
@@ -171,10 +173,10 @@ def arm_record(name: str, opt: Options, data: Path) -> dict:
         train.main(cfg)
         peaks.append(peak_bytes())
         if cfg.stage == "prune":
-            loss["pruned"] = measured(f"{cfg.out_dir}/model", data, val.seq_len, ("heldout",))
+            loss["pruned"] = measured(f"{cfg.out_dir}/model", data, cfg, ("heldout",))
             right["pruned"] = zero_shot(f"{cfg.out_dir}/model", asked)
     sets = views.EVALUATION if arm_name in HEADLINE else ("heldout",)
-    loss["final"] = measured(f"{configs[-1].out_dir}/model", data, val.seq_len, sets)
+    loss["final"] = measured(f"{configs[-1].out_dir}/model", data, configs[-1], sets)
     right["final"] = zero_shot(f"{configs[-1].out_dir}/model", asked)
     record = {"arm": arm_name, "seed": int(seed), "reference_losses": reference.tolist(), "loss": loss, "tasks": right}
     record |= {"law": {cfg.stage: law_errors(cfg) for cfg in configs if cfg.stage == "continue"}}
