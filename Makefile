@@ -7,7 +7,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 RESULTS ?= experiments/results.jsonl
-STUDIES ?= A B smollm2 languages law added
+STUDIES ?= A B smollm2 languages law added longer
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist=worksteal
 
 .PHONY: demo test test-full kernels bench evidence report docs lint clean

@@ -148,7 +148,8 @@ STUDIES = {  # source: arms and the number of their seeds
         }
     },
     "smollm2": {"smollm2": {f"{w}{size}": 3 for size in ("-half", "") for w in HEADLINE}},
-    "added": {"A": dict.fromkeys((*STEADIER, "oneshot-alone-twice"), 5), "smollm2": {"oneshot-half-tenfold": 1}},
+    "added": {"A": dict.fromkeys((*STEADIER, "oneshot-alone-twice"), 5)},
+    "longer": {"smollm2": {"oneshot-half-tenfold": 1}},
     "sweep": {
         "A": {name: 3 for name in ARMS if name.startswith("count-k")} | {"oneshot": 3, "count": 3, "count-frozen": 3},
         "smollm2": {"oneshot-half": 3, "count-half": 3},

@@ -47,7 +47,7 @@ ANEW = "begin anew with another --out"
 
 @dataclass(frozen=True)
 class Options:
-    study: str = "A"  # A | B | smollm2 | languages | law | added | sweep
+    study: str = "A"  # A | B | smollm2 | languages | law | added | longer | sweep
     out: str = "out/evidence"  # results.jsonl, metrics.jsonl of every stage, logs; weights while they are needed
     workers: int = 2  # runs at a time
     only: str = ""  # one run, as A/paper/3 or A/source, in this process; its record goes to its folder
