@@ -100,11 +100,17 @@ Mean of domains. Corrupted text has other tokens: compare arms on it, not texts.
 
 {corrupted}
 
-## Zero-shot accuracy
+## SmolLM2
 
-In percent, with the standard error: the first seed, 100 documents of each task.
+Losses by domain, means over seeds:
+
+{domains}
+
+Zero-shot accuracy in percent, with the standard error: the first seed, 100 documents of each task.
 
 {tasks}
+
+One run ten times as long, loss on the steering windows: {longer}.
 
 ## Runs
 
@@ -297,6 +303,25 @@ def tasks_table(sources: list[Results]) -> str:
     return markdown(["SmolLM2", *names], rows) if rows else "No runs yet."
 
 
+def domains_table(sources: list[Results]) -> str:
+    """The loss of SmolLM2's arms on each domain, after pruning and at the end."""
+    rows, domains = [], []
+    for results in (results for results in sources if SOURCES[results.name].tasks):
+        domains = results.source["domains"]
+        rows.append(["source", *results.losses(results.source)])
+        for (arm, runs), when in product(results.runs.items(), ("pruned", "final")):
+            if runs:
+                mean_M = np.mean([results.losses(r, when=when) for r in runs.values()], axis=0)
+                rows.append([f"{arm}, {when}", *mean_M])
+    return markdown(["SmolLM2", *domains], rows) if rows else "No runs yet."
+
+
+def longer(sources: list[Results]) -> str:
+    """The course of the run that takes ten times as long."""
+    records = [r for results in sources for r in results.runs["oneshot-half-tenfold"].values()]
+    return ", ".join(f"{loss:.3f} at step {step}" for r in records for step, _, loss in r["stages"][-1]["course"])
+
+
 def course(record: dict) -> tuple[np.ndarray, np.ndarray]:
     """Seconds of a run up to each recorded moment, over all stages, and the loss there."""
     points, before = [], 0.0
@@ -445,9 +470,8 @@ PLOTS = {
 def planned() -> list[str]:
     """Every run of PLAN.md, sources first."""
     studies = {study: sources for study, sources in STUDIES.items() if study != "sweep"}
-    return [f"{name}/source" for names in studies.values() for name in names] + [
-        r for s in studies for r in arms.runs(s)
-    ]
+    sources = dict.fromkeys(f"{name}/source" for names in studies.values() for name in names)
+    return [*sources, *(run for study in studies for run in arms.runs(study))]
 
 
 def read(path: str | Path) -> dict[str, dict]:
@@ -477,7 +501,9 @@ def page(records: dict[str, dict]) -> str:
         movement="; ".join(filter(None, map(movement, sources))) or "no runs yet",
         law=law_table(sources),
         corrupted=corrupted_table(sources),
+        domains=domains_table(sources),
         tasks=tasks_table(sources),
+        longer=longer(sources) or "no runs yet",
         n_runs=sum("arm" in r for r in runs),
         hours=f"{sum(map(seconds, runs)) / 3600:.1f}",
         **{fact: ", ".join(sorted(set(texts))) or "none" for fact, texts in facts.items()},
