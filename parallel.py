@@ -8,6 +8,7 @@ A mask sample may drop a block on one rank and keep it on another. DDP looks for
 meet at the same gathers and sums, so there a dropped block still hands zeros to its gradients (model._TakePart).
 """
 
+import ctypes
 import faulthandler
 import json
 import os
@@ -62,11 +63,20 @@ def setup(kind: str, device: str) -> Ranks:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # sizes vary: fewer holes
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    else:
+        keep_pages()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         faulthandler.enable()  # the line of Python where torch's watchdog ends the process, as a collective hangs;
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")  # and the last 2,000 collectives, in ~/.cache/torch
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=TIMEOUT)
     return Ranks(*position(), device, kind)
+
+
+def keep_pages() -> None:
+    """Large tensors on the CPU are made of memory that the process has. By default glibc gives it back when they are
+    freed, and to ask the kernel for the same pages again takes up to a quarter of a step."""
+    for limit in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        ctypes.CDLL(None).mallopt(limit, 2**31 - 1)
 
 
 def position() -> tuple[int, int]:

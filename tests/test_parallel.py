@@ -244,6 +244,14 @@ def two(request, tmp_path_factory):
     return request.param, out, start(request.param, out)
 
 
+def test_large_tensors_on_a_cpu_are_made_of_pages_that_the_process_has():
+    faults = "[torch.ones(2**24).sum() for _ in range(4)] and resource.getrusage(0).ru_minflt"  # 64 MiB each
+    code = f"import resource, torch, parallel; parallel.setup('ddp', 'cpu'); n = [{faults} for _ in 'abc']; print(n)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    _, before, after = json.loads(done.stdout)
+    assert after - before < 1000  # a tensor has 16,384 pages
+
+
 def test_every_rank_hears_what_each_one_said(two):
     for rank in two[2]:
         assert rank["exchange"] == [{"rank": 0, "text": ""}, {"rank": 1, "text": "\u00e4" * 100}]
