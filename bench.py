@@ -33,14 +33,14 @@ from prune import PAD, CountMasks, backward_to_masks, extract, subnetwork, targe
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # of autocast, and of a teacher's weights
-DEMO = LlamaConfig(4096, 192, 512, 6, n_heads=6, n_kv_heads=3, head_dim=32)  # small enough for two CPU cores
+SMALL = LlamaConfig(4096, 192, 512, 6, n_heads=6, n_kv_heads=3, head_dim=32)  # small enough for two CPU cores
 if DEVICE == "cuda":  # 2/32 of the vocabulary too: the LM head keeps the share of the time it has in the whole model
     PRUNING = replace(LLAMA_7B, vocab_size=2000, n_layers=2), replace(LLAMA_1B, vocab_size=2000, n_layers=2), 4, 4096
 else:
     SOURCE = LlamaConfig(4096, 512, 1408, 6, n_heads=8, n_kv_heads=8, head_dim=64)
     PRUNING = SOURCE, target_config(SOURCE, hidden_size=256, intermediate_size=704, n_heads=4, n_layers=4), 8, 256
-DEMO_TARGET = target_config(DEMO, hidden_size=128, intermediate_size=256, n_heads=4, n_layers=4)
-DISTILLING = PRUNING if DEVICE == "cuda" else (DEMO, DEMO_TARGET, 8, 256)
+SMALL_TARGET = target_config(SMALL, hidden_size=128, intermediate_size=256, n_heads=4, n_layers=4)
+DISTILLING = PRUNING if DEVICE == "cuda" else (SMALL, SMALL_TARGET, 8, 256)
 WARM_UP = 2  # calls before those that count
 FLUSH = 2**30  # bytes written before a measurement on a GPU: more than any L2 cache holds
 
@@ -48,7 +48,7 @@ FLUSH = 2**30  # bytes written before a measurement on a GPU: more than any L2 c
 @dataclass(frozen=True)
 class Config:
     only: tuple[str, ...] = ()  # pruning,distilling,transformers,host,kernels; empty: all, kernels on a GPU
-    rounds: int = 15  # measurements of everything
+    rounds: int = 15  # measurements of each; of distilling and transformers twice as many
 
 
 # ---- times
@@ -203,7 +203,7 @@ def distilling(rounds: int, shape: tuple = DISTILLING) -> Iterator[tuple]:
         yield f"{name} step, MiB made and held at its peak", [live.peak / 2**20] * 2
 
 
-def transformers(rounds: int, c: LlamaConfig = DEMO, batch: int = 8, length: int = 256) -> Iterator[tuple]:
+def transformers(rounds: int, c: LlamaConfig = SMALL, batch: int = 8, length: int = 256) -> Iterator[tuple]:
     theirs = LlamaForCausalLM(HFLlamaConfig(**to_hugging_face(c))).to(DEVICE)
     ours, tokens = fresh(c), torch.randint(0, c.vocab_size, (batch, length + 1), device=DEVICE)
 

@@ -187,7 +187,7 @@ def command(
     config_files: bool = False,
     speaks: Callable[[str], bool] = lambda _: True,
 ) -> None:
-    """Run main(settings, *words) on the command line; the one handler of errors. Ends the process.
+    """Run main(settings, *words) on the command line; the one handler of errors, which end the process.
 
     words: least and most number of arguments that are not settings. config_files: those are config files instead.
     speaks: whether this process is to print an error; of many ranks that have the same, one is.
@@ -201,7 +201,8 @@ def command(
         sys.exit(f"{doc}\n--help lists the settings.")
     try:
         if not words[0] <= len(given) <= words[1]:
-            raise UserError(f"{len(given)} arguments beside the settings, expected {words[0]} or more: see --help")
+            expected = f"at least {words[0]}" if len(given) < words[0] else f"at most {words[1]}"
+            raise UserError(f"{len(given)} arguments beside the settings, expected {expected}: see --help")
         main(load(config_class, [a for a in arguments if a not in given]), *given)
     except (UserError, OSError) as error:  # a full disk, a file that is not there
         if speaks(str(error)):

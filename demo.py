@@ -1,6 +1,6 @@
 """The whole method on real text: pretrain, prune, continue; then what happened, domain by domain.
 
-`make demo` calls this. Stopped half-way, it goes on where it was; finished, it only shows the summary again.
+`make demo` calls this. Stopped half-way, it goes on where it was; finished, it shows the summary again.
 Writes figures in out/demo and in the folder of each stage.
 """
 

@@ -128,7 +128,7 @@ class Mix:
     kind: str = "constant"  # a key of RULES
     dynamic_reference: bool = True  # predict the reference losses by the scaling law (refloss.py)
     dynamic_ratio: bool = True  # the reference ratio follows the mix (dro only)
-    clip_reference: bool = True  # a prediction lies under all losses so far and never rises (inert in a sparsity ramp)
+    clip_reference: bool = True  # a prediction lies under all losses so far and never rises (pinned in a sparsity ramp)
     on_training_loss: bool = False  # the rule sees the moving average of the training loss
     reference_loss_M: np.ndarray | None = None  # nats; None: the mix stays until each domain has a law
     prior: float = 1.0  # the mix starts, and its ball is centred, at initial_ratio^prior; below 1 bounds are relative

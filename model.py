@@ -63,7 +63,7 @@ class LlamaConfig:
     family: str = "llama"  # a key of FAMILIES
     rope_scaling: dict | None = None  # rope_type and its numbers, as in ROPE_SCALING
     sliding_window: int | None = None  # Mistral: tokens that its attention sees; see check_length
-    max_position_embeddings: int = 2048  # this and the ids are only carried along, for the tools that load us
+    max_position_embeddings: int = 2048  # this and the ids are for the tools, ours too
     bos_token_id: int | None = None
     eos_token_id: int | list | None = None
     pad_token_id: int | None = None

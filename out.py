@@ -183,6 +183,10 @@ class Out:
             for name, here in json.loads(json.dumps(shapes)).items():
                 if state[name] != here:
                     raise UserError(f"{folder}: its {name} model is not the run's: put init_from back as it was")
+            if state["progress"].get("carried", 0) != progress.carried:
+                raise UserError(
+                    f"{folder}: went on with other moments than {self.cfg.init_from}/{ADAMW}: put them back"
+                )
             checkpoint.load(folder, checkpoint.tensors(learned, optimizers))
             progress.__dict__.update(state["progress"], tokens_M=np.array(state["progress"]["tokens_M"]))
             checkpoint.set_steps(optimizers, progress.learned)

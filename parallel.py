@@ -75,8 +75,9 @@ def setup(kind: str, device: str) -> Ranks:
 def keep_pages() -> None:
     """Large tensors on the CPU are made of memory that the process has. By default glibc gives it back when they are
     freed, and to ask the kernel for the same pages again takes up to a quarter of a step."""
-    for limit in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-        ctypes.CDLL(None).mallopt(limit, 2**31 - 1)
+    set_to = ctypes.CDLL(None).mallopt
+    if set_to(-3, 2**31 - 1):  # M_MMAP_THRESHOLD, of which old ones refuse so much: then nothing changes
+        set_to(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def position() -> tuple[int, int]:

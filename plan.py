@@ -1,9 +1,9 @@
 """What a run needs, without a GPU and without weights:  python train.py config/prune.py --plan --gpus=8 --gpu_memory=80
 
-One training step runs on fake tensors, which have shapes and no memory, while every allocation is counted: the memory
-is that of the code that will run, not of a formula. A pruning step is counted as the stage begins, where most units
-are kept, which is its peak. FLOPs are those of the matrix products and of attention, as far as units are kept. How fast
-a GPU does them, and all else that takes time, is assumed and not measured.
+One training step runs on fake tensors, which have shapes and no memory, while every allocation is counted: activations
+are those of the code that will run. Weights, gradients and moments follow from the sizes. A pruning step is counted as
+the stage begins, where most units are kept, which is its peak. FLOPs are those of the matrix products and of attention,
+as far as units are kept. How fast a GPU does them, and all else that takes time, is assumed and not measured.
 """
 
 import weakref
@@ -276,7 +276,7 @@ def hours(cfg, source: LlamaConfig, target: LlamaConfig | None) -> list[str]:
         ]
     lines.append(f"hours at {MFU:.0%} of {TFLOPS} TFLOP/s: {seconds / 3600:.2f}, evaluation not counted")
     if cfg.mix != "constant" and cfg.max_steps:
-        updates, domains = -(-cfg.max_steps // cfg.eval_interval) + 1, len(cfg.domains) or DOMAINS
+        updates, domains = -(-cfg.max_steps // cfg.eval_interval), len(cfg.domains) or DOMAINS
         mix_s = updates * domains * FIT_S
         share = f"{mix_s / seconds:.2%} of the hours"
         lines.append(f"mix: {updates} updates, about {mix_s:.0f} s (fits of {domains} domains at {FIT_S} s), {share}")

@@ -5,7 +5,7 @@
 
 loss.png: validation loss of each domain, its reference loss, and the moving training loss. mix.png: the ratio of each
 domain and its reference ratio. sparsity.png: the share of units pruned of each mask type against its target; for masks
-by count the share of kept units that compete for their place, and how many units have come in since the evaluation
+by count the share of units that compete for their place, and how many units have come in since the evaluation
 before; for published masks the multipliers. step_time.png: milliseconds a step, evaluation apart.
 """
 

@@ -62,6 +62,7 @@ class Config:
     out_dir: str = "out/run"  # metrics.jsonl, checkpoints and model/ go here
     init_from: str = ""  # Hugging Face folder of the model to start from; empty: random weights (pretrain only)
     resume: bool = False  # go on from the newest whole checkpoint in out_dir
+    seed: int = 17  # of random weights, masks and the order of the data
     # data
     data: str = "data/embedded"  # folder of a prepared data set (meta.json and shards)
     domains: tuple[str, ...] = ()  # empty: all of the data set
@@ -78,7 +79,7 @@ class Config:
     head_dim: int = 0  # pretrain only
     rope_theta: float = 10_000.0  # pretrain only
     tied_embeddings: bool = False  # pretrain only
-    # optimisation: AdamW, linear warm-up, cosine to 10 percent (masks by count: none, the next stage has it)
+    # optimisation: AdamW, linear warm-up, cosine to 10 percent (masks by count: no cosine, the next stage has it)
     max_steps: int = 1000  # optimizer steps; 0, prune only: one-shot, the units with the best scores as they are
     lr: float = 1e-4  # of the weights, after the warm-up
     lr_warmup: int = 0  # steps; none where the model before has left AdamW's moments: its schedule goes on
@@ -91,7 +92,6 @@ class Config:
     # distillation
     distill: float = 0.0  # share of the loss that is KL(teacher || model), 0 to 1
     teacher: str = ""  # Hugging Face folder, of the same vocabulary; empty: prune takes init_from where distill > 0
-    seed: int = 17  # of random weights, masks and the order of the data
     # the mix: see dro.py
     mix: str = "dro"  # constant | sheared | bandit | dro, or another rule of dro.RULES
     prior: float = 1.0  # exponent of ratios: 1 as they are | 0.5 | 0 equal; below 1 the mix's bounds are relative
@@ -108,7 +108,7 @@ class Config:
     keep_checkpoints: int = 2  # how many of the newest checkpoints stay
     # the machine
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # CUDA_VISIBLE_DEVICES chooses which
-    dtype: str = "float32"  # float32 | bfloat16 (autocast; weights and optimizer stay float32)
+    dtype: str = "float32"  # float32 | bfloat16 (autocast; weights that learn and their moments stay float32)
     parallel: str = "ddp"  # ddp: every rank holds the model | fsdp: a share of it | hsdp: a share of its node's copy
     checkpoint_activations: bool = False  # compute each block again in backward: less memory, a third more time
     kernels: str = "auto"  # auto | torch | triton | fused; auto: triton on CUDA, torch elsewhere; see docs/kernels.md
@@ -522,7 +522,7 @@ def prepare_network(cfg: Config, ranks: parallel.Ranks, model: Llama) -> torch.n
 
 def passed(teacher_loss_M: np.ndarray, loss_M: np.ndarray, last: dict) -> list[str]:
     """A warning at the first evaluation whose mean loss lies below the teacher's. last: the evaluation before."""
-    teacher, now, before = teacher_loss_M.mean(), loss_M.mean(), np.mean(last.get("val_loss", math.inf))
+    teacher, now, before = teacher_loss_M.mean(), loss_M.mean(), np.array(last.get("val_loss", math.inf), float).mean()
     if not now < teacher - BEYOND <= before:
         return []
     means = f"mean loss {now:.4f}, the teacher's {teacher:.4f}"

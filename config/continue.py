@@ -1,6 +1,7 @@
 """The 1.3B of config/prune.py, trained on:  torchrun --nproc_per_node=8 train.py config/continue.py
 
-1.35 B parameters * 16 bytes = 22 GB of state a rank, and activations of some 30 GB at micro-batches of 2.
+1.35 B parameters * 16 bytes = 22 GB of state a rank, some 18 GB of activations at micro-batches of 2, and the teacher
+in bfloat16: 13.5 GB.
 Per GPU: 256 sequences / 8 ranks = 16 micro-batches of 2.
 """
 

@@ -8,7 +8,7 @@ domains = ("en", "ru", "zh", "ja", "ar", "tr", "ko", "th")
 ratios = (0.277042, 0.184717, 0.12974, 0.103777, 0.090896, 0.088853, 0.066743, 0.058232)
 seq_len = 4096
 batch_size = 256  # 256 * 4096 = 1,048,576 tokens a step
-micro_batch_size = 2  # the logits of 152,064 pieces: 2 * 4096 * 152,064 * 4 bytes = 5 GB
+micro_batch_size = 2
 max_steps = 40_000  # 40,000 * 1,048,576 = 41.9 B tokens
 lr = 1e-4
 lr_warmup = 1440

@@ -1,6 +1,6 @@
 """The demo's source model: 2.1 M parameters from random weights, every domain in proportion to its text.
 
-It is small, and sees 2.0 M tokens in four minutes: pruning needs something to keep, a teacher something to teach.
+It is small, and sees 2.0 M tokens in three minutes: pruning needs something to keep, a teacher something to teach.
 """
 
 stage = "pretrain"

@@ -16,6 +16,6 @@ max_steps = 64  # 0.13 M tokens
 lr = 2e-3
 lr_warmup = 8
 distill = 0.9
-eval_interval = 5  # 14 evaluations; the scaling law has its first fit at the eleventh
+eval_interval = 5  # 14 evaluations; the scaling law has its first fit at the twelfth
 eval_sequences = 4  # 4 * 256 tokens a domain
 seed = 18  # not that of the stage before: its text would come again, in the same order

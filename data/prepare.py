@@ -115,6 +115,8 @@ class Source(NamedTuple):
     name: str
     records: Callable[[], Iterator]  # lines as bytes, rows as dicts, or texts; their order never changes
     domain: str | None  # of all its records; None: each says its own
+    key: str = ""  # what it is known by, wherever its folder lies
+    size: int = 0  # bytes
 
 
 def sources_of(cfg: Config, words: tuple[str, ...]) -> tuple[tuple[str, ...], list[Source], dict, list]:
@@ -137,10 +139,18 @@ def sources_of(cfg: Config, words: tuple[str, ...]) -> tuple[tuple[str, ...], li
         return domains, sources, {"hub": cfg.stream, "revision": cfg.revision, "files": len(sources)}, []
     found = [(domain, *file) for domain, path in pairs for file in files_of(os.path.expanduser(path))]
     files, unread = [(d, file) for d, file, why in found if not why], [(file, why) for _, file, why in found if why]
-    listed = "".join(f"{domain} {file.parent.name}/{file.name} {file.stat().st_size}\n" for domain, file in files)
-    field, digest = cfg.text_field, hashlib.sha256(os.fsencode(listed)).hexdigest()
-    sources = [Source(printable(f), partial(read, f, [field] if d else [field, "meta"]), d) for d, f in files]
-    return domains, sources, {"files": len(files), "sha256": digest}, unread
+    sources = []
+    for domain, file in files:
+        records = partial(read, file, [cfg.text_field, *([] if domain else ["meta"])])
+        key = f"{domain} {file.parent.name}/{file.name}"
+        sources.append(Source(printable(file), records, domain, key, file.stat().st_size))
+    return domains, sources, {"files": len(files), "sha256": fingerprint(sources, len(sources))}, unread
+
+
+def fingerprint(sources: list[Source], n_read: int) -> str:
+    """Of all sources, and of the sizes of the first, which have been read: the others may be got again."""
+    keys = (f"{source.key} {source.size if i < n_read else '?'}\n" for i, source in enumerate(sources))
+    return hashlib.sha256(os.fsencode("".join(keys))).hexdigest()
 
 
 def files_of(path: str) -> list[tuple[Path, str]]:
@@ -397,7 +407,8 @@ def take(found: list[tuple], name: str, cfg: Config, progress: dict, wanted: set
     return taken
 
 
-def save(folder: Path, meta: dict, progress: dict) -> None:
+def save(folder: Path, meta: dict, progress: dict, sources: list[Source]) -> None:
+    progress["sources"] = fingerprint(sources, progress["source"])
     tmp = folder / f"{UNFINISHED}.tmp"
     tmp.write_text(json.dumps(meta | {"progress": progress}))
     os.sync()  # the progress counts once all that it counts is on the disk
@@ -424,7 +435,7 @@ def write(cfg: Config, meta: dict, sources: list[Source], progress: dict) -> Non
                 break
             if time.monotonic() - saved_s >= CHECKPOINT_S:
                 digests.flush()
-                save(folder, meta, progress)
+                save(folder, meta, progress, sources)
                 saved_s = time.monotonic()
     for shard in shard_files(progress):
         if "sha256" not in shard:
@@ -439,12 +450,14 @@ def build(cfg: Config, meta: dict, sources: list[Source], domains: dict[str, dic
     folder = Path(cfg.out)
     progress = None if cfg.force else json_in(folder / UNFINISHED).get("progress")
     if progress:
+        if progress.get("sources") != fingerprint(sources, progress["source"]):
+            raise UserError(f"{folder}: files that it was made of have changed: put them back or --force")
         print(f"going on in {sources[progress['source']].name} after record {progress['record']:,}", flush=True)
     else:
         part = {"tokens": 0, "bytes": 0, "documents": 0}
         entries = {d: {s: part | {"shards": []} for s in SPLITS} | {"duplicates": 0} | domains[d] for d in domains}
         progress = {"tokenizer": spec(), "source": 0, "record": 0, "digests": 0, "bad_records": {}, "domains": entries}
-    save(folder, meta, progress)
+    save(folder, meta, progress, sources)
     ours = {shard["file"] for shard in shard_files(progress)}
     for path in (folder / "meta.json", *(path for split in SPLITS for path in folder.glob(f"*_{split}_??????.bin"))):
         if path.name not in ours:
@@ -481,11 +494,16 @@ def is_complete(folder: str | Path, settings: dict, force: bool = False) -> bool
     if force:
         return False
     meta, unfinished = json_in(folder / "meta.json"), json_in(folder / UNFINISHED)
-    is_ours = settings in (meta.get("settings"), unfinished.get("settings"))
+    is_ours = settings == meta.get("settings") or begun(settings) == begun(unfinished.get("settings", {}))
     if not is_ours and (meta or unfinished or any(folder.glob("*.bin"))):
         what = f"{folder}: holds another data set (other files, settings or version)"
         raise UserError(f"{what}: choose another folder or --force")
     return meta.get("settings") == settings and meta.get("version") == data_set.VERSION
+
+
+def begun(settings: dict) -> dict:
+    """Settings of a data set that is not complete, of whose files some may be got again: fingerprint knows which."""
+    return settings | {"origin": {key: n for key, n in settings.get("origin", {}).items() if key != "sha256"}}
 
 
 def write_dataset(folder: str | Path, spec: dict, texts: dict, *, settings: dict, about=None, **config) -> dict:

@@ -130,7 +130,7 @@ for k, lr, ramp in SWEEP:
 
 HEADLINE = ("count", "oneshot", "published")  # also on corrupted text
 WAYS = [f"{start}{teacher}" for start in STARTS for teacher in ("", "-alone")]
-STUDIES = {  # source: arms and the number of their seeds
+STUDIES = {  # study: source: arms and the number of their seeds
     "A": {
         "A": {
             **dict.fromkeys((*WAYS, "count-frozen"), 5),

@@ -59,8 +59,8 @@ def settings(configs: list[train.Config]) -> list[dict]:
     return json.loads(json.dumps([{**cfg, "data": Path(cfg["data"]).name} for cfg in kept]))
 
 
-def loader(view: Path, seq_len: int, split: str = "val", seed: int = 0) -> DomainLoader:
-    return DomainLoader(view, tuple(read_meta(view)["domains"]), seq_len, seed, split)
+def loader(view: Path, seq_len: int, split: str = "val") -> DomainLoader:
+    return DomainLoader(view, tuple(read_meta(view)["domains"]), seq_len, 0, split)
 
 
 def measured(folder: str, data: Path, cfg: train.Config, sets: tuple[str, ...]) -> dict[str, list[float]]:

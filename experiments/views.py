@@ -1,7 +1,7 @@
 """Data sets made from a prepared one: for training (plain, windows) and for the final evaluation.
 
 The validation text of each domain is cut in two: the first quarter steers the mix, the rest is for the end. `windows`
-steers it by the other half of that quarter. From the rest come `heldout` and three corruptions of it, whose domains
+steers it by the second half of that quarter. From the rest come `heldout` and three corruptions of it, whose domains
 keep their names. All of it follows from the text alone.
 """
 

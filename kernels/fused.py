@@ -23,7 +23,7 @@ from kernels.rmsnorm import rms_norm
 from kernels.rope import rope
 
 # |kernel - PyTorch in float32| / |PyTorch in float32|, Euclidean norms; float32 products may use TF32.
-TOLERANCE = {torch.float32: 2e-3, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 4e-2}
 PATIENCE_S, TRIAL_S = 200, 450  # with one kernel, before it counts as one that hangs; with all: other ranks wait 600
 
 

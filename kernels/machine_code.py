@@ -47,7 +47,7 @@ CHIPS = {80: Chip("A100", 164 * 1024), 90: Chip("H100", 228 * 1024), 100: Chip("
 LLAMA_7B = LlamaConfig(32_000, 4096, 11_008, 32, n_heads=32, n_kv_heads=32, head_dim=128)
 LLAMA_1B = target_config(LLAMA_7B, hidden_size=2048, intermediate_size=5504, n_layers=24, n_heads=16)
 QWEN_7B = LlamaConfig(152_064, 3584, 18_944, 28, n_heads=28, n_kv_heads=4, head_dim=128, family="qwen2")
-QWEN_1B = target_config(QWEN_7B, hidden_size=1536, intermediate_size=8960, n_layers=28, n_heads=14)
+QWEN_1B = target_config(QWEN_7B, hidden_size=1536, intermediate_size=8960, n_layers=28, n_heads=14)  # the paper's
 RUNS = {  # name: source, target
     "Llama-2-7B to 1.3B": (LLAMA_7B, LLAMA_1B),
     "1.3B": (LLAMA_1B, None),

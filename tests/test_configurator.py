@@ -129,3 +129,4 @@ def test_a_command_helps_and_without_arguments_says_what_to_do():
     for command in ("train.py", "data/prepare.py"):
         ended = run(command)
         assert ended.returncode == 1 and f"python {command}" in ended.stderr and "--help" in ended.stderr
+    assert "1 arguments beside the settings, expected at most 0" in run("-m", "data.shards", "a folder").stderr

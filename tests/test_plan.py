@@ -106,7 +106,7 @@ def test_a_plan_says_what_is_needed_and_whether_it_fits(gpu_memory, verdict):
     for part in ("weights", "gradients", "optimizer", "activations", "hours at 40% of 989 TFLOP/s", verdict):
         assert part in text
     assert text.splitlines()[-1].startswith("what fits: ") == verdict.startswith("DOES NOT")
-    assert "mix: 11 updates, about 2 s (fits of 7 domains at 0.03 s)" in text
+    assert "mix: 10 updates, about 2 s (fits of 7 domains at 0.03 s)" in text
     assert "mix" not in plan.plan(config(gpus=1, mix="constant"), SOURCE, None)
 
 

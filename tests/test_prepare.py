@@ -693,6 +693,26 @@ def test_one_made_before_documents_ended_with_eos_names_the_command_that_makes_i
     assert content(old) == content(inputs.out)
 
 
+def test_after_a_damaged_file_was_got_again_the_same_command_goes_on(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare, "CHECKPOINT_S", 0)
+    monkeypatch.setattr(prepare, "CHUNK_CHARS", 2000)
+    whole = {f"{name}.jsonl.gz": gzip.compress(json_lines(some_documents(200, i))) for i, name in enumerate("ab")}
+    write_files(tmp_path / "web", whole | {"b.jsonl.gz": whole["b.jsonl.gz"][:-2000]})
+    word, written = f"web={tmp_path}/web", {}
+    for place in ("out", "changed"):
+        with pytest.raises(UserError, match=r"b.jsonl.gz: cannot be read to its end .*: get the file again"):
+            prepared(tmp_path, model, word, out=str(tmp_path / place))
+    write_files(tmp_path / "web", whole)
+    for place in ("out", "at once"):
+        prepared(tmp_path, model, word, out=str(tmp_path / place))
+        written[place] = content(tmp_path / place)
+    assert "going on in" in capsys.readouterr().out
+    assert written["out"] == written["at once"]
+    write_files(tmp_path / "web", {"a.jsonl.gz": whole["b.jsonl.gz"]})
+    with pytest.raises(UserError, match="files that it was made of have changed"):
+        prepared(tmp_path, model, word, out=str(tmp_path / "changed"))
+
+
 def test_an_unfinished_data_set_of_other_settings_is_refused(inputs, model, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(shards, "seal", lambda *_: (_ for _ in ()).throw(Stop))

@@ -424,6 +424,10 @@ def test_a_stage_that_takes_the_moments_takes_the_cosine_of_both_stages_and_resu
     with monkeypatch.context() as m, pytest.raises(Death):
         at_step(m, 40 + 17, die)  # the schedule's step
         train.main(config("killed"))
+    moments = (pruned[0] / "model/adamw").rename(tmp_path / "moments")
+    with pytest.raises(UserError, match="went on with other moments"):
+        train.main(config("killed", resume=True))
+    moments.rename(pruned[0] / "model/adamw")
     train.main(config("killed", resume=True))
     assert differences(tmp_path / "whole", tmp_path / "killed") == []
     rates = [r["lr"] for r in metrics(tmp_path / "whole", "train")]
@@ -504,6 +508,7 @@ def test_a_model_that_passes_its_teacher_is_warned_about_once(data, source, tmp_
     train.main(tiny(data, tmp_path / "r", teacher=str(tmp_path / "young"), distill=0.1))
     (warning,) = [r for r in metrics(tmp_path / "r", "warning") if "teacher" in r["text"]]
     assert "the model has passed its teacher" in warning["text"] and warning["step"] in (10, 20)
+    assert not train.passed(np.ones(2), np.zeros(2), {"val_loss": [1.0, None]})  # not finite the time before
 
 
 BAD = {

@@ -2,10 +2,10 @@
 
     python data/embedded/prepare.py [--out=FOLDER] [--force]
 
-The first four are read from the standard library and from the packages of requirements.txt, as text: nothing is
-imported or run. literature and wiki come out of two archives of the package index, pinned by sha256, opened and never
-installed; without them the data set has four domains and says so. The same environment gives the same bytes. Another
-environment (a new torch, say) is not noticed: then use --force. Repeated paragraphs and documents are removed,
+The first four are read from the standard library, installed packages and the system's licence files, as text: nothing
+is imported or run. literature and wiki come out of two archives of the package index, pinned by sha256, opened and
+never installed; without them the data set has four domains and says so. The same environment gives the same bytes.
+Another environment (a new torch, say) is not noticed: then use --force. Repeated paragraphs and documents are removed,
 documents under 200 characters are left out, and of a domain over 12 MB a part chosen by hash is kept.
 """
 
