@@ -339,9 +339,9 @@ def shares(record: dict) -> tuple[np.ndarray, np.ndarray]:
 
 def movement(results: Results) -> str:
     """How far apart the mixes of two runs are on average: other windows, another seed, and no learning at all."""
-    paper, windows = (
+    paper, windows, steadier = (
         {seed: shares(r)[1][1:] for seed, r in results.runs[arm].items()}  # all begin with p0
-        for arm in ("paper", "paper-windows")
+        for arm in ("paper", "paper-windows", "paper-32")
     )
     same = sorted(paper.keys() & windows.keys())
     if len(same) < 2:
@@ -351,6 +351,9 @@ def movement(results: Results) -> str:
         "another seed": [np.abs(paper[s] - paper[t]).mean() for s, t in pairwise(same)],
         "from p0": [np.abs(paper[s] - results.source["p0"]).mean() for s in same],
     }
+    of_all = {"another of all seeds": paper, "the same with 32 windows": steadier}
+    apart |= {what: [np.abs(a - b).mean() for a, b in pairwise(mixes.values())] for what, mixes in of_all.items()}
+    apart = {what: values for what, values in apart.items() if values}
     return f"on {results.name} " + ", ".join(f"{what} {100 * np.mean(values):.1f}" for what, values in apart.items())
 
 
