@@ -7,6 +7,8 @@ A study is sources and the number of seeds of each arm.
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
+
 import configurator
 from model import LlamaConfig
 from train import Config
@@ -61,7 +63,9 @@ class Arm:
 
 
 SMOLLM2 = configurator.load(Config, [str(CONFIGS / "continue_smollm2.py")])
-SMOLLM2 = replace(SMOLLM2, max_steps=160, lr_warmup=8, save_interval=80, device="cpu", dtype="bfloat16", **FIXED)
+SMOLLM2 = replace(SMOLLM2, max_steps=160, lr_warmup=8, save_interval=80, device="cpu", **FIXED)
+if torch.cpu.get_capabilities().get("avx512_bf16"):  # without these instructions bfloat16 takes many times longer
+    SMOLLM2 = replace(SMOLLM2, dtype="bfloat16")
 SMOLLM2 = replace(SMOLLM2, init_from="", teacher="", distill=0.0)  # an arm says which
 SMOLLM2_PUBLISHED = {"max_steps": 64, "masks": "published", "mask_lr": 4.0, "sparsity_warmup": 13}
 SOURCES = {

@@ -2,8 +2,9 @@
 
     python -m experiments.run --study=A             # one study; a killed runner goes on when it is run again
 
-Each run is a process with one thread. Its stages are train.py's; its record is one JSON line of results.jsonl in --out.
-Weights are deleted when a run is recorded. The sources' weights and every stage's metrics.jsonl stay.
+Each run is a process with one thread, or as many as OMP_NUM_THREADS says. Its stages are train.py's; its record is one
+JSON line of results.jsonl in --out. Weights are deleted when a run is recorded. The sources' weights and every stage's
+metrics.jsonl stay.
 """
 
 import json
@@ -219,7 +220,7 @@ def in_own_process(name: str, opt: Options) -> dict | None:
     folder.mkdir(parents=True, exist_ok=True)
     (record := folder / "record.json").unlink(missing_ok=True)
     with open(folder / "log.txt", "a") as log:
-        command, env = [sys.executable, "-m", "experiments.run", *options], {**os.environ, "OMP_NUM_THREADS": "1"}
+        command, env = [sys.executable, "-m", "experiments.run", *options], {"OMP_NUM_THREADS": "1", **os.environ}
         ended = subprocess.run(command, stdout=log, stderr=log, env=env, check=False)
     return json.loads(record.read_text()) if record.exists() and not ended.returncode else None
 
@@ -230,11 +231,13 @@ def forget_weights(folder: Path) -> None:
 
 
 def check_recorded(done: dict[str, dict], names: list[str], opt: Options) -> None:
-    """Raises UserError for a record of other settings; one that either side does not have is no difference."""
+    """Raises UserError for a record of other settings, but not of another dtype; one that either side does not have is
+    no difference."""
     for name in (name for name in names if name in done):
         now, then = settings(stages(name, opt.out)), done[name]["config"]
-        pairs = [(value, old.get(k, value)) for new, old in zip(now, then, strict=False) for k, value in new.items()]
-        if len(now) != len(then) or any(new != old for new, old in pairs):
+        stage_pairs = zip(now, then, strict=False)
+        changed = {k for new, old in stage_pairs for k, value in new.items() if value != old.get(k, value)} - {"dtype"}
+        if changed or len(now) != len(then):
             raise UserError(f"{opt.out}: {name} was made with other settings than experiments/arms.py has: {ANEW}")
 
 
@@ -291,7 +294,7 @@ def run_all(opt: Options) -> None:
 
 def main(opt: Options) -> None:
     if opt.only:
-        torch.set_num_threads(1)
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         Path(opt.out, opt.only, "record.json").write_text(json.dumps(execute(opt.only, opt)))
         return
     with closing(Lock(Path(opt.out))) as lock:

@@ -261,6 +261,16 @@ def test_what_failed_is_made_when_run_again_and_runs_of_another_source_are_not_m
     monkeypatch.setattr(run, "in_own_process", lambda name, opt: fake(name, opt, "another"))
     with pytest.raises(UserError, match="source or text is not that of"):
         run.main(tiny)
-    monkeypatch.setitem(arms.SOURCES, "A", replace(arms.SOURCES["A"], train=replace(arms.TRAIN, lr=1.0)))
+    source = arms.SOURCES["A"]
+    monkeypatch.setitem(arms.SOURCES, "A", replace(source, train=replace(source.train, lr=1.0)))
     with pytest.raises(UserError, match="made with other settings"):
         run.main(tiny)
+
+
+def test_a_run_that_another_processor_computed_in_another_dtype_is_not_made_again(tiny, monkeypatch):
+    monkeypatch.setattr(run, "in_own_process", fake)
+    run.main(tiny)
+    source = arms.SOURCES["A"]
+    monkeypatch.setitem(arms.SOURCES, "A", replace(source, train=replace(source.train, dtype="bfloat16")))
+    monkeypatch.delattr(run, "in_own_process")
+    run.main(tiny)
