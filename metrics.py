@@ -59,15 +59,16 @@ class Log:
         record = {key: plain(value) for key, value in record.items()}
         if self.file:
             self.pending += json.dumps(record).encode() + b"\n"
+            written, reason = 0, "No space left on device"
             try:
                 written = os.pwrite(self.file.fileno(), self.pending, self.end)
-            except OSError:
-                written = 0
+            except OSError as error:
+                reason = error.strerror
             if written == len(self.pending):
                 self.end, self.pending = self.end + written, b""
             else:
                 os.ftruncate(self.file.fileno(), self.end)
-                self.say(f"warning: {self.path}: the disk is full: its records wait until they can be written")
+                self.say(f"warning: {self.path}: {reason}: its records wait until they can be written")
         return record
 
     def warn(self, step: int, text: str, now: bool = True) -> None:

@@ -348,6 +348,19 @@ def test_records_that_a_full_disk_refuses_are_written_whole_when_there_is_room(t
     log.close()
 
 
+def test_records_that_cannot_be_written_say_why(tmp_path, monkeypatch, capsys):
+    log = Log(tmp_path / "metrics.jsonl", True)
+    log.open(0)
+
+    def refuse(*_):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    log.record({"kind": "save", "step": 0})
+    log.close()
+    assert "metrics.jsonl: Disk quota exceeded: its records wait" in capsys.readouterr().out
+
+
 def test_a_second_run_in_an_out_dir_is_refused_as_long_as_the_first_lives(whole, tmp_path, monkeypatch):
     cfg, refused = config_of(whole, tmp_path / "r"), []
 
