@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import combinations, product
 from pathlib import Path
 
 import matplotlib
@@ -20,7 +20,7 @@ from scipy import stats
 import configurator
 from configurator import UserError
 from experiments import arms
-from experiments.arms import ARMS, HEADLINE, MIXES, SOURCES, STEADIER, STUDIES
+from experiments.arms import ARMS, HEADLINE, LONGER, MIXES, SOURCES, STEADIER, STUDIES
 from experiments.run import LAW, read_results
 from experiments.views import CORRUPTIONS
 from export import markdown
@@ -71,9 +71,9 @@ zero all the same.
 ## Every arm
 
 Means over seeds. "Excess" is the largest loss minus the source's on the same domain. "Mean by p0" weighs the domains
-with p0, where the others weigh them alike. Seconds are those of training,
-evaluation and mix on one thread, with another run beside it; scoring the units is not in them. The largest share is
-that of a domain in the training text at any moment.
+with p0, where the others weigh them alike. Seconds are those of training, evaluation and mix on one thread, with
+another run beside it (PLAN.md names two that had two threads); scoring the units is not
+in them. The largest share is that of a domain in the training text at any moment.
 
 {arms}
 
@@ -110,14 +110,17 @@ Zero-shot accuracy in percent, with the standard error: the first seed, 100 docu
 
 {tasks}
 
-One run ten times as long, loss on the steering windows: {longer}.
+One seed to a half, trained for as many steps as the others and for ten times as many:
+
+{longer}
 
 ## Runs
 
-The page counts {n_runs} runs. Of the planned ones and their sources these are missing: {missing}. What is there took
-{hours} hours on one thread each. Its commits are {commits}. It ran with {versions}.
+The page counts {n_runs} runs. Of the planned ones and their sources these are missing: {missing}. Training,
+evaluation and mix of what is there took {hours} hours. Commits: {commits}. Versions: {versions}. Computed in {dtypes}.
 """
 
+LONGER_FIGURE = "![The loss over steps, as long as the others and ten times longer](figures/longer.png)"
 Metric = Callable[[dict], float]  # of a run's record
 Runs = dict[int, dict]  # an arm's records by seed
 
@@ -249,10 +252,8 @@ def seconds(record: dict) -> float:
 def arms_table(sources: list[Results]) -> str:
     rows = []
     for results in sources:
-        rows.append(
-            [f"{results.name}: source", "", "", *(metric(results.source) for metric in results.metrics.values())]
-        )
-        rows[-1] += ["", "", ""]
+        of_source = (metric(results.source) for metric in results.metrics.values())
+        rows.append([f"{results.name}: source", "", "", *of_source, "", "", ""])
         for arm, runs in ((arm, list(runs.values())) for arm, runs in results.runs.items() if runs):
             pruned = [results.losses(r, when="pruned").mean() for r in runs if "pruned" in r["loss"]]
             row = [f"{results.name}: {arm}", len(runs), np.mean(pruned) if pruned else ""]
@@ -316,17 +317,11 @@ def domains_table(sources: list[Results]) -> str:
     return markdown(["SmolLM2", *domains], rows) if rows else "No runs yet."
 
 
-def longer(sources: list[Results]) -> str:
-    """The course of the run that takes ten times as long."""
-    records = [r for results in sources for r in results.runs["oneshot-half-tenfold"].values()]
-    return ", ".join(f"{loss:.3f} at step {step}" for r in records for step, _, loss in r["stages"][-1]["course"])
-
-
-def course(record: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds of a run up to each recorded moment, over all stages, and the loss there."""
+def course(record: dict, last_stage: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds of a run up to each recorded moment, over all stages or in the last one, and the loss there."""
     points, before = [], 0.0
     for stage in record["stages"]:
-        points += [(before + took, loss) for _, took, loss in stage["course"]]
+        points = points * (not last_stage) + [(before + took, loss) for _, took, loss in stage["course"]]
         before += stage["step_s"]
     return tuple(np.array(points).T)
 
@@ -346,30 +341,33 @@ def movement(results: Results) -> str:
     same = sorted(paper.keys() & windows.keys())
     if len(same) < 2:
         return ""
-    apart = {
-        "other windows": [np.abs(paper[s] - windows[s]).mean() for s in same],
-        "another seed": [np.abs(paper[s] - paper[t]).mean() for s, t in pairwise(same)],
-        "from p0": [np.abs(paper[s] - results.source["p0"]).mean() for s in same],
+    pairs = {
+        "other windows": [(paper[seed], windows[seed]) for seed in same],
+        "from p0": [(paper[seed], results.source["p0"]) for seed in same],
+        "another seed": list(combinations(paper.values(), 2)),
+        "another seed with 32 windows": list(combinations(steadier.values(), 2)),
     }
-    of_all = {"another of all seeds": paper, "the same with 32 windows": steadier}
-    apart |= {what: [np.abs(a - b).mean() for a, b in pairwise(mixes.values())] for what, mixes in of_all.items()}
-    apart = {what: values for what, values in apart.items() if values}
-    return f"on {results.name} " + ", ".join(f"{what} {100 * np.mean(values):.1f}" for what, values in apart.items())
+    apart = {what: 100 * np.mean([np.abs(a - b).mean() for a, b in two]) for what, two in pairs.items() if two}
+    return f"on {results.name} " + ", ".join(f"{what} {points:.1f}" for what, points in apart.items())
 
 
 def dots(axis, y: float, d: Difference) -> None:
     colour = {"better": "C2", "worse": "C3"}.get(d.verdict, "0.4")
     axis.plot(d.values, [y] * len(d.values), ".", color=colour, alpha=0.4, ms=6)
     if d.values:
-        axis.errorbar(d.mean, y, xerr=[[end] for end in d.ends], fmt="o", color=colour, capsize=3, ms=4)
+        inside = "white" if "not by t" in d.judged[1] else colour
+        axis.errorbar(d.mean, y, xerr=[[end] for end in d.ends], fmt="o", color=colour, mfc=inside, capsize=3, ms=5)
+
+
+SIZES = {"-half": "half", "": "quarter", "-16th": "sixteenth"}  # of a target, by the end of an arm's name
 
 
 def plot_ways(sources: list[Results]):
-    """The loss of every way to prune, every seed a dot; targets side by side."""
-    sizes = {"": "quarter", "-half": "half", "-16th": "sixteenth"}
-    panels = [(r, size) for r, size in product(sources, sizes) if len(r.ways(size)) > 1]
-    n_rows, n_columns = -(-len(panels) // 3) or 1, min(len(panels), 3) or 1
-    figure, axes = plt.subplots(n_rows, n_columns, figsize=(10, 3 * n_rows), layout="constrained", squeeze=False)
+    """The loss of every way to prune, every seed a dot; a source a row, targets side by side."""
+    panels = [(r, size) for r, size in product(sources, SIZES) if len(r.ways(size)) > 1]
+    n_rows = -(-len(panels) // 2) or 1
+    grid = {"figsize": (9, 2.7 * n_rows), "sharex": "row", "squeeze": False, "layout": "constrained"}
+    figure, axes = plt.subplots(n_rows, 2, **grid)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     for axis, (results, size) in zip(axes.flat, panels, strict=False):
@@ -381,7 +379,7 @@ def plot_ways(sources: list[Results]):
         for metric, colour in (("mean of domains", "C0"), ("worst domain", "C1")):
             axis.axvline(results.metrics[metric](results.source), color=colour, lw=0.8, ls=":")
         axis.set_yticks(range(len(ways)), ways[::-1])
-        axis.set_title(f"{results.name} to a {sizes[size]}")
+        axis.set_title(f"{results.name} to a {SIZES[size]}")
         axis.set_xlabel("nats (dotted: the source)")
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2)
@@ -390,7 +388,7 @@ def plot_ways(sources: list[Results]):
 
 def plot_lengths(sources: list[Results]):
     """Masks by count minus one-shot pruning, by the share of all steps in which the masks learn."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constrained")
     for axis, metric in zip(axes, ("mean of domains", "worst domain"), strict=True):
         for i, (results, size) in enumerate(product(sources, ("", "-half"))):
             settings, points = SOURCES[results.name], []
@@ -400,8 +398,9 @@ def plot_lengths(sources: list[Results]):
                     d = results.difference(f"{arm} - oneshot{size}", metric)
                     points.append((100 * steps / settings.train.max_steps, d.mean, *d.ends))
             if points:
-                x, y, *ends = np.array([(0, 0, 0, 0), *points]).T
-                axis.errorbar(x, y, yerr=ends, fmt="o-", color=f"C{i}", capsize=3, ms=4, label=results.name + size)
+                (x, y), ends = np.split(np.array(points).T, [2])
+                label, beside = f"{results.name} to a {SIZES[size]}", 0.5 * i  # bars of one length lie side by side
+                axis.errorbar(x + beside, y, yerr=ends, fmt="o-", color=f"C{i}", capsize=3, ms=4, label=label)
         axis.axhline(0, color="k", lw=0.8)
         axis.set_title(metric)
         axis.set_xlabel("steps in which the masks learn (% of all)")
@@ -411,19 +410,19 @@ def plot_lengths(sources: list[Results]):
 
 
 def plot_seconds(sources: list[Results]):
+    """The loss over seconds; of published masks after their stage, in which the model is still the whole one."""
     shown = [r for r in sources if len(r.ways("") or r.ways("-half")) > 1]
     figure, axes = plt.subplots(1, len(shown) or 1, figsize=(11, 3.4), layout="constrained", squeeze=False)
     for axis, results in zip(axes.flat, shown, strict=False):
         size = "" if results.ways("") else "-half"
         for way in (way for way in results.ways(size) if "random" not in way):
-            courses = [course(r) for r in results.runs[way + size].values()]
+            courses = [course(r, way.startswith("published")) for r in results.runs[way + size].values()]
             n = min(len(x) for x, _ in courses)
             x, y = (np.mean([c[i][:n] for c in courses], axis=0) for i in (0, 1))
-            axis.plot(
-                x, y, "-" if "alone" not in way else ":", color=f"C{arms.STARTS.index(way.split('-')[0])}", label=way
-            )
+            colour, line = f"C{arms.STARTS.index(way.split('-')[0])}", ":" if "alone" in way else "-"
+            axis.plot(x, y, line, color=colour, label=way)
         axis.set_ylim(top=max(line.get_ydata()[len(line.get_ydata()) // 4] for line in axis.lines))
-        axis.set_title(results.name)
+        axis.set_title(f"{results.name} to a {SIZES[size]}")
         axis.set_xlabel("seconds of training steps, one thread")
     axes.flat[0].set_ylabel("loss on the steering windows (nats)")
     axes.flat[0].legend(fontsize=8)
@@ -442,7 +441,10 @@ def plot_mixes(sources: list[Results]):
         axis.set_title(metric)
         axis.set_xlabel("nats, minus the constant mix")
     axes[0].set_yticks(range(len(rows)), [f"{r.name}: {mix} ({len(r.runs[mix])})" for r, mix in rows])
-    figure.suptitle("Seeds (their number in brackets), mean, 95 % interval; green: better, red: worse", fontsize=10)
+    figure.suptitle(
+        "Seeds (their number in brackets), mean, 95 % interval; green: better, red: worse, hollow: not by t",
+        fontsize=10,
+    )
     return figure
 
 
@@ -464,9 +466,25 @@ def plot_shares(sources: list[Results]):
     return figure
 
 
+def plot_longer(sources: list[Results]):
+    """SmolLM2 to a half by one-shot pruning: the loss over the steps, of a run like others and of a longer one."""
+    figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
+    for results, arm in product(sources, LONGER):
+        for record in results.runs[arm].values():
+            steps, _, losses = zip(*record["stages"][-1]["course"][1:], strict=True)
+            axis.plot(steps, losses, "o-", ms=4, label=f"{steps[-1]} steps")
+            axis.axhline(np.mean(record["reference_losses"]), color="0.5", lw=0.8, ls=":")
+    axis.set_xscale("log")
+    axis.set_xlabel("step (dotted: the source)")
+    axis.set_ylabel("loss on the steering windows (nats)")
+    if axis.lines:
+        axis.legend()
+    return figure
+
+
 PLOTS = {
     plot.__name__.removeprefix("plot_"): plot
-    for plot in (plot_ways, plot_lengths, plot_seconds, plot_mixes, plot_shares)
+    for plot in (plot_ways, plot_lengths, plot_seconds, plot_mixes, plot_shares, plot_longer)
 }
 
 
@@ -493,6 +511,7 @@ def page(records: dict[str, dict]) -> str:
     facts = {
         "missing": (f"{n} of {source}" for source, n in missing.items()),
         "commits": (r["commit"] for r in runs),
+        "dtypes": (stage["dtype"] for r in runs for stage in r["config"]),
         "versions": (f"{name} {version}" for r in runs for name, version in r["versions"].items()),
     }
     return PAGE.format(
@@ -506,7 +525,7 @@ def page(records: dict[str, dict]) -> str:
         corrupted=corrupted_table(sources),
         domains=domains_table(sources),
         tasks=tasks_table(sources),
-        longer=longer(sources) or "no runs yet",
+        longer=LONGER_FIGURE if any(results.runs[LONGER[1]] for results in sources) else "No runs yet.",
         n_runs=sum("arm" in r for r in runs),
         hours=f"{sum(map(seconds, runs)) / 3600:.1f}",
         **{fact: ", ".join(sorted(set(texts))) or "none" for fact, texts in facts.items()},

@@ -231,13 +231,11 @@ def forget_weights(folder: Path) -> None:
 
 
 def check_recorded(done: dict[str, dict], names: list[str], opt: Options) -> None:
-    """Raises UserError for a record of other settings, but not of another dtype; one that either side does not have is
-    no difference."""
+    """Raises UserError for a record of other settings; one that either side does not have is no difference."""
     for name in (name for name in names if name in done):
         now, then = settings(stages(name, opt.out)), done[name]["config"]
-        stage_pairs = zip(now, then, strict=False)
-        changed = {k for new, old in stage_pairs for k, value in new.items() if value != old.get(k, value)} - {"dtype"}
-        if changed or len(now) != len(then):
+        pairs = [(value, old.get(k, value)) for new, old in zip(now, then, strict=False) for k, value in new.items()]
+        if len(now) != len(then) or any(new != old for new, old in pairs):
             raise UserError(f"{opt.out}: {name} was made with other settings than experiments/arms.py has: {ANEW}")
 
 
