@@ -327,6 +327,8 @@ def main(cfg: Config) -> None:
     print(f"{where}; torch {torch.__version__}")
     if unknown := set(cfg.only) - BENCHES.keys():
         raise UserError(f"only = {','.join(unknown)}: on {DEVICE} there are {','.join(BENCHES)}")
+    if cfg.rounds < 2:
+        raise UserError(f"rounds = {cfg.rounds}: must be at least 2, for quartiles")
     for name in cfg.only or BENCHES:
         for row in BENCHES[name](cfg.rounds):
             print(line(*row), flush=True)

@@ -55,7 +55,7 @@ def load(config_class: type, arguments: list[str]):
 def _from_file(path: str, hints: dict) -> dict:
     names: dict = {}
     try:
-        for statement in ast.parse(Path(path).read_text()).body:
+        for statement in ast.parse(Path(path).read_bytes()).body:
             if isinstance(statement, ast.Assign):
                 value = _value(statement.value, names)
                 for target in statement.targets:

@@ -44,9 +44,14 @@ def stages(path: Path, step: float = math.inf) -> list[tuple[dict, dict]]:
 
 def markdown(columns: list[str], rows: Iterable[Iterable]) -> str:
     """A table: whole numbers with commas, others with four digits after the point, a dash for what is not known."""
-    texts = ([f"{x:,}" if type(x) is int else f"{x:.4f}" if isinstance(x, float) else str(x) for x in r] for r in rows)
-    lines = (f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *texts])
-    return "\n".join(lines).replace("| None", "| -").replace("| nan", "| -")
+
+    def text(x: object) -> str:
+        if isinstance(x, float):
+            return "-" if math.isnan(x) else f"{x:.4f}"
+        return "-" if x is None else f"{x:,}" if type(x) is int else str(x)
+
+    texts = ([text(x) for x in row] for row in rows)
+    return "\n".join(f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *texts])
 
 
 def stage_card(run: dict, e: dict) -> str:
@@ -64,8 +69,8 @@ Settings that are not the default:
 
 {settings}
 
-After {e["step"]:,} of {config["max_steps"]:,} steps and {int(sum(e["tokens"])):,} tokens, on {config["eval_sequences"]}
-validation windows of {config["seq_len"]:,} tokens a domain:
+After {e["step"]:,} of {config["max_steps"]:,} steps and {int(sum(e["tokens"])):,} tokens, on at most
+{config["eval_sequences"]} validation windows of {config["seq_len"]:,} tokens a domain:
 
 {markdown(["domain", "tokens", "final ratio", "loss (nats)", "bits per byte"], rows)}
 """
@@ -99,7 +104,7 @@ of the source model holds for what was pruned from it.
 def main(cfg: Config, source: str, target: str) -> None:
     if cfg.dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype = {cfg.dtype!r}: must be float32 or bfloat16")
-    path, out = Path(source), Path(target)
+    path, out = Path(source).resolve(), Path(target)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is there already: choose a folder that does not exist or is empty")
     model = load_any(path, "cpu")

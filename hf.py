@@ -73,12 +73,25 @@ LOADERS = ("transformers 4.46", "transformers 4.57", "transformers 5", "vLLM", "
 DERIVE_HEAD_DIM = {"transformers 4.46", "vLLM", "llama.cpp"}  # of a Qwen2: hidden_size / n_heads
 
 
+def written_as(config: LlamaConfig) -> str:
+    """The family in config.json. transformers 5 refuses a Llama whose hidden_size is no multiple of its heads. A
+    Mistral without a window computes the same and has no such rule."""
+    return "mistral" if config.family == "llama" and config.hidden_size % config.n_heads else config.family
+
+
 def loaders(config: LlamaConfig) -> tuple[str, str]:
     """The tools that load a model of this shape, and a warning where another size would be loaded by more."""
     refusing = {"transformers 4.46"} if config.family == "qwen3" else set()  # it knows no Qwen3 of any shape
+    if config.rope_scaling and written_as(config) == "mistral":
+        refusing = {"transformers 4.46"}  # its Mistral does not scale RoPE, without a word
     if config.family == "qwen2" and config.hidden_size != config.n_heads * config.head_dim:
         refusing = DERIVE_HEAD_DIM
     names = ", ".join(tool for tool in LOADERS if tool not in refusing)
+    if written_as(config) != config.family and refusing:
+        below = config.hidden_size - config.hidden_size % config.n_heads
+        which = f"hidden_size = {config.hidden_size}, no multiple of n_heads = {config.n_heads}"
+        said = f"transformers 4.46 ignores its rope_scaling; all load hidden_size = {below or config.n_heads}"
+        return names, f"{which}: {said} or {below + config.n_heads}"
     if refusing != DERIVE_HEAD_DIM:
         return names, ""
     step = config.n_heads // config.n_kv_heads
@@ -90,13 +103,8 @@ def loaders(config: LlamaConfig) -> tuple[str, str]:
 
 
 def to_hugging_face(config: LlamaConfig, dtype: torch.dtype = torch.float32) -> dict:
-    """config.json, in words that transformers 4 and 5 both read.
-
-    transformers 5 refuses a Llama whose hidden_size is no multiple of its heads. A Mistral without a window computes
-    the same and has no such rule.
-    """
-    ours = asdict(config)
-    family = "mistral" if config.family == "llama" and config.hidden_size % config.n_heads else config.family
+    """config.json, in words that transformers 4 and 5 both read."""
+    ours, family = asdict(config), written_as(config)
     return {
         "architectures": [FAMILIES[family].architecture],
         "model_type": family,
@@ -334,7 +342,7 @@ def check_tokenizer(folder: str | Path, data: str | Path) -> None:
 def _tokens(folder: str | Path) -> dict[int, str]:
     """The tokens of a folder's tokenizer.json, without added ones, or of its sentencepiece model, by id; {} where there
     is neither. Raises UserError."""
-    from data.tokenizer import SentencePiece, open_tokenizer  # noqa: PLC0415 (brings three libraries)
+    from data.tokenizer import SentencePiece, kind_of  # noqa: PLC0415 (brings three libraries)
 
     file = _tokenizer(folder)
     if file and file.suffix == ".json":
@@ -344,8 +352,10 @@ def _tokens(folder: str | Path) -> dict[int, str]:
             return dict(enumerate(t for t, _ in vocab) if is_unigram else ((i, t) for t, i in vocab.items()))
         except (KeyError, TypeError, ValueError, AttributeError):
             raise UserError(f"{file}: not a tokenizer.json with a vocabulary: copy it again") from None
-    found = file and open_tokenizer(file)
-    return {i: found.model.id_to_piece(i) for i in range(len(found.model))} if isinstance(found, SentencePiece) else {}
+    if not file or kind_of(file) is not SentencePiece:
+        return {}
+    model = SentencePiece(file).model
+    return {i: model.id_to_piece(i) for i in range(len(model))}
 
 
 def _tokenizer(folder: str | Path) -> Path | None:

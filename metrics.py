@@ -28,9 +28,10 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def keep_metrics_before(path: Path, step: int) -> None:
-    """Drop what the run will write again: steps after the checkpoint, evaluations from it on; all of it at step 0."""
-    done = {"train": step + 1, "save": step + 1}  # these happen before a checkpoint is taken
-    kept = [r for r in read_metrics(path) if step and (r["kind"] == "run" or r["step"] < done.get(r["kind"], step))]
+    """Drop what the run will write again: all that came after the training step of the checkpoint, but for saves."""
+    records = read_metrics(path)
+    last = max((i for i, r in enumerate(records) if r["kind"] == "train" and r["step"] <= step), default=-1)
+    kept = [r for i, r in enumerate(records) if i <= last or (r["kind"] == "save" and r["step"] <= step)]
     tmp = path.with_suffix(".tmp")
     tmp.write_text("".join(json.dumps(r) + "\n" for r in kept))
     os.replace(tmp, path)

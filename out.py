@@ -218,6 +218,10 @@ class Out:
         record |= {"reference_ratio": mix.reference_ratio_M, "reference_loss": mix.reference_loss_M}
         return self.log.record({**record, **more, **seconds, "memory_bytes": memory_bytes(self.ranks.device)})
 
+    def last_evaluation(self) -> dict:
+        """Its record in the log; {} where there is none."""
+        return next((r for r in reversed(read_metrics(self.log.path)) if r["kind"] == "eval"), {})
+
     def log_train(self, loss_sum_M: np.ndarray, count_M: np.ndarray, step_s: float, more: dict) -> None:
         """loss_sum_M: summed over the tokens of each domain; count_M: those tokens, none where the step was skipped."""
         progress, begun_M, self.begun_M = self.progress, self.begun_M, self.loader.begun_M

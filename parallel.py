@@ -58,7 +58,10 @@ class Ranks:
 def setup(kind: str, device: str) -> Ranks:
     """Take this process's place among the ranks that torchrun started; alone, it is rank 0 of 1."""
     if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        rank, n_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if rank >= n_gpus:
+            raise UserError(f"more ranks than the {n_gpus} GPUs seen here: --nproc_per_node={n_gpus}")
+        device = f"cuda:{rank}"
     if device.startswith("cuda"):
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # sizes vary: fewer holes
         torch.cuda.set_device(device)

@@ -443,7 +443,7 @@ def run(cfg: Config) -> dict:  # noqa: PLR0912, PLR0915 (the loop is read from t
         if teacher:
             teacher_loss_M = validation_loss(cfg, teacher, val, ranks.device)
             out.log.say(f"teacher: mean {teacher_loss_M.mean():.4f}")
-        last = {}  # record of the last evaluation
+        last = out.last_evaluation()
 
         # tokens -> loader -> model -> loss by domain -> mix -> loader; masks -> subnetwork -> model
         while True:

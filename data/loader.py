@@ -41,7 +41,8 @@ class Windows:
         self.size = self.first[-1]
         if not self.size:
             where = f"{folder}: domain {domain!r}, split {split!r}"
-            raise UserError(f"{where}: no shard of {self.length} tokens (seq_len + 1): choose a shorter seq_len")
+            advice = "choose a shorter seq_len" if part["tokens"] else "prepare it with a larger --val_fraction"
+            raise UserError(f"{where}: no shard of {self.length} tokens (seq_len + 1): {advice}")
 
     def shard_of(self, window: int) -> int:
         return bisect_right(self.first, window) - 1

@@ -10,9 +10,9 @@ whatever it is called; what is not read, and why, is said at the end. The sha256
 validation. A record without usable text is reported with file and number, and counted in meta.json.
 
 The bytes written depend on the records and their order alone, not on the number of processes. A run that was stopped
-goes on with the same command and writes the same bytes: every 30 s the tokens so far are brought to the disk, then the
-file `unfinished`, which counts them and the records. meta.json comes last: a folder with one is complete. Each process
-holds a few chunks of text in memory, the filter of repeats about 100 bytes a document.
+goes on with the same command, without --force, and writes the same bytes: every 30 s the tokens so far are brought to
+the disk, then the file `unfinished`, which counts them and the records. meta.json comes last: a folder with one is
+complete. Each process holds a few chunks of text in memory, the filter of repeats about 100 bytes a document.
 """
 
 import bz2
@@ -33,6 +33,7 @@ import zlib
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
@@ -87,7 +88,7 @@ class Config:
     max_tokens: int = 0  # training tokens after which a domain takes no more documents; 0: no limit
     dedup: bool = True  # leave out repeated documents, across all domains (a preset's makers have done it)
     processes: int = os.cpu_count() or 1  # processes that encode; their number changes no byte
-    force: bool = False  # replace the data set that is in the folder
+    force: bool = False  # replace the data set that is in the folder, an unfinished one, too: leave it out to go on
 
 
 class Preset(NamedTuple):
@@ -130,7 +131,8 @@ def sources_of(cfg: Config, words: tuple[str, ...]) -> tuple[tuple[str, ...], li
         pairs = [word.partition("=")[::2] for word in words]
         domains = tuple(dict.fromkeys(domain for domain, _ in pairs))
         pairs.sort(key=lambda pair: domains.index(pair[0]))
-        good = pairs and not (cfg.preset or cfg.stream) and all(p and data_set.DOMAIN.fullmatch(d) for d, p in pairs)
+        good = pairs and all(path and data_set.DOMAIN.fullmatch(domain) for domain, path in pairs)
+        good = good and not (cfg.preset or cfg.stream or cfg.domains)
     if not good:
         presets = "; ".join(f"{name} ({', '.join(p.ratios)}; stream {p.hub})" for name, p in PRESETS.items())
         raise UserError(f"expected domain=path ..., or a preset with its folder or --stream; presets are {presets}")
@@ -138,6 +140,8 @@ def sources_of(cfg: Config, words: tuple[str, ...]) -> tuple[tuple[str, ...], li
         sources = [source for part in parts for source in streamed(cfg, part)]
         return domains, sources, {"hub": cfg.stream, "revision": cfg.revision, "files": len(sources)}, []
     found = [(domain, *file) for domain, path in pairs for file in files_of(os.path.expanduser(path))]
+    written = {Path(cfg.out, name).resolve() for name in (UNFINISHED, "meta.json", JSON_FILE)}
+    found = [(domain, file, why) for domain, file, why in found if file.resolve() not in written]
     files, unread = [(d, file) for d, file, why in found if not why], [(file, why) for _, file, why in found if why]
     sources = []
     for domain, file in files:
@@ -323,7 +327,10 @@ def chunks_of(sources: list[Source], at: int, record: int, wanted: set[str], fie
     """The records after `record` of source number `at`, in order, in chunks of about CHUNK_CHARS."""
     for s, source in enumerate(sources[at:], at):
         first, waiting, n_chars = record if s == at else 0, [], 0
-        items = islice(source.records(), first, None)
+        items = iter(source.records())
+        if (n := sum(1 for _ in islice(items, first))) < first:
+            said = f"{n:,} records, of which {first:,} were read before"
+            raise UserError(f"{source.name}: has only {said}: get the whole file or --force")
         for item in tqdm(items, source.name, unit=" records", disable=None, leave=False):
             if source.domain and source.domain not in wanted:
                 break
@@ -366,11 +373,15 @@ def in_order(function: Callable, chunks: Iterator[Chunk], processes: int) -> Ite
     context = multiprocessing.get_context("spawn")  # fork and threads do not go together
     with ProcessPoolExecutor(processes, context, end_with_parent) as pool:
         begun = ((chunk, pool.submit(function, chunk)) for chunk in chunks)
-        waiting = deque(islice(begun, 4 * processes))
-        while waiting:
-            chunk, result = waiting.popleft()
-            yield chunk, result.result()
-            waiting.extend(islice(begun, 1))
+        try:
+            waiting = deque(islice(begun, 4 * processes))
+            while waiting:
+                chunk, result = waiting.popleft()
+                yield chunk, result.result()
+                waiting.extend(islice(begun, 1))
+        except BrokenProcessPool:
+            what = "one of the processes was killed, perhaps for want of memory"
+            raise UserError(f"{what}: the same command with fewer --processes goes on") from None
 
 
 def end_with_parent() -> None:
@@ -570,6 +581,7 @@ def main(cfg: Config, *words: str) -> None:
     start_s = time.perf_counter()
     good = {"out": cfg.out, "tokenizer": cfg.tokenizer, "text_field": cfg.text_field, "processes": cfg.processes > 0}
     good |= {"val_fraction": 0 < cfg.val_fraction < 1, "shard_tokens": 0 < cfg.shard_tokens < 2**31}
+    good |= {"vocab_size": cfg.vocab_size > 0}
     if wrong := [name for name, value in good.items() if not value]:
         raise UserError(f"--{wrong[0]}={getattr(cfg, wrong[0])}: needs another value: see data/prepare.py --help")
     if os.path.isdir(cfg.tokenizer):  # a model's folder
@@ -589,7 +601,10 @@ def main(cfg: Config, *words: str) -> None:
             print(f"{cfg.out}: complete, domains {', '.join(domains)}; nothing to do (--force prepares it again)")
         else:
             tokenizer = partial(make_tokenizer, cfg, domains, sources)
-            print(table(build(cfg, meta, sources, {domain: {} for domain in domains}, tokenizer)))
+            made = build(cfg, meta, sources, {domain: {} for domain in domains}, tokenizer)
+            print(table(made))
+            if without := [domain for domain, entry in made["domains"].items() if not entry["val"]["tokens"]]:
+                print(f"warning: no validation text of {', '.join(without)}: prepare it with a larger --val_fraction")
             print(f"not read: {by_reason(unread)}" if unread else "all files were read")
             print(f"{cfg.out}: done in {time.perf_counter() - start_s:.0f} s")
     if preset := PRESETS.get(cfg.preset):

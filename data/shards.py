@@ -77,6 +77,7 @@ def append(folder: Path, name: str, shards: list[dict], tokens_N: np.ndarray, sh
 def seal(folder: Path, shard: dict, vocab_size: int) -> None:
     with open(folder / shard["file"], "r+b") as file:
         file.write(header(shard["tokens"], vocab_size))
+        file.truncate(HEADER_BYTES + shard["tokens"] * token_dtype(vocab_size).itemsize)
     shard["sha256"] = sha256(folder / shard["file"])
 
 

@@ -79,9 +79,8 @@ class SentencePiece(Tokenizer):
         self.added = {by_name(token): int(i) for i, token in listed.items() if int(i) >= self.n_text}
         self.vocab_size = 1 + max(self.n_text - 1, *self.added.values(), -1)
         bos, end = self.id_of(self.config.get("bos_token"), self.model.bos_id()), self.model.eos_id()
-        end = self.id_of(named := eos or self.config.get("eos_token"), end if end >= 0 else bos)
-        if end < 0:
-            raise UserError(f"{path}: no piece {named or ''!r} to end a text: give --eos=PIECE")
+        self.named = eos or self.config.get("eos_token")
+        end = self.id_of(self.named, end if end >= 0 else bos)  # -1: only meta.json may know one
         beside, first = Path(path).with_name(JSON_FILE), bos >= 0 and self.config.get("add_bos_token", True)
         before = template_of(read_tokenizer_json(beside))[0] if beside.is_file() else [bos] if first else []
         self.surround(before, [], end)
@@ -368,7 +367,10 @@ def open_tokenizer(path: str | Path, eos: str = "") -> Tokenizer:
     kind = kind_of(path)
     if eos and issubclass(kind, Tiktoken):
         raise UserError(f"{path}: --eos is for a tokenizer.json or a sentencepiece model: this one has its own")
-    return kind(path, eos) if eos else kind(path)
+    tokenizer = kind(path, eos) if eos else kind(path)
+    if tokenizer.eos < 0:
+        raise UserError(f"{path}: no piece {tokenizer.named or ''!r} to end a text: give --eos=PIECE")
+    return tokenizer
 
 
 def install_tokenizer(path: str | Path, folder: str | Path, eos: str = "") -> dict:
@@ -406,7 +408,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=given, model_writer=model, **options)
     except RuntimeError as error:
         reason = str(error).strip().rpartition("] ")[2]  # after the place in sentencepiece's source
-        raise UserError(f"no tokenizer of {vocab_size} pieces from these texts: {reason} Give more text") from None
+        advice = "Give more text" if "too high" in reason else "Give a larger --vocab_size"
+        raise UserError(f"no tokenizer of {vocab_size} pieces from these texts: {reason} {advice}") from None
     with TemporaryDirectory() as alone:  # what lies beside a tokenizer counts
         path = Path(alone, MODEL_FILE)
         path.write_bytes(model.getvalue())

@@ -291,6 +291,8 @@ def run_all(opt: Options) -> None:
 
 
 def main(opt: Options) -> None:
+    if opt.study not in STUDIES:
+        raise UserError(f"study = {opt.study!r}: must be one of {', '.join(STUDIES)}")
     if opt.only:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         Path(opt.out, opt.only, "record.json").write_text(json.dumps(execute(opt.only, opt)))

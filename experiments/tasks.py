@@ -32,6 +32,7 @@ import hf
 from configurator import UserError
 from data.embedded.prepare import Archive, download
 from model import Llama
+from sample import tokenizer_of
 
 FOLDER = Path(__file__).parents[1] / "data" / "benchmarks" / "download"
 SHA256 = "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe"  # of 86 MB
@@ -122,7 +123,7 @@ def archive() -> Path:
 
 
 def load(folder: str) -> tuple[Llama, Tokenizer]:
-    return hf.load(folder), Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
+    return hf.load(folder), tokenizer_of(Path(folder))
 
 
 def main(cfg: Config, folder: str) -> None:

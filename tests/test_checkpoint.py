@@ -21,10 +21,12 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import checkpoint
 import evaluate
+import hf
 import train
 from checkpoint import Checkpoints, Lock
 from configurator import Stopped, UserError
 from metrics import Log, read_metrics
+from model import Llama, LlamaConfig
 
 torch.set_num_threads(1)
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "exp_avg.a": torch.ones(2, 3)}
@@ -249,6 +251,23 @@ def test_a_run_that_is_killed_eleven_times_leaves_the_same_model_tensors_and_log
     train.main(cfg)
     assert differences(whole, tmp_path / "r") == []
     assert [r["step"] for r in metrics(tmp_path / "r", "train")] == list(range(1, 25))
+
+
+def test_a_run_that_dies_gives_each_warning_once_and_loses_none(data, tmp_path, monkeypatch):
+    young = Llama(LlamaConfig(64, 32, 48, 1, 4, 2, 8))
+    young.init_weights(17)
+    hf.save(young, tmp_path / "young")
+    settings = {"domains": ("pairs",), "n_layers": 1, "batch_size": 147, "micro_batch_size": 147, "lr_warmup": 0}
+    settings |= {"max_steps": 10, "save_interval": 9, "eval_interval": 5}
+    settings |= {"teacher": str(tmp_path / "young"), "distill": 0.1}
+    train.main(tiny(data, tmp_path / "whole", **settings))
+    with monkeypatch.context() as m, pytest.raises(Death):
+        at_step(m, 9, die)
+        train.main(tiny(data, tmp_path / "r", **settings))
+    train.main(tiny(data, tmp_path / "r", resume=True, **settings))
+    said = [[(w["step"], w["text"]) for w in metrics(tmp_path / run, "warning")] for run in ("whole", "r")]
+    assert said[0] == said[1]
+    assert [step for step, text in said[0] if "passed its teacher" in text or "begins its epoch 2" in text] == [5, 9]
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])

@@ -90,6 +90,10 @@ def test_a_wrong_type_is_refused_in_files_and_on_the_command_line(file, text):
         load(Settings, ["--steps=many"])
 
 
+def test_a_config_file_may_begin_with_a_byte_order_mark(file):
+    assert load(Settings, [file("\ufeffsteps = 3")]).steps == 3
+
+
 @pytest.mark.parametrize(
     "text", ["import os", "steps += 1", "steps = 1 / 0", "steps = = 3", "name = open('x').read()", "names[0] = 'a'"]
 )

@@ -261,6 +261,8 @@ def test_what_failed_is_made_when_run_again_and_runs_of_another_source_are_not_m
     monkeypatch.setattr(run, "in_own_process", lambda name, opt: fake(name, opt, "another"))
     with pytest.raises(UserError, match="source or text is not that of"):
         run.main(tiny)
+    with pytest.raises(UserError, match="study = 'C': must be one of A, B, "):
+        run.main(replace(tiny, study="C"))
     source = arms.SOURCES["A"]
     monkeypatch.setitem(arms.SOURCES, "A", replace(source, train=replace(source.train, lr=1.0)))
     with pytest.raises(UserError, match="made with other settings"):

@@ -211,6 +211,16 @@ def test_the_card_of_an_unfinished_run_tells_what_its_checkpoint_has_seen(runs, 
     assert "After 4 of 6 steps and 256 tokens" in (tmp_path / "out/README.md").read_text()
 
 
+def test_a_card_is_the_same_from_inside_the_folder_and_keeps_the_names_of_domains(runs, tmp_path, monkeypatch):
+    export.main(export.Config(), str(runs / "go/model"), str(tmp_path / "model"))
+    monkeypatch.chdir(runs / "go/model")
+    export.main(export.Config(), ".", str(tmp_path / "again/model"))
+    cards = [(tmp_path / folder / "README.md").read_text() for folder in ("model", "again/model")]
+    assert cards[0] == cards[1] and "### continue" in cards[0]
+    rows = export.markdown(["domain", "loss"], [["nan", float("nan")], ["None", None], ["nano", 1]])
+    assert rows.splitlines()[2:] == ["| nan | - |", "| None | - |", "| nano | 1 |"]
+
+
 def test_a_checkpoint_takes_the_tokenizer_of_the_model_its_run_began_from(runs):
     assert sample.tokenizer_of(runs / "prune/step_000004").to_str() == sample.tokenizer_of(runs / "source").to_str()
 

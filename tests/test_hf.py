@@ -479,6 +479,16 @@ def test_the_tools_that_derive_head_dim_are_named_with_sizes_that_all_load():
     assert hf.loaders(replace(qwen2, family="qwen3")) == (", ".join(list(hf.LOADERS)[1:]), "")
 
 
+def test_a_llama_with_scaled_rope_that_is_written_as_a_mistral_is_not_for_transformers_4_46():
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    llama = m.LlamaConfig(100, 1024, 64, 2, 12, 4, 64, rope_scaling=scaling)
+    names, warning = hf.loaders(llama)
+    assert names == hf.loaders(replace(llama, family="mistral"))[0] == ", ".join(list(hf.LOADERS)[1:])
+    assert "4.46 ignores its rope_scaling; all load hidden_size = 1020 or 1032" in warning
+    for whole in (replace(llama, hidden_size=1020), replace(llama, rope_scaling=None)):
+        assert hf.loaders(whole) == (", ".join(hf.LOADERS), "")
+
+
 def test_shipped_targets_load_in_every_tool():
     qwen2 = m.LlamaConfig(152_064, 3584, 18_944, 28, 28, 4, 128, family="qwen2")
     llama = m.LlamaConfig(32_000, 4096, 11_008, 32, 32, 32, 128)

@@ -244,6 +244,13 @@ def two(request, tmp_path_factory):
     return request.param, out, start(request.param, out)
 
 
+def test_more_ranks_than_gpus_are_refused_before_they_meet(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    with pytest.raises(UserError, match="more ranks than the 4 GPUs seen here: --nproc_per_node=4"):
+        parallel.setup("ddp", "cuda")
+
+
 def test_large_tensors_on_a_cpu_are_made_of_pages_that_the_process_has():
     faults = "[torch.ones(2**24).sum() for _ in range(4)] and resource.getrusage(0).ru_minflt"  # 64 MiB each
     code = f"import resource, torch, parallel; parallel.setup('ddp', 'cpu'); n = [{faults} for _ in 'abc']; print(n)"

@@ -713,6 +713,64 @@ def test_after_a_damaged_file_was_got_again_the_same_command_goes_on(model, tmp_
         prepared(tmp_path, model, word, out=str(tmp_path / "changed"))
 
 
+@pytest.mark.parametrize("n_left", [60, 5])
+def test_a_file_that_was_got_again_shorter_leaves_whole_shards_or_is_refused(n_left, model, tmp_path, monkeypatch):
+    saves, save = [], prepare.save
+
+    def at_second(*args):
+        saves.append(1)
+        save(*args) if len(saves) <= 2 else None  # the rest is written, but not counted
+
+    monkeypatch.setattr(prepare, "CHECKPOINT_S", 0)
+    monkeypatch.setattr(prepare, "CHUNK_CHARS", 2000)
+    documents = some_documents(300, 1)
+    packed = gzip.compress(json_lines(documents))
+    write_files(tmp_path, {"a.gz": packed[:-9]})
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="get the file again"):
+        patch.setattr(prepare, "save", at_second)
+        prepared(tmp_path, model, f"web={tmp_path}/a.gz")
+    n_read = json.loads((tmp_path / "out/unfinished").read_text())["progress"]["record"]
+    assert 5 < n_read < 60
+    write_files(tmp_path, {"a.gz": gzip.compress(json_lines(documents[:n_left]))})
+    if n_left < n_read:
+        with pytest.raises(UserError, match=f"has only 5 records, of which {n_read} were read before"):
+            prepared(tmp_path, model, f"web={tmp_path}/a.gz")
+    else:
+        assert prepared(tmp_path, model, f"web={tmp_path}/a.gz") == sorted(documents[:n_left])
+        verify(tmp_path / "out")
+
+
+def test_a_data_set_in_the_folder_of_its_sources_goes_on_and_is_found_complete(model, tmp_path, monkeypatch, capsys):
+    write_files(tmp_path / "web", {"a.jsonl": json_lines(some_documents(60, 1))})
+    word, out = f"web={tmp_path}/web", str(tmp_path / "web/out")
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(shards, "seal", lambda *_: (_ for _ in ()).throw(Stop))
+        main(Config(out=out, tokenizer=model, processes=1, val_fraction=0.2), word)
+    for said in ("going on in", "nothing to do"):
+        main(Config(out=out, tokenizer=model, processes=1, val_fraction=0.2), word)
+        assert said in capsys.readouterr().out
+
+
+def test_a_domain_without_validation_text_is_said_when_it_is_prepared_and_when_it_is_read(model, tmp_path, capsys):
+    write_files(tmp_path, {"a.jsonl": json_lines([t for t in some_documents(30, 1) if side(t) == "train"])})
+    main(Config(out=str(tmp_path / "out"), tokenizer=model, processes=1, val_fraction=0.2), f"web={tmp_path}/a.jsonl")
+    assert "warning: no validation text of web: prepare it with a larger --val_fraction" in capsys.readouterr().out
+    with pytest.raises(
+        UserError, match=r"no shard of 9 tokens \(seq_len \+ 1\): prepare it with a larger --val_fraction"
+    ):
+        DomainLoader(tmp_path / "out", ("web",), 8, 0, "val")
+
+
+def killed(_) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_of_the_pool_is_one_line():
+    chunks = iter([prepare.Chunk(0, 0, [b"{}"], "web", frozenset())])
+    with pytest.raises(UserError, match="was killed, perhaps for want of memory: the same command with fewer --proc"):
+        list(prepare.in_order(killed, chunks, 2))
+
+
 def test_an_unfinished_data_set_of_other_settings_is_refused(inputs, model, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(shards, "seal", lambda *_: (_ for _ in ()).throw(Stop))
@@ -766,6 +824,7 @@ def test_texts_in_memory_become_a_data_set_too(inputs, model, tmp_path):
         (["web=~/missing.jsonl"], {}, "/home/missing.jsonl: no such file"),
         (["web=nothing"], {}, "nothing: an empty folder: give a file"),
         (["web"], {}, "expected domain=path"),
+        (["web=web.jsonl"], {"domains": ("web",)}, "expected domain=path"),
         (["a.jsonl"], {"preset": "slimpyjama"}, "presets are slimpajama"),
         ([], {"preset": "slimpajama"}, "presets are slimpajama"),
         (["web=a.jsonl"], {"val_fraction": 1.0}, "--val_fraction=1.0"),

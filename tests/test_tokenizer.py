@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import hf
 from configurator import UserError
 from data import tokenizer as tok
 from data.embedded.prepare import Archive, download
@@ -284,6 +285,15 @@ def test_an_eos_that_is_named_but_no_piece_is_refused(tmp_path):
     assert tok.open_tokenizer(tmp_path / "tokenizer.model", eos="</s>").after == [2]
 
 
+def test_an_eos_that_only_the_command_has_named_is_known_again(tmp_path):
+    llama_2(tmp_path / "tokenizer.model", bos_id=-1, eos_id=-1, control_symbols="<sep>")
+    (tmp_path / "data").mkdir()
+    spec = tok.install_tokenizer(tmp_path / "tokenizer.model", tmp_path / "data", eos="<sep>")
+    assert not (tmp_path / "data/tokenizer.json").exists()
+    assert tok.load_tokenizer(spec, tmp_path / "data").after == [spec["eos"]]
+    hf.check_tokenizer(tmp_path, tmp_path / "data")
+
+
 def test_an_added_token_that_no_document_has_asks_for_no_row_of_a_model(tmp_path):
     bpe(tmp_path, "<s> $A")
     model = tok.read_tokenizer_json(tmp_path / "tokenizer.json")
@@ -427,6 +437,8 @@ def test_a_file_or_a_folder_that_is_no_tokenizer_is_refused_by_name(tmp_path, co
         tok.open_tokenizer(tmp_path)
 
 
-def test_too_little_text_to_train_on_is_refused(tmp_path):
-    with pytest.raises(UserError):
+def test_too_little_text_and_too_few_pieces_are_refused_each_with_its_advice(tmp_path):
+    with pytest.raises(UserError, match="Give more text"):
         tok.train_tokenizer(["a few words only"], 9000, tmp_path)
+    with pytest.raises(UserError, match="Give a larger --vocab_size"):
+        tok.train_tokenizer(["".join(map(chr, range(0x4E00, 0x5E00)))] * 3, 500, tmp_path)
