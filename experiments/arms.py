@@ -125,7 +125,6 @@ STEADIER = {"paper-32": {**PAPER, "eval_sequences": 32}}  # steered by eight tim
 STEADIER["paper-uniform-32"] = {**STEADIER["paper-32"], "prior": 0.0}  # and around equal shares
 ARMS |= {name: Arm(mix=mix) for name, mix in STEADIER.items()}
 ARMS["oneshot-alone-twice"] = replace(ARMS["oneshot-alone"], times=2)  # about the seconds of oneshot
-ARMS["oneshot-half-again"] = ARMS["oneshot-half"]  # on the processor, and in the dtype, of the next
 ARMS["oneshot-half-tenfold"] = replace(ARMS["oneshot-half"], times=10)
 # What the defaults were chosen by: spread of the logits, their rate, the ramp
 SWEEP = ((3, 0.1, 0), (3, 0.3, 0), (3, 1.0, 0), (3, 0.1, 64), (10, 0.1, 0), (10, 0.3, 0), (10, 1.0, 0))
@@ -133,7 +132,6 @@ for k, lr, ramp in SWEEP:
     settings = {"kappa": float(k), "mask_lr": lr, "sparsity_warmup": ramp}
     ARMS[f"count-k{k}-lr{lr:g}-ramp{ramp}"] = Arm("count", masks=settings)
 
-LONGER = ("oneshot-half-again", "oneshot-half-tenfold")
 HEADLINE = ("count", "oneshot", "published")  # also on corrupted text
 WAYS = [f"{start}{teacher}" for start in STARTS for teacher in ("", "-alone")]
 STUDIES = {  # study: source: arms and the number of their seeds
@@ -155,7 +153,7 @@ STUDIES = {  # study: source: arms and the number of their seeds
     },
     "smollm2": {"smollm2": {f"{w}{size}": 3 for size in ("-half", "") for w in HEADLINE}},
     "added": {"A": dict.fromkeys((*STEADIER, "oneshot-alone-twice"), 5)},
-    "longer": {"smollm2": dict.fromkeys(LONGER, 1)},
+    "longer": {"smollm2": {"oneshot-half-tenfold": 1}},
     "sweep": {
         "A": {name: 3 for name in ARMS if name.startswith("count-k")} | {"oneshot": 3, "count": 3, "count-frozen": 3},
         "smollm2": {"oneshot-half": 3, "count-half": 3},

@@ -20,7 +20,7 @@ from scipy import stats
 import configurator
 from configurator import UserError
 from experiments import arms
-from experiments.arms import ARMS, HEADLINE, LONGER, MIXES, SOURCES, STEADIER, STUDIES
+from experiments.arms import ARMS, HEADLINE, MIXES, SOURCES, STEADIER, STUDIES
 from experiments.run import LAW, read_results
 from experiments.views import CORRUPTIONS
 from export import markdown
@@ -72,7 +72,7 @@ zero all the same.
 
 Means over seeds. "Excess" is the largest loss minus the source's on the same domain. "Mean by p0" weighs the domains
 with p0, where the others weigh them alike. Seconds are those of training, evaluation and mix on one thread, with
-another run beside it (PLAN.md names two that had two threads); scoring the units is not
+another run beside it (PLAN.md names one that had two threads); scoring the units is not
 in them. The largest share is that of a domain in the training text at any moment.
 
 {arms}
@@ -110,7 +110,7 @@ Zero-shot accuracy in percent, with the standard error: the first seed, 100 docu
 
 {tasks}
 
-One seed to a half, trained for as many steps as the others and for ten times as many:
+The first seed to a half, trained for as many steps as the others and for ten times as many:
 
 {longer}
 
@@ -469,10 +469,10 @@ def plot_shares(sources: list[Results]):
 def plot_longer(sources: list[Results]):
     """SmolLM2 to a half by one-shot pruning: the loss over the steps, of a run like others and of a longer one."""
     figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
-    for results, arm in product(sources, LONGER):
-        for record in results.runs[arm].values():
+    for results, arm in product(sources, ("oneshot-half", "oneshot-half-tenfold")):
+        for record in list(results.runs[arm].values())[:1]:
             steps, _, losses = zip(*record["stages"][-1]["course"][1:], strict=True)
-            axis.plot(steps, losses, "o-", ms=4, label=f"{steps[-1]} steps")
+            axis.plot(steps, losses, "o-", ms=4, label=f"{steps[-1]} steps, {record['config'][-1]['dtype']}")
             axis.axhline(np.mean(record["reference_losses"]), color="0.5", lw=0.8, ls=":")
     axis.set_xscale("log")
     axis.set_xlabel("step (dotted: the source)")
@@ -525,7 +525,7 @@ def page(records: dict[str, dict]) -> str:
         corrupted=corrupted_table(sources),
         domains=domains_table(sources),
         tasks=tasks_table(sources),
-        longer=LONGER_FIGURE if any(results.runs[LONGER[1]] for results in sources) else "No runs yet.",
+        longer=LONGER_FIGURE if any(results.runs["oneshot-half-tenfold"] for results in sources) else "No runs yet.",
         n_runs=sum("arm" in r for r in runs),
         hours=f"{sum(map(seconds, runs)) / 3600:.1f}",
         **{fact: ", ".join(sorted(set(texts))) or "none" for fact, texts in facts.items()},
