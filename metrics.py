@@ -27,14 +27,18 @@ def read_metrics(path: Path) -> list[dict]:
     return records
 
 
-def keep_metrics_before(path: Path, step: int) -> None:
-    """Drop what the run will write again: all that came after the training step of the checkpoint, but for saves."""
+def keep_metrics_before(path: Path, step: int) -> list[dict]:
+    """Drop what the run will write again: all that came after the training step of the checkpoint, but for saves.
+
+    -> the records that stay.
+    """
     records = read_metrics(path)
     last = max((i for i, r in enumerate(records) if r["kind"] == "train" and r["step"] <= step), default=-1)
     kept = [r for i, r in enumerate(records) if i <= last or (r["kind"] == "save" and r["step"] <= step)]
     tmp = path.with_suffix(".tmp")
     tmp.write_text("".join(json.dumps(r) + "\n" for r in kept))
     os.replace(tmp, path)
+    return kept
 
 
 def plain(value: object) -> object:
@@ -50,11 +54,12 @@ class Log:
         self.path, self.is_main, self.pending, self.file = path, is_main, b"", None
         self.say = tqdm.write if is_main else (lambda _: None)
 
-    def open(self, step: int) -> None:
-        """Go on from a step. From here on records can be written."""
-        keep_metrics_before(self.path, step)
+    def open(self, step: int) -> dict:
+        """Go on from a step. From here on records can be written. -> the last evaluation's; {} where there is none."""
+        kept = keep_metrics_before(self.path, step)
         self.file = open(self.path, "r+b", buffering=0)  # noqa: SIM115 (closed by close)
         self.end = self.file.seek(0, os.SEEK_END)
+        return next((r for r in reversed(kept) if r["kind"] == "eval"), {})
 
     def record(self, record: dict) -> dict:
         record = {key: plain(value) for key, value in record.items()}

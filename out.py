@@ -174,8 +174,11 @@ class Out:
         if saved["data"] != self.identity["data"]:
             raise UserError(f"{where}: {self.cfg.data} was prepared anew since: put it back or choose another out_dir")
 
-    def resume(self, progress: Progress, shapes: dict, learned: dict, optimizers: list, mix, loader) -> None:
-        """Fill all of them from the newest whole checkpoint, where there is one, and open the log at its step."""
+    def resume(self, progress: Progress, shapes: dict, learned: dict, optimizers: list, mix, loader) -> dict:
+        """Fill all of them from the newest whole checkpoint, where there is one, and open the log at its step.
+
+        -> the record of the last evaluation before it; {} where there is none.
+        """
         self.shapes, self.learned, self.optimizers, self.mix, self.loader = shapes, learned, optimizers, mix, loader
         self.progress = progress
         if self.found:
@@ -195,7 +198,7 @@ class Out:
         self.begun_M = loader.begun_M
         group = torch.distributed.new_group(backend="gloo") if self.ranks.sharded else None
         self.checkpoints = Checkpoints(self.folder, self.cfg.keep_checkpoints, group)
-        parallel.on_main(lambda: self.log.open(progress.step))
+        last = parallel.on_main(lambda: self.log.open(progress.step))
         if self.cfg.resume:
             self.log.say(f"resumed at step {progress.step}" if self.found else f"{self.folder} has no checkpoint yet")
         for folder, problem in self.broken.items():
@@ -204,6 +207,7 @@ class Out:
         total, initial = self.cfg.max_steps, progress.step
         self.bar = tqdm(total=total, initial=initial, disable=hidden, desc=self.cfg.stage, unit="step")
         self.found = None
+        return last
 
     # ---- the log
 
@@ -217,10 +221,6 @@ class Out:
         record = {"kind": "eval", "step": step, "val_loss": loss_M, "tokens": tokens_M, "ratio": mix.ratio_M}
         record |= {"reference_ratio": mix.reference_ratio_M, "reference_loss": mix.reference_loss_M}
         return self.log.record({**record, **more, **seconds, "memory_bytes": memory_bytes(self.ranks.device)})
-
-    def last_evaluation(self) -> dict:
-        """Its record in the log; {} where there is none."""
-        return next((r for r in reversed(read_metrics(self.log.path)) if r["kind"] == "eval"), {})
 
     def log_train(self, loss_sum_M: np.ndarray, count_M: np.ndarray, step_s: float, more: dict) -> None:
         """loss_sum_M: summed over the tokens of each domain; count_M: those tokens, none where the step was skipped."""

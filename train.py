@@ -433,7 +433,7 @@ def run(cfg: Config) -> dict:  # noqa: PLR0912, PLR0915 (the loop is read from t
         s = Progress(np.zeros(len(mix.domains)), carried=optimizers.carried)  # step, tokens by domain, skipped steps
         shapes = {"source": asdict(model.config), "target": masks and asdict(masks.target)}
         learned = {"model": model} | ({"masks": masks} if masks else {})
-        out.resume(s, shapes, learned, optimizers, mix, train)
+        last = out.resume(s, shapes, learned, optimizers, mix, train)
         if not s.step:
             introduce(cfg, ranks, foreseen(cfg, source, masks and masks.target), model, shapes, val, out)
             if s.carried:
@@ -443,7 +443,6 @@ def run(cfg: Config) -> dict:  # noqa: PLR0912, PLR0915 (the loop is read from t
         if teacher:
             teacher_loss_M = validation_loss(cfg, teacher, val, ranks.device)
             out.log.say(f"teacher: mean {teacher_loss_M.mean():.4f}")
-        last = out.last_evaluation()
 
         # tokens -> loader -> model -> loss by domain -> mix -> loader; masks -> subnetwork -> model
         while True:

@@ -140,8 +140,8 @@ def sources_of(cfg: Config, words: tuple[str, ...]) -> tuple[tuple[str, ...], li
         sources = [source for part in parts for source in streamed(cfg, part)]
         return domains, sources, {"hub": cfg.stream, "revision": cfg.revision, "files": len(sources)}, []
     found = [(domain, *file) for domain, path in pairs for file in files_of(os.path.expanduser(path))]
-    written = {Path(cfg.out, name).resolve() for name in (UNFINISHED, "meta.json", JSON_FILE)}
-    found = [(domain, file, why) for domain, file, why in found if file.resolve() not in written]
+    own, out = (UNFINISHED, "meta.json", JSON_FILE), Path(cfg.out).resolve()
+    found = [(d, file, why) for d, file, why in found if file.name not in own or file.resolve().parent != out]
     files, unread = [(d, file) for d, file, why in found if not why], [(file, why) for _, file, why in found if why]
     sources = []
     for domain, file in files:

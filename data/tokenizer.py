@@ -79,8 +79,7 @@ class SentencePiece(Tokenizer):
         self.added = {by_name(token): int(i) for i, token in listed.items() if int(i) >= self.n_text}
         self.vocab_size = 1 + max(self.n_text - 1, *self.added.values(), -1)
         bos, end = self.id_of(self.config.get("bos_token"), self.model.bos_id()), self.model.eos_id()
-        self.named = eos or self.config.get("eos_token")
-        end = self.id_of(self.named, end if end >= 0 else bos)  # -1: only meta.json may know one
+        end = self.id_of(eos or self.config.get("eos_token"), end if end >= 0 else bos)  # -1: only meta.json may know
         beside, first = Path(path).with_name(JSON_FILE), bos >= 0 and self.config.get("add_bos_token", True)
         before = template_of(read_tokenizer_json(beside))[0] if beside.is_file() else [bos] if first else []
         self.surround(before, [], end)
@@ -369,7 +368,8 @@ def open_tokenizer(path: str | Path, eos: str = "") -> Tokenizer:
         raise UserError(f"{path}: --eos is for a tokenizer.json or a sentencepiece model: this one has its own")
     tokenizer = kind(path, eos) if eos else kind(path)
     if tokenizer.eos < 0:
-        raise UserError(f"{path}: no piece {tokenizer.named or ''!r} to end a text: give --eos=PIECE")
+        named = eos or tokenizer.config.get("eos_token") or ""
+        raise UserError(f"{path}: no piece {named!r} to end a text: give --eos=PIECE")
     return tokenizer
 
 

@@ -321,7 +321,9 @@ def course(record: dict, last_stage: bool = False) -> tuple[np.ndarray, np.ndarr
     """Seconds of a run up to each recorded moment, over all stages or in the last one, and the loss there."""
     points, before = [], 0.0
     for stage in record["stages"]:
-        points = points * (not last_stage) + [(before + took, loss) for _, took, loss in stage["course"]]
+        if last_stage:
+            points = []
+        points += [(before + took, loss) for _, took, loss in stage["course"]]
         before += stage["step_s"]
     return tuple(np.array(points).T)
 
